@@ -1,0 +1,18 @@
+"""gpdfx: Gap Preserving Distillation (arXiv 2410.04140) for any PyTorch network.
+
+teacher = gpdfx.expand(student, ratio=2)   # wider, the same function
+teacher(x), teacher.student(x)             # trained together, on shared parameters
+plain = gpdfx.collapse(teacher)            # the user's own class again
+"""
+
+from .errors import AxisConflict as AxisConflict
+from .errors import CaptureError as CaptureError
+from .errors import GpdfxError as GpdfxError
+from .errors import InputError as InputError
+from .errors import LossyError as LossyError
+from .expand import expand as expand
+from .report import Report as Report
+from .teacher import Teacher as Teacher
+from .teacher import collapse as collapse
+
+__version__ = "0.1.0"

@@ -1,0 +1,46 @@
+"""The one family of errors. Every refusal says where it happened and what to do about it."""
+
+from __future__ import annotations
+
+
+class GpdfxError(Exception):
+    """Base of everything gpdfx raises on purpose.
+
+    Fields (``None`` where they do not apply):
+        node: name of the graph node.
+        module_path: dotted path and class of the user's module, ``"layer1.0.conv1 (Conv2d)"``.
+        source: the user's source line, ``"resnet.py:92 out = self.conv1(x)"``.
+        remedy: what to do.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        remedy: str | None = None,
+        node: str | None = None,
+        module_path: str | None = None,
+        source: str | None = None,
+    ) -> None:
+        self.node, self.module_path, self.source, self.remedy = node, module_path, source, remedy
+        lines = [message]
+        lines += [f"  {k}: {v}" for k, v in (("node", node), ("module", module_path)) if v]
+        lines += [f"  at: {source}"] if source else []
+        lines += [f"  what to do: {remedy}"] if remedy else []
+        super().__init__("\n".join(lines))
+
+
+class InputError(GpdfxError):
+    """A bad argument: not a module, a ratio below 1, example inputs that do not fit."""
+
+
+class CaptureError(GpdfxError):
+    """The model could not be turned into a graph."""
+
+
+class LossyError(GpdfxError):
+    """The teacher does not compute the student's function: a bug in a rule, never the user's."""
+
+
+class AxisConflict(GpdfxError):
+    """Two axes cannot be the same. Passes catch it and bridge; users see it in reports only."""

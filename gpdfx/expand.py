@@ -1,0 +1,287 @@
+"""``expand``: the pipeline from the user's module to the teacher."""
+
+from __future__ import annotations
+
+import copy
+import math
+import numbers
+import time
+import traceback
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from . import oracle
+from .errors import CaptureError, InputError
+from .inputs import infer_inputs
+from .passes.canonicalize import bakes_constants, canonicalize, follow, follow_device
+from .passes.capture import capture
+from .passes.infer import Inference, NeedsFunctional, infer
+from .passes.program import Program, source_line
+from .passes.rules.base import DynamicAxis
+from .passes.widen import Widened, assign, widen
+from .report import make_report
+from .teacher import Call, Teacher
+
+
+def expand(
+    model: nn.Module,
+    ratio: float = 2,
+    *,
+    example_inputs: tuple[Any, ...] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    branches: None = None,
+    shares: str = "random",
+    randomness: str = "shared",
+    seed: int = 0,
+    verify: bool = True,
+) -> Teacher:
+    """Compile a network into a wider dynamic teacher that computes the same function.
+
+    Every channel axis of the model's parameters gets ``round(size * ratio)`` indices (inverse
+    reparameterization, arXiv 2410.04140, section 3.2); what must stay, stays, and the report says
+    why. The model itself is not changed.
+
+    Args:
+        model: the student, any ``nn.Module`` that ``torch.export`` can capture.
+        ratio: width of the teacher relative to the student, a real number >= 1; 1 is the identity.
+        example_inputs: a tuple of positional inputs, batch first, a batch of two or more; inferred
+            for timm and torchvision models and for models that begin with a conv, linear or
+            embedding layer.
+        example_kwargs: keyword inputs.
+        branches: ``None``, no extra branches.
+        shares: how much of the student's weight each copy carries where an axis is contracted.
+            ``"random"`` (per output row and copy, seeded) lets copies grow apart under every
+            optimizer; ``"uniform"`` is the paper's.
+        randomness: ``"shared"`` draws dropout at the student's shape and order, so that equal
+            seeds give equal functions; ``"independent"`` draws at the teacher's shape.
+        seed: of the shares and of the check's probe.
+        verify: check that the teacher equals the student, on a probe and on the real weights, in
+            eval and train mode (see ``gpdfx.oracle``).
+
+    Returns:
+        The teacher, in the model's training mode, with the model's dtype and device.
+
+    Raises:
+        InputError: a bad argument, or a model in a form that cannot be expanded.
+        CaptureError: the model does not export; names the reason and the source line.
+        LossyError: the check failed: a bug in gpdfx, with the first node that differs.
+    """
+    _check_arguments(model, ratio, branches, shares, randomness)
+    with oracle.keep_rng():
+        args, kwargs = _example(model, example_inputs, example_kwargs)
+        call = Call(model, args, kwargs)
+        clock = _Clock()
+        try:
+            widened = _compile(model, call, float(ratio), shares, randomness, seed, clock)
+        except CaptureError as error:
+            _check_forward(model, call)
+            raise error
+        teacher = Teacher(widened, call)
+        clock.lap("transform")
+        teacher.find_caches(call.args, call.kwargs)
+        check = None
+        if verify:
+            single = bakes_single(widened.program)
+            if randomness == "independent":
+                plain = _widen(widened.program, widened.inference, ratio, shares, False, seed)
+                reference = Teacher(plain, call)
+                check = oracle.verify(
+                    plain, reference, call.args, call.kwargs, seed=seed, single=single
+                )
+            else:
+                check = oracle.verify(
+                    widened, teacher, call.args, call.kwargs, seed=seed, single=single
+                )
+            clock.lap("verify")
+        teacher._report = make_report(
+            widened, teacher, float(ratio), (call.args, call.kwargs), clock.laps, check
+        )
+    return teacher.train(model.training)
+
+
+def _compile(
+    model: nn.Module,
+    call: Call,
+    ratio: float,
+    shares: str,
+    randomness: str,
+    seed: int,
+    clock: _Clock,
+) -> Widened:
+    """Capture and transform; captured again, functionally or with a fixed batch, if a pass asks."""
+    functional, dynamic = False, True
+    while True:
+        clock.skip()
+        program = _capture(model, call, functional, dynamic)
+        clock.lap("capture")
+        program = canonicalize(program)
+        try:
+            inference = infer(program)
+            return _widen(program, inference, ratio, shares, randomness == "independent", seed)
+        except NeedsFunctional:
+            if functional:
+                raise
+            functional = True
+        except DynamicAxis:
+            if not dynamic:
+                raise
+            dynamic = False
+
+
+def _capture(model: nn.Module, call: Call, functional: bool, dynamic: bool) -> Program:
+    program = capture(model, call.args, call.kwargs, functional=functional, dynamic=dynamic)
+    if bakes_constants(program):
+        args, kwargs = pytree.tree_map(
+            lambda x: x.double() if oracle._floating(x) else x, (call.args, call.kwargs)
+        )
+        double = copy.deepcopy(model).double()
+        try:
+            twin = capture(double, args, kwargs, functional=functional, dynamic=dynamic)
+            program = follow(program, twin)
+        except CaptureError:  # a network that only runs in its own dtype keeps its constants
+            pass
+    return follow_device(program)
+
+
+def _widen(
+    program: Program, inference: Inference, ratio: float, shares: str, independent: bool, seed: int
+) -> Widened:
+    widths = assign(program, inference, ratio)
+    return widen(program, inference, widths, shares=shares, independent=independent, seed=seed)
+
+
+def bakes_single(program: Program) -> bool:
+    """True if the network computes in a baked floating dtype whatever its parameters are."""
+    return bakes_constants(program)
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.skip()
+
+    def skip(self) -> None:
+        self._start = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._start
+        self._start = now
+
+
+# --------------------------------------------------------------------------- bad input
+def _check_arguments(model: Any, ratio: Any, branches: Any, shares: Any, randomness: Any) -> None:
+    if isinstance(model, Teacher):
+        raise InputError(
+            "this is a teacher already", remedy="expand the student, or gpdfx.collapse(teacher)"
+        )
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"expand takes an nn.Module, not {type(model).__name__}",
+            remedy="pass a constructed model, not its class or its state_dict",
+        )
+    bad_ratio = not isinstance(ratio, numbers.Real) or isinstance(ratio, bool)
+    if bad_ratio or not math.isfinite(ratio) or ratio < 1:
+        raise InputError(
+            f"ratio is {ratio!r}", remedy="pass a finite number of at least 1, for example 2 or 1.5"
+        )
+    if branches is not None:
+        raise InputError(f"unknown branch set {branches!r}", remedy="pass branches=None")
+    for name, given, known in (
+        ("shares", shares, ("random", "uniform")),
+        ("randomness", randomness, ("shared", "independent")),
+    ):
+        if given not in known:
+            raise InputError(f"{name} is {given!r}", remedy=f"pass one of {', '.join(known)}")
+    for path, module in model.named_modules():
+        if refused := _refusal(module):
+            where = f"{path or '(root)'} ({type(module).__name__})"
+            raise InputError(refused[0], module_path=where, remedy=refused[1])
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(
+            tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer
+        ):
+            raise InputError(
+                f"{name} is lazy: it has no shape yet", remedy="run the model once, then expand it"
+            )
+        if tensor.is_meta:
+            raise InputError(
+                f"{name} is on the meta device: it has no values",
+                remedy="load or initialise the weights first (model.to_empty, load_state_dict)",
+            )
+
+
+def _refusal(module: nn.Module) -> tuple[str, str] | None:
+    """Why a module cannot be expanded in this form, and what to do; None if it can."""
+    kind = type(module)
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return "the model is wrapped for data parallelism", "expand model.module, then wrap"
+    if kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo"):
+        return "the model is compiled", "expand model._orig_mod, then torch.compile the teacher"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "the model is TorchScript", "expand the Python module it was made from"
+    if ".quantized" in kind.__module__ and kind.__module__.startswith("torch."):
+        return "the model is quantized", "expand the float model, quantize the collapsed student"
+    return None
+
+
+def _example(
+    model: nn.Module, inputs: Any, keywords: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if inputs is None and not keywords:
+        inputs = infer_inputs(model)
+    inputs = () if inputs is None else inputs
+    if not isinstance(inputs, tuple | list):
+        raise InputError(
+            f"example_inputs is a {type(inputs).__name__}",
+            remedy="pass a tuple of positional inputs: example_inputs=(x,)",
+        )
+    keywords = {} if keywords is None else keywords
+    if not isinstance(keywords, dict):
+        raise InputError(f"example_kwargs is a {type(keywords).__name__}", remedy="pass a dict")
+    try:
+        Call(model, tuple(inputs), keywords)
+    except TypeError as error:
+        raise InputError(
+            f"the example inputs do not fit {type(model).__name__}.forward: {error}",
+            remedy="pass what you would pass to the model: positional inputs as example_inputs, "
+            "keyword inputs as example_kwargs",
+        ) from error
+    return _two_samples(tuple(inputs), keywords)
+
+
+def _two_samples(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A sample batch of one would be baked in: double it."""
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    if not tensors or any(x.ndim == 0 or x.shape[0] != 1 for x in tensors):
+        return args, kwargs
+
+    def twice(x: Any) -> Any:
+        return torch.cat([x, x.flip(tuple(range(1, x.ndim)))]) if isinstance(x, torch.Tensor) else x
+
+    result: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(twice, (args, kwargs))
+    return result
+
+
+def _check_forward(model: nn.Module, call: Call) -> None:
+    """A capture that failed because the model itself fails on the example is the user's to fix."""
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).eval()(*call.args, **call.kwargs)
+    except Exception as error:  # whatever the user's forward raises
+        raise InputError(
+            f"{type(model).__name__} fails on the example inputs: {error}",
+            source=source_line(_trace(error)) or None,
+            remedy="pass example_inputs that the model accepts",
+        ) from error
+
+
+def _trace(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))

@@ -1,0 +1,343 @@
+"""The one equality check: do two networks compute the same function?
+
+Observed are outputs of any structure, the gradient with respect to every floating input, and all
+buffers after the call, in eval and in train mode, with equal seeds. A check on fresh weights is
+often vacuous (a zero-initialised last norm hides what stands before it), so ``verify`` runs on a
+*probe*: a copy with generic parameters, in float64; then once more on the real weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .errors import LossyError
+from .passes.infer import Inference
+from .passes.program import Program, module_path, source
+from .passes.widen import Widened, gather
+from .teacher import Teacher, _attach, collapse
+
+TOLERANCE = 1e-10
+CEILING = 1e-7  # where rounding itself is amplified
+SINGLE = 1e-5  # where the network computes in float32 whatever its parameters are
+_MODES = (("eval", False), ("train", True))
+
+
+@dataclass(frozen=True)
+class Check:
+    """A passed comparison. ``error``: ``{"probe/eval": 1e-15, ...}``, relative, the largest over
+    everything observed; ``vacuous``: outputs that are zero on the real weights; ``dead``:
+    parameters that move no output; ``tolerance``: the largest that was used."""
+
+    error: dict[str, float]
+    tolerance: float
+    dead: tuple[str, ...]
+    vacuous: tuple[str, ...]
+    dtype: torch.dtype
+
+
+# --------------------------------------------------------------------------- observing
+def observe(
+    call: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    seed: int,
+    wrt: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Run ``call`` with a seeded RNG; its outputs and the gradients of a random projection of
+    them with respect to the floating inputs and to ``wrt``."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves = [
+        x.detach().clone().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x
+        for x in leaves
+    ]
+    torch.manual_seed(seed)
+    again_args, again_kwargs = pytree.tree_unflatten(leaves, spec)
+    outputs = pytree.tree_leaves(call(*again_args, **again_kwargs))
+    seen = {f"output {k}": y for k, y in enumerate(outputs) if isinstance(y, Tensor)}
+    draw = torch.Generator().manual_seed(seed + 1)
+    total = torch.zeros((), dtype=torch.float64)
+    for y in seen.values():
+        if y.requires_grad:
+            cotangent = torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y.device)
+            total = total + (y.real.double() * cotangent).sum().cpu()
+    sources = {f"input {k}": x for k, x in enumerate(leaves) if _floating(x)} | (wrt or {})
+    if total.requires_grad and sources:
+        grads = torch.autograd.grad(total, list(sources.values()), allow_unused=True)
+        for name, grad in zip(sources, grads, strict=True):
+            if grad is not None:
+                seen[f"gradient of {name}"] = grad
+    return {name: y.detach() for name, y in seen.items()}
+
+
+def _floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def difference(reference: Tensor, other: Tensor | None, floor: float = 0.0) -> float:
+    """``max |a - b| / max(max |a|, floor)``; infinite if shapes differ or values are not finite."""
+    if other is None or reference.shape != other.shape:
+        return math.inf
+    if not (reference.is_floating_point() or reference.is_complex()):
+        return 0.0 if torch.equal(reference, other) else math.inf
+    if reference.numel() == 0:
+        return 0.0
+    scale = max(float(reference.abs().max()), floor)
+    gap = float((reference - other).abs().max())
+    if not math.isfinite(gap) or not math.isfinite(scale):
+        return math.inf
+    return gap / scale if scale else (0.0 if gap == 0 else math.inf)
+
+
+# --------------------------------------------------------------------------- the probe
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def randomize(model: nn.Module, seed: int) -> nn.Module:
+    """Generic parameters and statistics, in place: no zeros, nothing equal, well scaled."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def uniform(t: Tensor, low: float, high: float) -> Tensor:
+        return torch.rand(t.shape, generator=draw, dtype=torch.float64) * (high - low) + low
+
+    with torch.no_grad():
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                if not p.is_floating_point():
+                    continue
+                if p.ndim < 2:
+                    norm = isinstance(module, _NORMS) or "norm" in type(module).__name__.lower()
+                    low = 0.5 if (norm and name == "weight") or p.ndim == 0 else 0.05
+                    new = uniform(p, low, low + 1.0 if low == 0.5 else 0.5)
+                    if low == 0.05:
+                        new = new * (torch.randint(0, 2, p.shape, generator=draw) * 2 - 1)
+                else:
+                    fan = max(p.numel() // p.shape[0], 1)
+                    new = torch.randn(p.shape, generator=draw, dtype=torch.float64) / fan**0.5
+                p.copy_(new.to(p.device, p.dtype))
+            for name, b in module.named_buffers(recurse=False):
+                if name == "running_mean":
+                    b.copy_(uniform(b, -0.5, 0.5).to(b.device, b.dtype))
+                elif name == "running_var":
+                    b.copy_(uniform(b, 0.5, 1.5).to(b.device, b.dtype))
+    return model
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    return pytree.tree_map(lambda x: x.to(dtype) if _floating(x) else x, tree)
+
+
+# --------------------------------------------------------------------------- comparing
+def compare(
+    student: nn.Module, teacher: Teacher, inputs: tuple[Any, Any], training: bool, seed: int
+) -> tuple[dict[str, float], set[str], tuple[str, ...]]:
+    """Errors of everything observed in one mode; parameters that moved an output; zero outputs."""
+    student.train(training)
+    teacher.train(training)
+    parameters = dict(student.named_parameters())
+    wrt = {n: p.requires_grad_() for n, p in parameters.items() if p.is_floating_point()}
+    mine = observe(student, *inputs, seed, wrt)
+    theirs = observe(teacher, *inputs, seed)
+    gradients = {n for n in wrt if _moved(mine.pop(f"gradient of {n}", None))}
+    wide = dict(teacher.named_buffers())
+    for name, buffer in student.named_buffers():
+        mine[f"buffer {name}"] = gather(buffer, teacher._maps[teacher._alias.get(name, name)])
+        theirs[f"buffer {name}"] = wide[name]
+    errors = {}
+    for name, x in mine.items():  # a mean of zero is measured by the standard deviation
+        variance = mine.get(name.removesuffix("mean") + "var") if name.endswith("_mean") else None
+        floor = float(variance.max()) ** 0.5 if variance is not None else 0.0
+        errors[name] = difference(x, theirs.get(name), floor)
+    extra = {name: math.inf for name in theirs if name not in mine}
+    zero = tuple(n for n, x in mine.items() if n.startswith("output") and not x.any())
+    return errors | extra, gradients, zero
+
+
+def _moved(grad: Tensor | None) -> bool:
+    return grad is not None and bool((grad != 0).any())
+
+
+def verify(
+    widened: Widened,
+    teacher: Teacher,
+    args: Any,
+    kwargs: Any,
+    *,
+    seed: int = 0,
+    single: bool = False,
+) -> Check:
+    """Raise ``LossyError``, naming the first node that differs, unless student and teacher agree
+    on a probe and on the real weights, in eval and train mode.
+
+    The tolerance is 1e-10 in float64. Where rounding itself is amplified it is 50 times the
+    change that a change in the last bit of the weights makes, never above 1e-7; for networks that
+    cast to float32 on purpose (``single``) it is 1e-5.
+    """
+    dtype = torch.float64 if _runs(widened.program.student, args, kwargs, torch.float64) else None
+    error: dict[str, float] = {}
+    moved: set[str] = set()
+    vacuous: list[str] = []
+    used = TOLERANCE
+    for which in ("probe", "real"):
+        for mode, training in _MODES:
+            student = copy.deepcopy(widened.program.student)
+            if which == "probe":
+                randomize(student, seed)
+            student = student.to(dtype) if dtype else student
+            inputs = _cast((args, kwargs), dtype) if dtype else (args, kwargs)
+            twin = copy.deepcopy(teacher)
+            twin = twin.to(dtype) if dtype else twin
+            twin.load_student(student)
+            fresh = copy.deepcopy(student)
+            errors, gradients, zero = compare(student, twin, inputs, training, seed)
+            moved |= gradients if which == "probe" else set()
+            vacuous += [f"{which}/{mode}: {z}" for z in zero]
+            worst = max(errors, key=lambda k: errors[k], default="")
+            limit = SINGLE if single or dtype is None else TOLERANCE
+            if worst and errors[worst] > limit:
+                limit = max(limit, _sensitivity(fresh, inputs, training, seed))
+            if (worst and not errors[worst] <= limit) or (zero and which == "probe"):
+                where = first_difference(widened, fresh, teacher, inputs, mode, seed)
+                raise LossyError(
+                    f"{which}, {mode} mode: {worst} differs by {errors[worst]:.2e} "
+                    f"(allowed {limit:.0e})" + (f"; {zero[0]} is zero" if zero else ""),
+                    remedy="this is a bug in gpdfx: please report it with the network",
+                    **where,
+                )
+            used = max(used, limit)
+            error[f"{which}/{mode}"] = errors.get(worst, 0.0)
+    _check_student(teacher, args, kwargs, dtype, seed)
+    named = dict(widened.program.student.named_parameters())
+    dead = tuple(n for n, p in named.items() if n not in moved and p.is_floating_point())
+    return Check(error, used, dead, tuple(vacuous), dtype or torch.get_default_dtype())
+
+
+def _runs(student: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype) -> bool:
+    """Some networks bake float32 tensors and do not run in float64."""
+    twin = copy.deepcopy(student).to(dtype).eval()
+    args, kwargs = _cast((args, kwargs), dtype)
+    try:
+        with torch.no_grad(), keep_rng():
+            twin(*args, **kwargs)
+    except Exception:  # whatever the user's code raises in a dtype it was not written for
+        return False
+    return True
+
+
+def _sensitivity(student: nn.Module, inputs: tuple[Any, Any], training: bool, seed: int) -> float:
+    """50 x the relative change of everything observed when each weight changes its last bit."""
+    results = []
+    for bump in (False, True):
+        twin = copy.deepcopy(student).train(training)
+        with torch.no_grad():
+            for p in twin.parameters() if bump else ():
+                if p.is_floating_point():
+                    p.mul_(1 + torch.finfo(p.dtype).eps * torch.randint(-1, 2, p.shape).to(p))
+        results.append(observe(twin, *inputs, seed))
+    change = max(difference(x, results[1].get(n)) for n, x in results[0].items())
+    return min(50 * change, CEILING)
+
+
+def _check_student(
+    teacher: Teacher, args: Any, kwargs: Any, dtype: torch.dtype | None, seed: int
+) -> None:
+    """The student's view must follow every derived parameter: compare with a fresh module."""
+    twin = copy.deepcopy(teacher)
+    twin = twin.to(dtype).eval() if dtype else twin.eval()
+    args, kwargs = _cast((args, kwargs), dtype) if dtype else (args, kwargs)
+    with torch.no_grad():
+        twin.student(*args, **kwargs)  # whatever it caches, it caches now
+        draw = torch.Generator().manual_seed(seed)
+        for p in twin.parameters():
+            if p.is_floating_point():
+                noise = torch.rand(p.shape, generator=draw, dtype=torch.float64)
+                p.mul_(1 + 0.1 * noise.to(p))
+        plain = collapse(twin)
+        got = observe(twin.student, args, kwargs, seed)
+        want = observe(plain, args, kwargs, seed)
+    for name, x in want.items():
+        if name.startswith("output") and not difference(x, got.get(name)) <= 1e-12:
+            raise LossyError(
+                f"teacher.student ignores a changed parameter: {name} is not the collapsed one's",
+                remedy="the model caches tensors outside its parameters; clear the cache in "
+                "forward, or in train()",
+            )
+
+
+@contextmanager
+def keep_rng() -> Iterator[None]:
+    """Leave the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+# --------------------------------------------------------------------------- finding the place
+def first_difference(
+    widened: Widened, student: nn.Module, teacher: Teacher, inputs: Any, mode: str, seed: int
+) -> dict[str, Any]:
+    """Node, module path and source line at which student and teacher part; empty if unknown."""
+    program, inference = widened.program, widened.inference
+    try:
+        mine = _record(_root(program, student), program.modes[mode].graph, inputs, seed, "")
+        twin = copy.deepcopy(teacher).to(next(student.parameters()).dtype)
+        twin.load_student(student)
+        theirs = _record(twin._net, widened.graphs[mode], inputs, seed, "student")
+    except Exception as error:  # the message about the mismatch matters more than its place
+        return {"source": f"(the first differing node is unknown: {type(error).__name__})"}
+    for node in program.modes[mode].graph.nodes:
+        if (
+            node.name in mine
+            and node.name in theirs
+            and _differ(widened, inference, node, mine, theirs)
+        ):
+            return {"node": node.name, "module_path": module_path(node), "source": source(node)}
+    return {}
+
+
+def _differ(
+    widened: Widened,
+    inference: Inference,
+    node: fx.Node,
+    mine: dict[str, Any],
+    theirs: dict[str, Any],
+) -> bool:
+    x, y = mine[node.name], theirs[node.name]
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return False
+    maps = tuple(widened.frozen(a) for a in inference.axes[node])
+    wide = gather(x, maps)
+    return wide.shape != y.shape or difference(wide, y) > 1e-9
+
+
+def _root(program: Program, student: nn.Module) -> nn.Module:
+    root = nn.Module()
+    own = dict(student.named_parameters()) | dict(student.named_buffers())
+    for name, tensor in program.tensors.items():
+        _attach(root, name, own.get(name, tensor), persistent=False)
+    root._modules.update(program.children)
+    return root
+
+
+def _record(root: nn.Module, graph: fx.Graph, inputs: Any, seed: int, key: str) -> dict[str, Any]:
+    """Every value of a run, by the name of the student's node."""
+    found: dict[str, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            name = n.meta.get(key) if key else n.name
+            if name and isinstance(result, Tensor):
+                found[name] = result.detach().clone()
+            return result
+
+    torch.manual_seed(seed)
+    Recorder(root, graph=graph).run(*pytree.tree_leaves(inputs))
+    return found

@@ -1,0 +1,210 @@
+"""What ``expand`` did: what widened, what did not and why, what it costs, how exact it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .axes import Axis, Leaf, Solver, Widths, leaves, paths
+from .passes.widen import Bridge, Widened
+
+if TYPE_CHECKING:
+    from .oracle import Check
+    from .teacher import Teacher
+
+# A weight that stays for these reasons could not have widened (README, "The report").
+CANNOT = frozenset({"input", "output", "lookup", "kernel", "spatial", "stacked", "repeated"})
+
+
+@dataclass(frozen=True)
+class Group:
+    """Axes that widen together: one leaf of the algebra."""
+
+    before: int
+    after: int
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A dimension of a parameter that did not widen."""
+
+    parameter: str
+    dim: int
+    axis: str
+    reason: str
+    cannot: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Printed as a table; ``to_dict()`` for machines.
+
+    ``widened``: the fraction of the student's weight elements (tensors of two or more
+    dimensions) in tensors where every channel axis widened or cannot widen. ``macs``:
+    multiply-adds of one sample. ``seconds``: by stage.
+    """
+
+    name: str
+    ratio: float
+    widened: float
+    bridged: tuple[Bridge, ...]
+    nodes: int
+    groups: tuple[Group, ...]
+    fixed: tuple[Fixed, ...]
+    grown: tuple[str, ...]
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+    seconds: dict[str, float]
+    check: Check | None
+
+    @property
+    def error(self) -> dict[str, float]:
+        """Relative error by ``"probe/eval"`` and so on; empty if the check was switched off."""
+        return dict(self.check.error) if self.check else {}
+
+    @property
+    def dead(self) -> tuple[str, ...]:
+        """Parameters that move no output of the probe."""
+        return self.check.dead if self.check else ()
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = dataclasses.asdict(self)
+        plain["error"], plain["dead"] = self.error, list(self.dead)
+        plain.pop("check")
+        if self.check:
+            plain["tolerance"] = self.check.tolerance
+            plain["vacuous"] = list(self.check.vacuous)
+            plain["checked_in"] = str(self.check.dtype).removeprefix("torch.")
+        return plain
+
+    def __str__(self) -> str:
+        rows = [
+            ("widened", f"{self.widened:.1%} of the weights, in {len(self.groups)} groups of axes"),
+            ("parameters", _change(*self.parameters)),
+            ("multiply-adds", _change(*self.macs) + " per sample"),
+            ("bridged", f"{len(self.bridged)} of {self.nodes} nodes"),
+            ("exact to", self._exact()),
+            ("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items())),
+        ]
+        rows += [("dead", f"{len(self.dead)}: {_some(self.dead)}")] if self.dead else []
+        rows += [("grown", f"beyond the ratio: {_some(self.grown)}")] if self.grown else []
+        width = max(len(k) for k, _ in rows)
+        lines = [f"{self.name}, ratio {self.ratio:g}", "-" * 60]
+        lines += [f"{k:<{width}}  {v}" for k, v in rows]
+        if self.bridged:
+            lines.append("bridges (run at the student's width):")
+            lines += [f"  {b.op}  {b.module}  {b.source}: {b.reason}" for b in self.bridged[:8]]
+            lines += [f"  ... and {len(self.bridged) - 8} more"] if len(self.bridged) > 8 else []
+        held = [f for f in self.fixed if not f.cannot]
+        if held:
+            lines.append("held back:")
+            lines += [f"  {f.parameter} dim {f.dim} ({f.axis}): {f.reason}" for f in held[:8]]
+            lines += [f"  ... and {len(held) - 8} more"] if len(held) > 8 else []
+        return "\n".join(lines)
+
+    def _exact(self) -> str:
+        if self.check is None:
+            return "not checked (verify=False)"
+        dtype = str(self.check.dtype).removeprefix("torch.")
+        text = f"{max(self.error.values()):.1e} relative in {dtype}"
+        text += " (" + ", ".join(f"{k} {v:.1e}" for k, v in self.error.items()) + ")"
+        if self.check.tolerance > 1e-10:
+            text += f"; rounding is amplified, allowed {self.check.tolerance:.1e}"
+        return text
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,} -> {after:,} (x {after / max(before, 1):.2f})"
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+# --------------------------------------------------------------------------- making one
+def make_report(
+    widened: Widened,
+    teacher: Teacher,
+    ratio: float,
+    example: tuple[Any, Any],
+    seconds: dict[str, float],
+    check: Check | None,
+) -> Report:
+    program, inference, widths = widened.program, widened.inference, widened.widths
+    student = program.student
+    matrices = inference.parameters(program, rank=2)
+    fixed = _fixed(inference.solver, widths, inference.parameters(program))
+    held = {f.parameter for f in fixed if not f.cannot}
+    sizes = {name: program.tensors[name].numel() for name in matrices}
+    total = sum(sizes.values())
+    share = sum(n for name, n in sizes.items() if name not in held) / total if total else 1.0
+    nodes = {n.name for _, n in program.each() if n.op == "call_function"}
+    return Report(
+        type(student).__name__,
+        ratio,
+        share,
+        widened.bridges,
+        len(nodes),
+        _groups(inference.solver, widths, inference.parameters(program)),
+        fixed,
+        widths.grown,
+        (_count(student), _count(teacher)),
+        (_macs(student, example), _macs(teacher, example)),
+        seconds,
+        check,
+    )
+
+
+def _groups(
+    solver: Solver, widths: Widths, parameters: dict[str, tuple[Axis, ...]]
+) -> tuple[Group, ...]:
+    members: dict[Leaf, list[str]] = {}
+    for name, axes in parameters.items():
+        for leaf in dict.fromkeys(x for a in axes for x in leaves(solver.resolve(a))):
+            if widths(leaf) != leaf.size:
+                members.setdefault(leaf, []).append(name)
+    ordered = sorted(members.items(), key=lambda item: item[0].order)
+    return tuple(Group(leaf.size, widths(leaf), tuple(names)) for leaf, names in ordered)
+
+
+def _fixed(
+    solver: Solver, widths: Widths, parameters: dict[str, tuple[Axis, ...]]
+) -> tuple[Fixed, ...]:
+    found = []
+    for name, axes in parameters.items():
+        for dim, axis in enumerate(axes):
+            axis = solver.resolve(axis)
+            for path in paths(axis):
+                if not path or any(leaf in widths.size for leaf in path):
+                    continue
+                reasons = [solver.reason[leaf] for leaf in path if leaf in solver.reason]
+                inner = any(leaf in widths.held for leaf in path)
+                bad = [r for r in reasons if r.kind not in CANNOT]
+                text = "another factor of its product widens" if inner else ""
+                text = text or ", ".join(map(str, (bad or reasons)[:1])) or "too small to widen"
+                found.append(Fixed(name, dim, str(axis), text, inner or not bad))
+    return tuple(dict.fromkeys(found))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _macs(module: nn.Module, example: tuple[Any, Any]) -> int:
+    """Multiply-adds of one sample, counted by PyTorch."""
+    args, kwargs = example
+    batch = next((x.shape[0] for x in (*args, *kwargs.values()) if hasattr(x, "shape")), 1)
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(*args, **kwargs)
+    finally:
+        module.train(training)
+    return int(counter.get_total_flops()) // 2 // max(batch, 1)

@@ -1,0 +1,134 @@
+"""Ops on widened axes: spread a tensor to copies, narrow copies to one, weigh a contraction.
+
+Notation: an axis has ``n`` student indices and ``w`` teacher indices; ``map`` (w,) says which
+student index a teacher index stands for. All functions are differentiable plain torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def spread(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Copy a student-wide axis to the teacher's width: ``y[i] = x[index[i]]``; (n,) -> (w,)."""
+    return x.index_select(dim, index)
+
+
+def narrow(
+    x: Tensor, dim: int, first: Tensor, rest: Tensor, owner: Tensor, copies: Tensor
+) -> Tensor:
+    """Merge copies, (w,) -> (n,): ``x_first + sum_i (x_i - x_first) / copies_i``.
+
+    Bit-exact while copies are equal, unlike a weighted sum, and with gradient to all of them.
+    ``first`` (n,): each student index's first copy; ``rest`` (w - n,): all other teacher indices,
+    their student index ``owner`` and its number of ``copies``. Integers and booleans take the
+    first copy.
+    """
+    head = x.index_select(dim, first)
+    if not (x.is_floating_point() or x.is_complex()):
+        return head
+    delta = x.index_select(dim, rest) - head.index_select(dim, owner)
+    if x.is_floating_point():  # -inf - -inf, as in attention masks, is no difference
+        delta = delta.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    return head.index_add(dim, owner, delta * _reciprocal(copies, delta, x.ndim - dim - 1))
+
+
+def _reciprocal(copies: Tensor, like: Tensor, right: int = 0) -> Tensor:
+    """1 / copies, with ``right`` dimensions of one after it. Counts are stored, not quotients:
+    they are exact in every dtype that the teacher may be moved to."""
+    dtype = like.real.dtype if like.is_complex() else like.dtype
+    one_over: Tensor = copies.to(dtype).reciprocal()
+    for _ in range(right):
+        one_over = one_over.unsqueeze(-1)
+    return one_over
+
+
+def share(
+    x: Tensor, table: Tensor, classes: Tensor, at: int, dim: int = 0, split: list[int] | None = None
+) -> Tensor:
+    """Multiply a contracted axis by its shares, so that copies count once.
+
+    ``table``: small, one number per (row and) share class, broadcasting against ``x`` once its
+    dimension ``at`` is expanded to teacher indices by ``classes`` (w,). An integer table holds
+    the number of copies: uniform shares. ``split``: the sizes into which dimension ``dim`` of
+    ``x`` is split first, where the contracted axis is a factor of it.
+    """
+    table = table.to(x.dtype) if table.is_floating_point() else _reciprocal(table, x)
+    shares = table.index_select(at, classes)
+    if split is None:
+        return x * shares
+    return (x.unflatten(dim, split) * shares).flatten(dim, dim + len(split) - 1)
+
+
+def dropout_mask(like: Tensor, shape: list[int], draw: str, p: float) -> Tensor:
+    """One dropout mask (zeros and 1 / (1 - p)), drawn at the student's shape."""
+    ones = torch.ones(shape, dtype=like.dtype, device=like.device)
+    return _DROPOUT[draw](ones, p, True)
+
+
+_DROPOUT = {"dropout": torch.dropout, "feature_dropout": torch.feature_dropout}
+
+
+def average(x: Tensor, dims: list[int], copies: Tensor, gain: float, keepdim: bool) -> Tensor:
+    """Mean over ``dims`` in which every student index weighs the same.
+
+    ``copies`` broadcasts against ``x``; ``gain``: teacher indices per student index on average.
+    """
+    return (x * (_reciprocal(copies, x) * gain)).mean(dims, keepdim=keepdim)
+
+
+def variance(
+    x: Tensor,
+    dims: list[int],
+    copies: Tensor,
+    gain: float,
+    correction: float,
+    keepdim: bool,
+    root: bool,
+    mean: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The student's variance (``root``: standard deviation; ``mean``: and mean) over ``dims``:
+    the biased one times n / (n - correction), n the student's number of indices."""
+    center = average(x, dims, copies, gain, keepdim=True)
+    biased = average((x - center) ** 2, dims, copies, gain, keepdim)
+    n = math.prod(x.shape[d] for d in dims) / gain
+    result = biased * (n / (n - correction) if n > correction else math.nan)
+    result = result.sqrt() if root else result
+    return (result, center if keepdim else center.squeeze(dims)) if mean else result
+
+
+def log_share(x: Tensor, copies: Tensor) -> Tensor:
+    """``x + log(1 / copies)``: what ``logsumexp`` adds up then counts every student index once."""
+    return x + _reciprocal(copies, x).log()
+
+
+def root_share(x: Tensor, copies: Tensor, p: float) -> Tensor:
+    """Scale an axis that a vector p-norm contracts: ``x * (1 / copies) ** (1 / p)``."""
+    return x * _reciprocal(copies, x) ** (1.0 / p)
+
+
+def softmax(x: Tensor, dim: int, copies: Tensor, log: bool = False) -> Tensor:
+    """Softmax over a widened axis, each copy with the student's full probability:
+    ``softmax(x + log(share)) / share`` with share = 1 / copies, ``copies`` (w,)."""
+    share = _reciprocal(copies, x, x.ndim - dim - 1)
+    if log:
+        return torch.log_softmax(x + share.log(), dim) - share.log()
+    return torch.softmax(x + share.log(), dim) / share
+
+
+def standardize(
+    x: Tensor, dims: list[int], copies: Tensor, gain: float, eps: float, center: bool
+) -> Tensor:
+    """``(x - mean) / sqrt(var + eps)`` over ``dims`` as the student's statistics would be.
+
+    Without ``center``, by the root mean square (RMSNorm). Half types are computed in float32, as
+    PyTorch's own norms do.
+    """
+    y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    if center:
+        y = y - average(y, dims, copies, gain, keepdim=True)
+    variance = average(y * y, dims, copies, gain, keepdim=True)
+    return (y * torch.rsqrt(variance + eps)).to(x.dtype)

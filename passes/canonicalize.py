@@ -1,0 +1,179 @@
+"""Canonicalize: fewer spellings, and no in-place op where a functional one means the same.
+
+An in-place op is replaced if nobody else sees the memory that it writes: no alias of its target
+(connected by view ops) is used later. What remains writes to buffers, or through views.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from .program import Program, bind, check, is_tensor, mutated, value
+
+aten = torch.ops.aten
+
+_CHECKS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range_for_size.default,
+    aten.sym_constrain_range.default,
+}
+
+
+def canonicalize(program: Program) -> Program:
+    for mode in program.modes.values():
+        _one_node_per_tensor(mode.graph)
+        for node in mode.nodes:
+            _drop_identity(node)
+        _functionalize(mode.graph)
+        mode.graph.eliminate_dead_code(is_impure_node=_impure)
+    return check(program)
+
+
+def _impure(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    random = torch.Tag.nondeterministic_seeded in tags  # erasing one would shift later draws
+    return node.is_impure() or bool(mutated(node)) or random
+
+
+def follow(program: Program, double: Program) -> Program:
+    """Let device and dtype constants that capture baked follow the parameters.
+
+    ``double`` is the same network captured in float64: a dtype that differs there follows the
+    parameters' dtype, one that does not (a deliberate ``.float()``) stays.
+    """
+    for name, mode in program.modes.items():
+        twins = double.modes[name].nodes
+        nodes = mode.nodes
+        if [n.target for n in nodes if n.op != "get_attr"] != [
+            n.target for n in twins if n.op != "get_attr"
+        ]:
+            continue
+        own = (n for n in nodes if n.op == "call_function")
+        for node, twin in zip(own, (n for n in twins if n.op == "call_function"), strict=True):
+            _follow_node(program, node, twin)
+    return check(program)
+
+
+def bakes_constants(program: Program) -> bool:
+    """True if some call names a floating dtype or a device."""
+    return any(
+        isinstance(x, torch.dtype) and x.is_floating_point
+        for _, node in program.each()
+        for x in (*node.args, *node.kwargs.values())
+    )
+
+
+def _follow_node(program: Program, node: fx.Node, twin: fx.Node) -> None:
+    def replaced(mine: Any, other: Any) -> Any:
+        differs = isinstance(mine, torch.dtype) and mine != other
+        return _attribute(program, node, "dtype") if differs else mine
+
+    args = tuple(map(replaced, node.args, twin.args))
+    kwargs = {k: replaced(v, twin.kwargs.get(k)) for k, v in node.kwargs.items()}
+    node.args, node.kwargs = args, kwargs
+
+
+def follow_device(program: Program) -> Program:
+    """Let device constants that equal the parameters' device follow it."""
+    for _, node in program.each():
+        if isinstance(device := node.kwargs.get("device"), torch.device):
+            new = _attribute(program, node, "device", device)
+            node.kwargs = {**node.kwargs, "device": new}
+        if node.op == "call_function" and any(isinstance(a, torch.device) for a in node.args):
+            node.args = tuple(
+                _attribute(program, node, "device", a) if isinstance(a, torch.device) else a
+                for a in node.args
+            )
+    return program
+
+
+def _attribute(program: Program, node: fx.Node, name: str, value_: Any = None) -> Any:
+    """A node that reads ``dtype`` or ``device`` of the first floating parameter, if it agrees."""
+    for target, tensor in program.tensors.items():
+        if isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point():
+            if value_ is not None and tensor.device != value_:
+                break
+            with node.graph.inserting_before(node):
+                source = node.graph.get_attr(target)
+                source.meta["val"] = tensor
+                return node.graph.call_function(getattr, (source, name))
+    return value_ if value_ is not None else torch.float32
+
+
+def _one_node_per_tensor(graph: fx.Graph) -> None:
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            if node.target in seen:
+                node.replace_all_uses_with(seen[node.target])
+                graph.erase_node(node)
+            else:
+                seen[node.target] = node
+
+
+def _drop_identity(node: fx.Node) -> None:
+    """Erase export's assertions, and dropout that drops nothing."""
+    if node.target in _CHECKS:
+        node.graph.erase_node(node)
+    elif node.target in (aten.dropout.default, aten.dropout_.default):
+        source, p, train = node.args[:3] if len(node.args) > 2 else (None, None, True)
+        if isinstance(source, fx.Node) and (p == 0 or not train):
+            node.replace_all_uses_with(source)
+            node.graph.erase_node(node)
+
+
+def _functionalize(graph: fx.Graph) -> None:
+    order = {node: k for k, node in enumerate(graph.nodes)}
+    family: dict[fx.Node, set[fx.Node]] = {}  # nodes that may share memory, views of views too
+    for node in list(graph.nodes):
+        for target in [arg for name, arg in mutated(node) if name == "self"]:
+            private = all(
+                member.op == "call_function"
+                and (member is target or all(order[user] <= order[node] for user in member.users))
+                for member in family[target]
+            )
+            functional = _functional(node.target)
+            if functional and private and not _casts(node, target):
+                node.target = functional
+                later = {user for user in target.users if order[user] > order[node]}
+                target.replace_all_uses_with(node, later.__contains__)
+        family[node] = {node}
+        for source in _aliased(node):
+            family[node] |= family[source]
+        for member in family[node]:
+            family[member] = family[node]
+
+
+def _aliased(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose memory a node's result may share."""
+    schema = getattr(node.target, "_schema", None)
+    if node.target is operator.getitem:
+        return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
+    if schema is None:
+        return node.all_input_nodes if node.op == "call_function" and value(node) is None else []
+    args = bind(node)
+    sources = [args[a.name] for a in schema.arguments if a.alias_info is not None]
+    flat = [x for s in sources for x in (s if isinstance(s, list | tuple) else [s])]
+    return [x for x in flat if is_tensor(x)]
+
+
+def _functional(target: Any) -> Any:
+    """``aten.relu_.default`` -> ``aten.relu.default``, or None."""
+    namespace, _, name = target._schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name.rstrip("_"), None)
+    return getattr(packet, target._overloadname, None) if name.endswith("_") else None
+
+
+def _casts(node: fx.Node, target: fx.Node) -> bool:
+    """True if the in-place op keeps a type or shape that the functional one would promote."""
+    others = [value(a) for a in node.all_input_nodes if is_tensor(a) and a is not target]
+    mine = value(target)
+    return any(o.dtype != mine.dtype or o.ndim > mine.ndim for o in others) and (
+        node.target is not aten.masked_fill_.Scalar
+    )

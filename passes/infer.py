@@ -1,0 +1,191 @@
+"""Infer axes: one axis per dimension of every tensor, over both graphs together.
+
+Each op's rule is one transaction. Where it has no rule, or its rule meets a conflict, the op is
+marked for a bridge: its inputs will be seen at the student's width, its outputs get fresh axes.
+Conflicts resolve in graph order, so the result is deterministic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..axes import Reason, Solver, leaves
+from ..errors import AxisConflict
+from .program import Program, describe, is_mutable, is_tensor, mutated, shape, value
+from .rules import rule_of
+from .rules.base import Axes, Op
+
+
+@dataclass(frozen=True)
+class Inference:
+    """``axes``: node -> axes; ``tensors``: the same for parameters and buffers, by name;
+    ``ops``: the view through which each node was inferred; ``bridges``: node -> why."""
+
+    solver: Solver
+    axes: dict[fx.Node, Any]
+    tensors: dict[str, Axes]
+    ops: dict[fx.Node, Op]
+    bridges: dict[fx.Node, str] = field(default_factory=dict)
+
+    def parameters(self, program: Program, rank: int = 1) -> dict[str, Axes]:
+        """Axes of the parameters with ``rank`` or more dimensions, refined."""
+        return {
+            name: tuple(self.solver.resolve(a) for a in axes)
+            for name, axes in self.tensors.items()
+            if isinstance(program.tensors[name], nn.Parameter) and len(axes) >= rank
+        }
+
+
+class NeedsFunctional(Exception):
+    """A view is written in place where its op must be bridged: capture functionally instead."""
+
+
+def infer(program: Program) -> Inference:
+    result = Inference(Solver(), {}, {}, {})
+    for mode in program.modes.values():
+        static: set[fx.Node] = set()
+        for node in mode.graph.nodes:
+            result.solver.at = describe(node) if node.op == "call_function" else str(node.target)
+            _infer_node(program, result, node, static)
+        _check_writes(result, mode.graph)
+    _fix_outputs(program, result)
+    used = {n.target for _, n in program.each() if n.op == "get_attr"}
+    for name, tensor in program.tensors.items():
+        axes = result.tensors.setdefault(name, _tensor_axes(result.solver, tensor))
+        for axis in axes if name not in used else ():
+            result.solver.fix(axis, Reason("unused", name))
+    return result
+
+
+def _tensor_axes(solver: Solver, tensor: torch.Tensor) -> Axes:
+    return tuple(solver.leaf(s) for s in tensor.shape)
+
+
+def _infer_node(program: Program, result: Inference, node: fx.Node, static: set[fx.Node]) -> None:
+    solver = result.solver
+    if node.op == "placeholder" and is_tensor(node):
+        result.axes[node] = tuple(solver.leaf(s, Reason("input", node.name)) for s in shape(node))
+        for axis, size in zip(result.axes[node], value(node).shape, strict=True):
+            if isinstance(size, torch.SymInt):
+                solver.mark(solver.symbolic, axis)
+    elif node.op == "get_attr" and node.target in program.tensors:
+        static.add(node)
+        assert isinstance(node.target, str)
+        if node.target not in result.tensors:
+            axes = _tensor_axes(solver, program.tensors[node.target])
+            result.tensors[node.target] = axes
+        result.axes[node] = result.tensors[node.target]
+        node.meta["val"] = program.tensors[node.target]
+    elif node.op == "call_function":
+        if all(n in static for n in node.all_input_nodes) and not _random(node):
+            static.add(node)
+        kind = value(node)
+        if isinstance(kind, torch.Tensor | list | tuple):
+            op = result.ops[node] = Op(node, solver, result.axes, static)
+            result.axes[node] = _infer_op(result, op)
+
+
+def _random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _infer_op(result: Inference, op: Op) -> Any:
+    rule, point = rule_of(op.node.target), result.solver.checkpoint()
+    why = "no rule for this op"
+    if rule is not None:
+        try:
+            axes = rule.infer(op)
+            if _sizes(axes) == _shapes(value(op.node)):
+                return axes
+            why = f"its rule gives sizes {_sizes(axes)}, it has {_shapes(value(op.node))}"
+        except AxisConflict as conflict:
+            why = str(conflict)
+        except Exception as error:  # a rule met a form it was not written for: bridged, reported
+            why = f"its rule failed ({type(error).__name__}: {error})"
+        result.solver.rollback(point)
+    return bridge(result, op, why)
+
+
+def _sizes(axes: Any) -> Any:
+    return [_sizes(a) for a in axes] if isinstance(axes, list) else [a.size for a in axes]
+
+
+def _shapes(val: Any) -> Any:
+    return [_shapes(v) for v in val] if isinstance(val, list | tuple) else list(shape(val))
+
+
+def bridge(result: Inference, op: Op, why: str) -> Any:
+    """Mark the op and give its outputs fresh axes: free where an input's axis of that size is."""
+    solver = result.solver
+    result.bridges[op.node] = why
+    op.narrowed.clear()
+    op.spread.clear()
+    inputs = [n for n in op.node.all_input_nodes if n in result.axes and is_tensor(n)]
+    for n in inputs:
+        if n.op == "get_attr":
+            for axis in result.axes[n]:
+                solver.fix(axis, Reason("bridge", op.where))
+
+    def fresh(val: Any) -> Any:
+        if isinstance(val, list | tuple):
+            return [fresh(v) for v in val]
+        if not isinstance(val, torch.Tensor):
+            return ()
+        axes = []
+        for d, size in enumerate(shape(val)):
+            symbolic = isinstance(val.shape[d], torch.SymInt)
+            alike = [
+                a
+                for n in inputs
+                for k, a in enumerate(result.axes[n])
+                if (a.size == size or (k == d and len(result.axes[n]) == val.ndim))
+                and isinstance(value(n).shape[k], torch.SymInt) == symbolic
+            ]
+            alike = alike or [a for n in inputs for a in result.axes[n]]
+            fixed = all(solver.is_fixed(a) for a in alike) and bool(alike or not inputs)
+            axis = solver.leaf(size, Reason("spatial", op.where) if fixed else None)
+            if symbolic:
+                solver.mark(solver.symbolic, axis)
+            axes.append(axis)
+        return tuple(axes)
+
+    return fresh(value(op.node))
+
+
+def _fix_outputs(program: Program, result: Inference) -> None:
+    """An output axis that no weight contracts is the network's result and stays; a hidden
+    feature that is returned too stays wide inside and is narrowed on its way out."""
+    solver = result.solver
+    for mode in program.modes.values():
+        for node in mode.graph.output_node().all_input_nodes:
+            for axis in result.axes.get(node, ()) if is_tensor(node) else ():
+                if not any(x in solver.contracted for x in leaves(solver.resolve(axis))):
+                    solver.fix(axis, Reason("output", node.name))
+
+
+def _check_writes(result: Inference, graph: fx.Graph) -> None:
+    """A bridged op makes new memory: a write through it, or into it, would be lost."""
+    written: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        written |= {target for _, target in mutated(node) if target.op != "get_attr"}
+        op = result.ops.get(node)
+        if node in written and op is not None:
+            fresh = node in result.bridges or op.narrowed
+            if fresh and _views(node) and not _all_fixed(result, node):
+                raise NeedsFunctional(op.where)
+            if _views(node) or is_mutable(node):
+                written |= {n for n in node.all_input_nodes if is_tensor(n)}
+
+
+def _views(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(a.alias_info is not None for a in schema.arguments)
+
+
+def _all_fixed(result: Inference, node: fx.Node) -> bool:
+    near = [n for n in (node, *node.all_input_nodes) if n in result.axes and is_tensor(n)]
+    return all(result.solver.is_fixed(a) for n in near for a in result.axes[n])

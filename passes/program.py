@@ -1,0 +1,159 @@
+"""The value that passes hand to each other: graphs over one set of named tensors."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import TreeSpec
+
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_HERE = str(Path(__file__).resolve().parent) + os.sep
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One captured graph (``train`` or ``eval``): flat tensor inputs to flat outputs."""
+
+    graph: fx.Graph
+    out_spec: TreeSpec
+    constants: tuple[Any, ...]  # leaves of the flattened call that are no tensors, else None
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.graph.nodes)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A network as data.
+
+    ``student``: a private copy of the user's module, with the tensors that the graphs name.
+    ``modes``: ``train`` and ``eval``. ``tensors``: what ``get_attr`` nodes name, by the student's
+    own names; ``alias``: other name -> name, for tied tensors. ``children``: sub-graphs that
+    higher-order ops call.
+    """
+
+    student: nn.Module
+    modes: dict[str, Mode]
+    tensors: dict[str, torch.Tensor]
+    alias: dict[str, str]
+    children: dict[str, nn.Module]
+
+    def with_graphs(self, graphs: dict[str, fx.Graph]) -> Program:
+        modes = {name: replace(self.modes[name], graph=graph) for name, graph in graphs.items()}
+        return replace(self, modes=modes)
+
+    def each(self) -> Iterator[tuple[str, fx.Node]]:
+        """Every node of every mode."""
+        for name, mode in self.modes.items():
+            for node in mode.graph.nodes:
+                yield name, node
+
+
+def check(program: Program) -> Program:
+    """Legality of a pass's result: well-formed graphs, and every name they use exists."""
+    for name, mode in program.modes.items():
+        mode.graph.lint()
+        for node in mode.graph.nodes:
+            known = node.target in program.tensors or node.target in program.children
+            if node.op == "get_attr" and not known:
+                raise AssertionError(f"{name}: {node.name} names the unknown tensor {node.target}")
+            if node.op in ("call_module", "call_method"):
+                raise AssertionError(f"{name}: {node.name} is no ATen call: {node.op}")
+    return program
+
+
+# --------------------------------------------------------------------------- reading nodes
+def bind(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an ATen call by schema name, defaults filled in."""
+    bound = {}
+    for k, arg in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if k < len(node.args) and not arg.kwarg_only:
+            bound[arg.name] = node.args[k]
+        else:
+            bound[arg.name] = node.kwargs.get(arg.name, arg.default_value)
+    return bound
+
+
+def size_hint(size: Any) -> int:
+    """A size as a number; a symbolic one at the sizes of the example."""
+    hint: Any = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(hint)
+
+
+def value(node: Any) -> Any:
+    """The fake value of a node, or the constant itself."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def shape(node: Any) -> tuple[int, ...]:
+    """The shape of a node's tensor at the sizes of the example."""
+    return tuple(size_hint(s) for s in value(node).shape)
+
+
+def number(node: Any) -> int:
+    """An integer argument, or the example's value of the node that computes it."""
+    return size_hint(value(node))
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor)
+
+
+def is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def mutated(node: fx.Node) -> list[tuple[str, fx.Node]]:
+    """The tensor arguments that a call writes to, by schema name."""
+    if not is_mutable(node):
+        return []
+    args = bind(node)
+    return [
+        (a.name, args[a.name])
+        for a in node.target._schema.arguments  # type: ignore[union-attr]
+        if a.alias_info is not None and a.alias_info.is_write and is_tensor(args[a.name])
+    ]
+
+
+# --------------------------------------------------------------------------- provenance
+def module_path(node: fx.Node) -> str:
+    """``"layer1.0.conv1 (Conv2d)"``: the user's module that made the node."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, kind = list(stack.values())[-1]
+    kind = kind if isinstance(kind, str) else kind.__name__
+    return f"{path.split('@')[0] or '(root)'} ({kind.rsplit('.', 1)[-1]})"
+
+
+def source(node: fx.Node) -> str:
+    """``"resnet.py:92 out = self.conv1(x)"``: the user's last line before torch's own."""
+    return source_line(node.meta.get("stack_trace") or "")
+
+
+_FRAME = re.compile(r'\s*File "(?P<path>.+)", line (?P<line>\d+)')
+
+
+def source_line(trace: str) -> str:
+    """The last frame of a formatted traceback that lies outside torch and this package."""
+    lines, found = trace.splitlines(), ""
+    for k, line in enumerate(lines):
+        frame = _FRAME.match(line)
+        if frame and not frame["path"].startswith((_TORCH, _HERE, "<")):
+            code = lines[k + 1].strip() if k + 1 < len(lines) else ""
+            found = f"{os.path.basename(frame['path'])}:{frame['line']} {code}"
+    return found
+
+
+def describe(node: fx.Node) -> str:
+    """One line: module, source, op."""
+    return f"{module_path(node)}, {source(node)}: {node.target}".lstrip(", ")

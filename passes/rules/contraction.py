@@ -1,0 +1,152 @@
+"""Ops that multiply and add: linear, convolutions, matrix products, attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from .base import Op, Rule, Writer, broadcast
+from .signature import Signature, apply_share, infer, parse, sig, widen
+
+aten = torch.ops.aten
+
+_CONV = sig("b (g i) *s, (g o) i *k, (g o)? -> b (g o) *t", "input weight bias", g="groups")
+_TRANSPOSED = sig("b (g i) *s, (g i) o *k, (g o)? -> b (g o) *t", "input weight bias", g="groups")
+
+
+# --------------------------------------------------------------------------- matmul and einsum
+def _matmul_signature(op: Op) -> Signature:
+    a, b = (len(op.axes(x)) for x in ("self", _second(op)))
+    left, right = ("k", "m k", "... m k"), ("k", "k n", "... k n")
+    result = {(1, 1): "", (1, 2): "n", (2, 1): "m", (1, 3): "... n", (3, 1): "... m"}
+    shape = (min(a, 3), min(b, 3))
+    out = result.get(shape, "... m n")
+    return parse(f"{left[shape[0] - 1]}, {right[shape[1] - 1]} -> {out}")
+
+
+def _second(op: Op) -> str:
+    return next(name for name in ("other", "mat2", "vec", "tensor") if name in op.args)
+
+
+def _matmul(op: Op) -> Any:
+    result = infer(_matmul_signature(op), ("self", _second(op)), (), op)
+    for axis in result[:-2]:  # heads, as a rule: the first to widen
+        op.solver.mark(op.solver.outer, axis)
+    return result
+
+
+def _widen_matmul(w: Writer) -> fx.Node:
+    return widen(_matmul_signature(w.op), ("self", _second(w.op)), (), w)
+
+
+def _einsum_parts(op: Op) -> tuple[Signature, list[fx.Node]]:
+    equation, operands = op["equation"].replace(" ", ""), op["tensors"]
+    left, arrow, right = equation.partition("->")
+    if not arrow:
+        names = sorted(set(left) - set(",."))
+        right = ("..." if "..." in left else "") + "".join(n for n in names if left.count(n) == 1)
+
+    def spaced(part: str) -> str:
+        return " ".join(part.replace("...", ".")).replace(".", "...")
+
+    if any(len(set(p)) < len(p.replace("...", ".")) for p in left.split(",")):
+        op.conflict("einsum takes a diagonal")
+    return parse(", ".join(map(spaced, left.split(","))) + " -> " + spaced(right)), operands
+
+
+def _einsum(op: Op) -> Any:
+    signature, operands = _einsum_parts(op)
+    op.args |= {f"operand{k}": x for k, x in enumerate(operands)}
+    result = infer(signature, tuple(f"operand{k}" for k in range(len(operands))), (), op)
+    everywhere = [n for n in op.env if all((n,) in dims for dims in signature.inputs)]
+    for name in everywhere:  # batched: heads
+        op.solver.mark(op.solver.outer, op.env[name])
+    return result
+
+
+def _widen_einsum(w: Writer) -> fx.Node:
+    signature, operands = _einsum_parts(w.op)
+    new = [w.map(x) for x in operands]
+    outputs = {n for dim in signature.outputs[0] for n in dim}
+    for name in signature.contracted:
+        if w.wide(w.op.env[name]):
+            holders = [k for k, dims in enumerate(signature.inputs) if (name,) in dims]
+            weights = [k for k in holders if w.op.is_static(operands[k])]
+            k = (weights or holders)[-1]
+            rows = outputs if weights else set()
+            new[k] = apply_share(w, new[k], operands[k], signature.inputs[k], name, rows)
+    return w.copy(tensors=new)
+
+
+# --------------------------------------------------------------------------- addmm and friends
+def _add_product(operands: tuple[str, str], pattern: str) -> Rule:
+    """``beta * self + alpha * (a @ b)``, where ``self`` broadcasts."""
+    signature = parse(pattern)
+
+    def infer_(op: Op) -> Any:
+        result = infer(signature, operands, (), op)
+        return broadcast(op, op.axes("self"), result)
+
+    return Rule(infer_, lambda w: widen(signature, operands, (), w))
+
+
+# --------------------------------------------------------------------------- attention
+_ATTENTION = parse("... q e, ... k e, ... k v -> ... q v")
+_QKV = ("query", "key", "value")
+
+
+def _attention(op: Op) -> Any:
+    if op["enable_gqa"]:
+        op.conflict("grouped-query attention repeats heads inside the op")
+    if op["dropout_p"]:
+        op.conflict("attention dropout is drawn inside the op")
+    result = infer(_ATTENTION, _QKV, (), op)
+    for axis in result[:-2]:
+        op.solver.mark(op.solver.outer, axis)
+    op.solver.mark(op.solver.inner, op.env["k"])
+    if op["attn_mask"] is not None:
+        broadcast(op, op.axes("attn_mask"), (*result[:-1], op.env["k"]))
+    return result
+
+
+def _widen_attention(w: Writer) -> fx.Node:
+    op = w.op
+    changes: dict[str, Any] = {}
+    if w.wide(op.env["e"]):
+        changes["query"] = apply_share(w, w["query"], op["query"], _ATTENTION.inputs[0], "e", set())
+        if op["scale"] is None:
+            changes["scale"] = 1.0 / math.sqrt(w.frozen(op.env["e"]).student)
+    if not w.frozen(op.env["k"]).even:  # uneven copies of a key would get uneven attention
+        for name, back in (("key", 2), ("value", 2), ("attn_mask", 1)):
+            x = op[name]
+            if x is not None and (axes := op.axes(x))[-back].size != 1:
+                changes[name] = w.narrow(w[name], axes, [len(axes) - back])
+    return w.copy(**changes)
+
+
+TABLE: dict[Any, Rule] = {
+    aten.linear.default: sig("... i, o i, o? -> ... o"),
+    aten.conv1d.default: _CONV,
+    aten.conv2d.default: _CONV,
+    aten.conv3d.default: _CONV,
+    aten.conv1d.padding: _CONV,
+    aten.conv2d.padding: _CONV,
+    aten.conv3d.padding: _CONV,
+    aten.conv_transpose1d.default: _TRANSPOSED,
+    aten.conv_transpose2d.input: _TRANSPOSED,
+    aten.conv_transpose3d.input: _TRANSPOSED,
+    aten.matmul.default: Rule(_matmul, _widen_matmul),
+    aten.mm.default: Rule(_matmul, _widen_matmul),
+    aten.bmm.default: Rule(_matmul, _widen_matmul),
+    aten.mv.default: Rule(_matmul, _widen_matmul),
+    aten.dot.default: Rule(_matmul, _widen_matmul),
+    aten.einsum.default: Rule(_einsum, _widen_einsum),
+    aten.addmm.default: _add_product(("mat1", "mat2"), "m k, k n -> m n"),
+    aten.addmv.default: _add_product(("mat", "vec"), "m k, k -> m"),
+    aten.baddbmm.default: _add_product(("batch1", "batch2"), "b m k, b k n -> b m n"),
+    aten.bilinear.default: sig("... i, ... j, o i j, o? -> ... o"),
+    aten.scaled_dot_product_attention.default: Rule(_attention, _widen_attention),
+}

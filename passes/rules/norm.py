@@ -1,0 +1,125 @@
+"""Normalisation. Statistics over a widened axis are the student's as they stand if copies are
+equal in number; else they are weighted by 1 / copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...axes import product
+from ...kernels import copies
+from .base import Axes, Op, Rule, Writer
+from .signature import sig
+
+aten = torch.ops.aten
+
+# Batch norm contracts everything but its channels: copies there would be counted twice.
+_BATCH = sig("b! c ..., c?, c?, c?, c? -> b c ...", "input weight bias running_mean running_var")
+
+
+def _batch_norm(op: Op) -> Any:
+    for axis in op.axes("input")[2:]:
+        op.fix(axis, "statistics")
+    return _BATCH.infer(op)
+
+
+def _functional_batch_norm(op: Op) -> Any:
+    """Several results: the output, then statistics per channel."""
+    x = _batch_norm_axes(op)
+    return [x] + [
+        (x[1],) if len(v.shape) == 1 and v.numel() else () for v in op.node.meta["val"][1:]
+    ]
+
+
+def _batch_norm_axes(op: Op) -> Axes:
+    x = op.axes("input")
+    for axis in (x[0], *x[2:]):
+        op.fix(axis, "statistics")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if op[name] is not None:
+            op.unify(x[1], op.axes(name)[0])
+    return op.axes("input")
+
+
+# --------------------------------------------------------------------------- layer and RMS norm
+def _layer_norm(op: Op) -> Axes:
+    x, count = op.axes("input"), len(op["normalized_shape"])
+    for name in ("weight", "bias"):
+        if op[name] is not None:
+            for a, b in zip(x[len(x) - count :], op.axes(name), strict=True):
+                op.unify(a, b)
+    return x
+
+
+def _widen_layer_norm(w: Writer, center: bool) -> fx.Node:
+    op = w.op
+    axes, count = op.axes("input"), len(op["normalized_shape"])
+    dims = list(range(len(axes) - count, len(axes)))
+    if not w.uneven(axes, dims):
+        sizes = [w.size(axes[d], n) for d, n in zip(dims, op["normalized_shape"], strict=True)]
+        return w.copy(normalized_shape=sizes)
+    eps = op["eps"] if op["eps"] is not None else torch.finfo(op.node.meta["val"].dtype).eps
+    number = w.copies(axes, dims), w.gain(axes, dims)
+    y = w.call(copies.standardize, w["input"], dims, *number, eps, center)
+    return _affine(w, y, 0)
+
+
+def _affine(w: Writer, y: fx.Node, right: int) -> fx.Node:
+    """``y * weight + bias``, each with ``right`` dimensions after it."""
+    for name, function in (("weight", aten.mul.Tensor), ("bias", aten.add.Tensor)):
+        x = w[name]
+        if x is not None:
+            for _ in range(right):
+                x = w.call(aten.unsqueeze.default, x, -1)
+            y = w.call(function, y, x)
+    return y
+
+
+# --------------------------------------------------------------------------- group norm
+def _group_norm(op: Op) -> Axes:
+    x, groups = op.axes("input"), int(op["num_groups"])
+    op.env["g"], op.env["i"] = op.free(groups), op.free(x[1].size // groups)
+    op.solver.mark(op.solver.outer, op.env["g"])
+    op.unify(x[1], product(op.env["g"], op.env["i"]))
+    for name in ("weight", "bias"):
+        if op[name] is not None:
+            op.unify(op.axes("input")[1], op.axes(name)[0])
+    for axis in x[2:]:
+        op.fix(axis, "statistics")
+    return op.axes("input")
+
+
+def _widen_group_norm(w: Writer) -> fx.Node:
+    op = w.op
+    groups, inner = w.frozen(op.env["g"]), w.frozen(op.env["i"])
+    if inner.even:
+        return w.copy(num_groups=groups.teacher)
+    x, rank = w["input"], len(op.axes("input"))
+    split = w.call(aten.unflatten.int, x, 1, [groups.teacher, inner.teacher])
+    count = w.constant(inner.copies[inner.map].reshape(-1, *(1,) * (rank - 2)))
+    dims, gain = list(range(2, rank + 1)), inner.teacher / inner.student
+    y = w.call(copies.standardize, split, dims, count, gain, op["eps"], True)
+    return _affine(w, w.call(aten.flatten.using_ints, y, 1, 2), rank - 2)
+
+
+def _instance_norm(op: Op) -> Axes:
+    x = op.axes("input")
+    for axis in x[2:]:
+        op.fix(axis, "statistics")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if op[name] is not None:
+            op.unify(x[1], op.axes(name)[0])
+    return op.axes("input")
+
+
+TABLE: dict[Any, Rule] = {
+    aten.batch_norm.default: Rule(_batch_norm),
+    aten._native_batch_norm_legit_functional.default: Rule(_functional_batch_norm),
+    aten._native_batch_norm_legit_no_training.default: Rule(_functional_batch_norm),
+    aten.instance_norm.default: Rule(_instance_norm),
+    aten.layer_norm.default: Rule(_layer_norm, lambda w: _widen_layer_norm(w, center=True)),
+    aten.rms_norm.default: Rule(_layer_norm, lambda w: _widen_layer_norm(w, center=False)),
+    aten.group_norm.default: Rule(_group_norm, _widen_group_norm),
+}

@@ -1,0 +1,280 @@
+"""Rules read like einops: ``"... i, o i, o? -> ... o"`` is all there is to say about ``linear``.
+
+Left of the arrow one pattern per tensor argument (``?``: may be None), right of it one per result.
+
+    name        an axis; where a name recurs its axes unify
+    (g i)       a product of axes, outer first
+    ...         any number of leading or middle dimensions, broadcast between operands
+    *s          any number of dimensions that stay as they are (spatial, kernel); fixed
+    name!       fixed on sight: the op depends on how many indices there are
+
+A name that stands only on the left is contracted: one operand (the last that holds it, a weight
+if there is one) is multiplied by shares. A name only on the right is fresh and fixed. A name bound
+to an integer argument (``g="groups"``) has that argument's size and is recomputed when it widens.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from ...axes import Axis, product, share_table
+from ...kernels import copies
+from ..program import size_hint
+from .base import Axes, Op, Rule, Writer, broadcast
+
+Dim = tuple[str, ...]  # the names of one dimension; a starred or dotted name stands alone
+_TOKEN = re.compile(r"\(([^)]*)\)|(\S+)")
+
+
+@dataclass(frozen=True)
+class Signature:
+    inputs: tuple[tuple[Dim, ...], ...]
+    optional: tuple[bool, ...]
+    outputs: tuple[tuple[Dim, ...], ...]
+    fixed: frozenset[str]
+
+    @property
+    def contracted(self) -> list[str]:
+        left = [n for dims in self.inputs for dim in dims for n in dim]
+        right = {n for dims in self.outputs for dim in dims for n in dim}
+        names = dict.fromkeys(n for n in left if n not in right and n not in self.fixed)
+        return [n for n in names if n[0] not in "*."]
+
+
+def parse(text: str) -> Signature:
+    """Parse a signature; raises ``ValueError`` that shows the offending part."""
+    if text.count("->") != 1:
+        raise ValueError(f"a signature has one arrow: {text!r}")
+    left, right = text.split("->")
+    fixed: set[str] = set()
+
+    def dims(pattern: str) -> tuple[Dim, ...]:
+        found = []
+        for group, single in _TOKEN.findall(pattern):
+            names = tuple(group.split()) if group else (single,)
+            fixed.update(n.rstrip("!") for n in names if n.endswith("!"))
+            names = tuple(n.rstrip("!") for n in names)
+            bad = [n for n in names if not re.fullmatch(r"\.\.\.|\*?[A-Za-z_]\w*", n)]
+            if bad or (len(names) > 1 and any(n[0] in "*." for n in names)):
+                raise ValueError(f"cannot read {(bad or names)} in the signature {text!r}")
+            found.append(names)
+        if sum(dim[0][0] in "*." for dim in found) > 1:
+            raise ValueError(f"one ... or *name per operand: {pattern.strip()!r} in {text!r}")
+        return tuple(found)
+
+    operands = [p.strip() for p in left.split(",")]
+    return Signature(
+        tuple(dims(p.rstrip("?")) for p in operands),
+        tuple(p.endswith("?") for p in operands),
+        tuple(dims(p) for p in right.split(",")),
+        frozenset(fixed),
+    )
+
+
+def sig(text: str, names: str = "", **bound: str) -> Rule:
+    """A rule from a signature. ``names``: the schema names of its operands (by default the
+    tensor arguments in order); ``bound``: axis name -> integer argument with its size."""
+    signature = parse(text)
+    operands = tuple(names.split()) or None
+    keys = tuple(bound.items())
+    return Rule(
+        partial(infer, signature, operands, keys), partial(widen, signature, operands, keys)
+    )
+
+
+def _operands(op: Op, signature: Signature, names: tuple[str, ...] | None) -> list[Any]:
+    if names is None:
+        schema = op.node.target._schema.arguments  # type: ignore[union-attr]
+        names = tuple(a.name for a in schema if "Tensor" in str(a.type))
+    given = [op[name] for name in names[: len(signature.inputs)]]
+    for x, optional in zip(given, signature.optional, strict=False):
+        if x is None and not optional:
+            op.conflict("a tensor argument is missing")
+    return given
+
+
+def infer(
+    signature: Signature, names: tuple[str, ...] | None, bound: tuple[tuple[str, str], ...], op: Op
+) -> Any:
+    env = op.env
+    rest: dict[str, Axes] = {}
+    for name, argument in bound:
+        if isinstance(op[argument], fx.Node):
+            op.conflict(f"{argument} is computed by the network")
+        env[name] = op.free(int(op[argument]))
+        op.solver.mark(op.solver.outer, env[name])
+    for x, dims in zip(_operands(op, signature, names), signature.inputs, strict=False):
+        if x is not None:
+            _match(op, op.axes(x), dims, rest)
+    for name in signature.fixed:
+        if name in env:
+            op.fix(env[name], "statistics")
+        for axis in rest.get(name, ()):
+            op.fix(axis, "statistics")
+    for name in signature.contracted:
+        if name in env:
+            op.solver.mark(op.solver.contracted, env[name])
+    values = op.node.meta["val"]
+    shapes = [v.shape for v in values] if isinstance(values, tuple | list) else [op.out_shape]
+    outputs = [
+        _output(op, dims, rest, s) for dims, s in zip(signature.outputs, shapes, strict=False)
+    ]
+    return outputs if isinstance(values, tuple | list) else outputs[0]
+
+
+def _match(op: Op, axes: Axes, dims: tuple[Dim, ...], rest: dict[str, Axes]) -> None:
+    """Bind the names of one operand, from both ends towards its ``...`` or ``*``."""
+    many = next((k for k, dim in enumerate(dims) if dim[0][0] in "*."), None)
+    extra = len(axes) - len(dims) + (many is not None)
+    if extra < 0 or (many is None and extra):
+        op.conflict(f"an operand has {len(axes)} dimensions, its pattern {len(dims)}")
+    pairs = list(zip(axes, dims, strict=False))
+    if many is not None:
+        name, middle = dims[many][0], axes[many : many + extra]
+        tail = dims[many + 1 :]
+        pairs = list(zip(axes[:many], dims[:many], strict=True))
+        pairs += zip(axes[len(axes) - len(tail) :], tail, strict=True)
+        if name == "...":
+            rest[name] = broadcast(op, rest.get(name, ()), middle)
+        else:
+            for axis in middle:
+                op.fix(axis, "spatial")
+            rest[name] = middle
+    for axis, dim in pairs:
+        _bind_product(op, axis, dim)
+
+
+def _bind_product(op: Op, axis: Axis, dim: Dim) -> None:
+    unknown = [n for n in dim if n not in op.env]
+    known = 1
+    for n in dim:
+        known *= op.env[n].size if n in op.env else 1
+    if len(unknown) > 1 or (known and axis.size % known):
+        op.conflict(f"a dimension of size {axis.size} does not read as ({' '.join(dim)})")
+    if len(dim) == 1 and unknown:
+        op.env[dim[0]] = axis
+        return
+    for n in unknown:
+        op.env[n] = op.free(axis.size // known)
+    whole = product(*(op.env[n] for n in dim))
+    if whole.size != axis.size and axis.size == 1:
+        return  # broadcasts
+    op.unify(axis, whole)
+
+
+def _output(op: Op, dims: tuple[Dim, ...], rest: dict[str, Axes], shape: Any) -> Axes:
+    result: list[Axis] = []
+    fixed_names = sum(dim[0][0] not in "*." for dim in dims)
+    for dim in dims:
+        name = dim[0]
+        if name == "...":
+            result += rest.get(name, ())
+        elif name[0] == "*":
+            count = len(shape) - fixed_names
+            result += (
+                rest[name]
+                if name in rest
+                else [op.fixed(s) for s in shape_slice(shape, len(result), count)]
+            )
+        else:
+            for n in dim:
+                if n not in op.env:
+                    op.env[n] = op.fixed(shape_slice(shape, len(result), 1)[0], "fresh")
+            result.append(product(*(op.env[n] for n in dim)))
+    return tuple(result)
+
+
+def shape_slice(shape: Any, start: int, count: int) -> list[int]:
+    return [size_hint(s) for s in list(shape)[start : start + count]]
+
+
+def widen(
+    signature: Signature,
+    names: tuple[str, ...] | None,
+    bound: tuple[tuple[str, str], ...],
+    w: Writer,
+) -> fx.Node:
+    op = w.op
+    changes: dict[str, Any] = {}
+    for name, argument in bound:
+        if w.wide(op.env[name]):
+            changes[argument] = w.frozen(op.env[name]).teacher
+    given = _operands(op, signature, names)
+    schema = names or tuple(
+        a.name
+        for a in op.node.target._schema.arguments  # type: ignore[union-attr]
+        if "Tensor" in str(a.type)
+    )
+    for name in signature.contracted:
+        if name in op.env and w.wide(op.env[name]):
+            holders = [
+                k
+                for k, dims in enumerate(signature.inputs[: len(given)])
+                if given[k] is not None and any(name in dim for dim in dims)
+            ]
+            weights = [k for k in holders if op.is_static(given[k])]
+            k = (weights or holders)[-1]
+            operand = changes.get(schema[k], w[schema[k]])
+            outputs = {n for dims in signature.outputs for dim in dims for n in dim}
+            rows = outputs if weights else set()
+            changes[schema[k]] = apply_share(w, operand, given[k], signature.inputs[k], name, rows)
+    return w.copy(**changes)
+
+
+def apply_share(
+    w: Writer, operand: Any, student: fx.Node, dims: tuple[Dim, ...], name: str, rows: set[str]
+) -> fx.Node:
+    """``operand * shares`` along the axis ``name``, one set of shares per index of ``rows``."""
+    op, axes = w.op, w.op.axes(student)
+    many = next((k for k, dim in enumerate(dims) if dim[0][0] in "*."), len(dims))
+    extra = len(axes) - len(dims) + (many < len(dims))
+    place = next(k for k, dim in enumerate(dims) if name in dim)
+    dim = place if place < many else place + extra - 1
+    sizes: list[int] = []  # of the table, before its class dimension is expanded
+    at = 0
+    for k, parts in enumerate(dims):
+        if k == many:
+            sizes += [1] * extra
+        elif k == place and len(parts) > 1:
+            at = len(sizes) + parts.index(name)
+            sizes += [w.frozen(op.env[n]).teacher if n in rows else 1 for n in parts]
+        else:
+            at = len(sizes) if k == place else at
+            sizes.append(
+                w.frozen(axes[k if k < many else k + extra - 1]).teacher if rows & set(parts) else 1
+            )
+    parts = dims[place]
+    split = [w.frozen(op.env[n]).teacher for n in parts] if len(parts) > 1 else None
+    return share_along(w, operand, student, op.env[name], sizes, at, dim, split)
+
+
+def share_along(
+    w: Writer,
+    operand: Any,
+    student: fx.Node,
+    axis: Axis,
+    sizes: list[int],
+    at: int,
+    dim: int,
+    split: list[int] | None = None,
+) -> fx.Node:
+    """The node that multiplies by shares; ``sizes``: the table's, ``at``: its class dimension."""
+    frozen = w.static(axis)
+    before, after = sizes[:at], sizes[at + 1 :]
+
+    def table(draw: Any) -> Any:
+        flat = share_table(frozen, [*before, *after], draw)
+        return np.ascontiguousarray(np.moveaxis(flat, -1, at))
+
+    key = w.target.share_key(w.mode, student, w.op.node, (at, tuple(sizes), len(frozen.classes[1])))
+    shares = w.target.share(w.mode, key, table)
+    at_right = at - len(sizes)
+    return w.call(
+        copies.share, operand, shares, w.constant(frozen.classes[0]), at_right, dim, split
+    )

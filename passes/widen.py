@@ -1,0 +1,240 @@
+"""Widen: the student's graphs -> the teacher's, given a width for every leaf.
+
+Parameters and buffers are gathered along their axes (inverse reparameterization, IR), integer
+arguments are recomputed, contractions get shares, and what has no rule stands between bridges.
+"""
+
+from __future__ import annotations
+
+import operator
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ..axes import Axis, Frozen, Widths, choose_widths, freeze
+from ..kernels import copies
+from .infer import Inference
+from .program import Program, is_mutable, is_tensor, module_path, mutated, source
+from .rules import rule_of
+from .rules.base import Axes, Op, Target, Writer, student_size
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """An op that runs at the student's width (along some or all of its axes)."""
+
+    node: str
+    op: str
+    module: str
+    source: str
+    reason: str = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Widened:
+    """The teacher as data: its graphs, and how its tensors follow from the student's.
+
+    ``maps``: name -> one frozen axis per dimension, for every parameter and buffer;
+    ``shares`` and ``constants``: tensors that the graphs name and the student does not have.
+    """
+
+    program: Program
+    inference: Inference
+    widths: Widths
+    graphs: dict[str, fx.Graph]
+    maps: dict[str, tuple[Frozen, ...]]
+    shares: dict[str, torch.Tensor]
+    constants: dict[str, torch.Tensor]
+    bridges: tuple[Bridge, ...]
+
+    def frozen(self, axis: Axis) -> Frozen:
+        return freeze(self.inference.solver.resolve(axis), self.widths)
+
+
+def assign(program: Program, inference: Inference, ratio: float) -> Widths:
+    """One width for every leaf (see ``choose_widths``)."""
+    weights = [a for axes in inference.parameters(program).values() for a in axes]
+    others = [a for axes in inference.axes.values() for part in _parts(axes) for a in part]
+    return choose_widths(inference.solver, weights, others, ratio)
+
+
+def widen(
+    program: Program,
+    inference: Inference,
+    widths: Widths,
+    *,
+    shares: str = "random",
+    independent: bool = False,
+    seed: int = 0,
+) -> Widened:
+    """Write the teacher's graphs. ``shares``, ``independent``, ``seed``: see ``gpdfx.expand``."""
+    cache: dict[Axis, Frozen] = {}
+
+    def frozen(axis: Axis) -> Frozen:
+        axis = inference.solver.resolve(axis)
+        if axis not in cache:
+            cache[axis] = freeze(axis, widths)
+        return cache[axis]
+
+    def draw(key: str) -> np.random.Generator | None:
+        if shares == "uniform":
+            return None
+        return np.random.default_rng([seed, zlib.crc32(key.encode())])
+
+    graphs = {mode: fx.Graph() for mode in program.modes}
+    target = Target(graphs, inference.axes, frozen, draw, independent=independent)
+    for tensor in program.tensors.values():
+        if tensor.is_floating_point():
+            target.dtype, target.device = tensor.dtype, tensor.device
+            break
+    tops = {name.split(".")[0] for name in program.tensors}
+    while target.prefix in tops:
+        target.prefix += "_"
+    bridges: dict[Bridge, None] = {}
+    for mode, graph in graphs.items():
+        _GraphWriter(program, inference, target, mode, bridges).run()
+        graph.eliminate_dead_code(is_impure_node=_keep)
+        graph.lint()
+    maps = {n: tuple(frozen(a) for a in axes) for n, axes in inference.tensors.items()}
+    return Widened(
+        program, inference, widths, graphs, maps, target.shares, target.constants, tuple(bridges)
+    )
+
+
+def gather(tensor: torch.Tensor, maps: tuple[Frozen, ...]) -> torch.Tensor:
+    """IR of one tensor: the student's values at the teacher's indices."""
+    for dim, frozen in enumerate(maps):
+        if frozen.wide:
+            index = torch.from_numpy(frozen.map).to(tensor.device)
+            tensor = tensor.index_select(dim, index)
+    return tensor
+
+
+def _keep(node: fx.Node) -> bool:
+    """Ops that write, or that move the random state, stay although nobody reads them."""
+    draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return node.is_impure() or is_mutable(node) or draws or node.target is copies.dropout_mask
+
+
+def _parts(axes: Any) -> list[Axes]:
+    """The outputs of an op, one or several, as a list of axes."""
+    return axes if isinstance(axes, list) else [axes]
+
+
+@dataclass
+class _GraphWriter:
+    """Writes the teacher's graph of one mode, node by node; ``env``: student's node -> teacher's
+    (a list for an op with several outputs that had to be spread)."""
+
+    program: Program
+    inference: Inference
+    target: Target
+    mode: str
+    bridges: dict[Bridge, None]
+    env: dict[fx.Node, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        graph, nodes = self.target.graphs[self.mode], self.program.modes[self.mode].nodes
+        for node in nodes:
+            if node.op == "placeholder":
+                self.env[node] = graph.placeholder(node.name)
+        anchor = self.target.anchors[self.mode] = graph.call_function(_anchor)
+        for node in nodes:
+            if node.op == "get_attr":
+                self.env[node] = self.target.attribute(self.mode, str(node.target))
+            elif node.op == "call_function":
+                self.env[node] = new = self._call(node)
+                if isinstance(new, fx.Node):
+                    new.meta["student"] = node.name
+            elif node.op == "output":
+                graph.output(tuple(self._output(x) for x in node.args[0]))  # type: ignore[union-attr]
+        graph.erase_node(anchor)
+
+    def _call(self, node: fx.Node) -> Any:
+        op = self.inference.ops.get(node)
+        if op is None:
+            return self._number(node)
+        if node.target is operator.getitem and isinstance(self.env[node.args[0]], list):  # type: ignore[index]
+            return self.env[node.args[0]][node.args[1]]  # type: ignore[index]
+        if node in self.inference.bridges:
+            return self._bridge(op)
+        return self._rule(op)
+
+    def _rule(self, op: Op) -> Any:
+        """Write the op by its rule, some dimensions of its inputs narrowed first."""
+        env, axes = dict(self.env) if op.narrowed else self.env, self.inference.axes
+        w = Writer(op, self.target, self.mode, env)
+        for x, dim in sorted(op.narrowed, key=lambda pair: (pair[0].name, pair[1])):
+            env[x] = w.narrow(env[x], axes[x], [dim])
+        rule = rule_of(op.node.target)
+        assert rule is not None
+        new, spread = self._spread(w, rule.widen(w), sorted(op.spread))
+        if op.why and (spread or any(w.wide(axes[x][d]) for x, d in op.narrowed)):
+            self._note(op.node, op.why)
+        return new
+
+    def _bridge(self, op: Op) -> Any:
+        """Narrow every input, run the op at the student's width, spread its outputs."""
+        node, env, axes = op.node, dict(self.env), self.inference.axes
+        w = Writer(op, self.target, self.mode, env)
+        for x in node.all_input_nodes:
+            if x in axes and is_tensor(x):
+                env[x] = w.narrow(env[x], axes[x])
+        changed = any(env[x] is not self.env[x] for x in node.all_input_nodes)
+        new, spread = self._spread(w, w.copy(), None)
+        for _, x in mutated(node):
+            if env[x] is not self.env[x]:  # the op wrote to a narrowed copy
+                w.call(aten.copy_.default, self.env[x], w.spread(env[x], axes[x]))
+        if changed or spread:
+            self._note(node, self.inference.bridges[node])
+        return new
+
+    def _spread(self, w: Writer, new: Any, dims: list[int] | None) -> tuple[Any, bool]:
+        """Spread the outputs of an op that ran at the student's width along ``dims`` (all)."""
+        axes = self.inference.axes[w.op.node]
+        wide = any(
+            w.wide(a)
+            for part in _parts(axes)
+            for d, a in enumerate(part)
+            if dims is None or d in dims
+        )
+        if wide and isinstance(axes, list):
+            outputs = [w.call(operator.getitem, new, k) for k in range(len(axes))]
+            return [w.spread(x, a, dims) for x, a in zip(outputs, axes, strict=True)], True
+        return (w.spread(new, axes, dims) if wide else new), wide
+
+    def _note(self, node: fx.Node, why: str) -> None:
+        note = Bridge(node.name, str(node.target), module_path(node), source(node), why)
+        self.bridges.setdefault(note)
+
+    def _number(self, node: fx.Node) -> fx.Node:
+        """Numbers keep the student's value: the size of a widened dimension is scaled back."""
+        graph = self.target.graphs[self.mode]
+        new = graph.node_copy(node, lambda n: self.env[n])
+        new.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        if node.target in (aten.sym_size.int, aten.sym_numel.default):
+            axes = self.inference.axes[node.args[0]]  # type: ignore[index]
+            axes = axes if len(node.args) == 1 else [axes[node.args[1]]]
+            frozen = [f for f in map(self.target.frozen, axes) if f.wide]
+            for f in frozen:
+                new = graph.call_function(student_size, (new, f.student, f.teacher))
+        return new
+
+    def _output(self, x: Any) -> Any:
+        """A hidden feature that is returned leaves at the student's width."""
+        new = fx.node.map_arg(x, lambda n: self.env[n])
+        if isinstance(x, fx.Node) and is_tensor(x):
+            inference = self.inference
+            op = inference.ops.get(x) or Op(x, inference.solver, inference.axes, set())
+            new = Writer(op, self.target, self.mode, self.env).narrow(new, inference.axes[x])
+        return new
+
+
+def _anchor() -> None:
+    """Marks the place of a graph's constants while it is written."""
