@@ -40,7 +40,7 @@ def _reciprocal(copies: Tensor, like: Tensor, right: int = 0) -> Tensor:
     """1 / copies, with ``right`` dimensions of one after it. Counts are stored, not quotients:
     they are exact in every dtype that the teacher may be moved to."""
     dtype = like.real.dtype if like.is_complex() else like.dtype
-    one_over: Tensor = copies.to(dtype).reciprocal()
+    one_over: Tensor = torch.reciprocal(copies.to(dtype))
     for _ in range(right):
         one_over = one_over.unsqueeze(-1)
     return one_over
@@ -60,7 +60,8 @@ def share(
     shares = table.index_select(at, classes)
     if split is None:
         return x * shares
-    return (x.unflatten(dim, split) * shares).flatten(dim, dim + len(split) - 1)
+    product: Tensor = x.unflatten(dim, split) * shares
+    return product.flatten(dim, dim + len(split) - 1)
 
 
 def dropout_mask(like: Tensor, shape: list[int], draw: str, p: float) -> Tensor:
@@ -120,15 +121,16 @@ def softmax(x: Tensor, dim: int, copies: Tensor, log: bool = False) -> Tensor:
 
 
 def standardize(
-    x: Tensor, dims: list[int], copies: Tensor, gain: float, eps: float, center: bool
+    x: Tensor, dims: list[int], copies: Tensor, gain: float, eps: float | None, center: bool
 ) -> Tensor:
     """``(x - mean) / sqrt(var + eps)`` over ``dims`` as the student's statistics would be.
 
-    Without ``center``, by the root mean square (RMSNorm). Half types are computed in float32, as
-    PyTorch's own norms do.
+    Without ``center``, by the root mean square (RMSNorm); ``eps=None`` is the dtype's own. Half
+    types are computed in float32, as PyTorch's own norms do.
     """
     y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     if center:
         y = y - average(y, dims, copies, gain, keepdim=True)
     variance = average(y * y, dims, copies, gain, keepdim=True)
+    eps = torch.finfo(y.dtype).eps if eps is None else eps
     return (y * torch.rsqrt(variance + eps)).to(x.dtype)

@@ -7,6 +7,7 @@ Conflicts resolve in graph order, so the result is deterministic.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,19 +96,51 @@ def _random(node: fx.Node) -> bool:
 
 def _infer_op(result: Inference, op: Op) -> Any:
     rule, point = rule_of(op.node.target), result.solver.checkpoint()
-    why = "no rule for this op"
-    if rule is not None:
+    if rule is None:
+        return bridge(result, op, "no rule for this op")
+    why = ""
+    for renewed in _attempts(result, op):
+        op.reset({n: _renew(op, n) for n in renewed}, why)
         try:
             axes = rule.infer(op)
             if _sizes(axes) == _shapes(value(op.node)):
                 return axes
             why = f"its rule gives sizes {_sizes(axes)}, it has {_shapes(value(op.node))}"
+            break
         except AxisConflict as conflict:
-            why = str(conflict)
+            why = why or str(conflict)
         except Exception as error:  # a rule met a form it was not written for: bridged, reported
             why = f"its rule failed ({type(error).__name__}: {error})"
+            break
         result.solver.rollback(point)
+    result.solver.rollback(point)
     return bridge(result, op, why)
+
+
+def _attempts(result: Inference, op: Op) -> Iterator[list[fx.Node]]:
+    """Which inputs get fresh axes: none; if that conflicts one of them, the last first; all."""
+    yield []
+    changeable = [
+        n
+        for n in op.node.all_input_nodes
+        if n in result.axes and is_tensor(n) and not op.is_static(n)
+    ]
+    movable = [n for n in changeable if not all(map(result.solver.is_fixed, result.axes[n]))]
+    for n in reversed(movable):
+        yield [n]
+    if len(movable) > 1:
+        yield movable
+
+
+def _renew(op: Op, x: fx.Node) -> Axes:
+    """Fresh leaves for what may widen: the input is narrowed and spread again, by another map."""
+    fresh = []
+    for axis, size in zip(op.axes(x), value(x).shape, strict=True):
+        new = axis if op.solver.is_fixed(axis) else op.free(axis.size)
+        if isinstance(size, torch.SymInt):
+            op.solver.mark(op.solver.symbolic, new)
+        fresh.append(new)
+    return tuple(fresh)
 
 
 def _sizes(axes: Any) -> Any:
@@ -122,8 +155,7 @@ def bridge(result: Inference, op: Op, why: str) -> Any:
     """Mark the op and give its outputs fresh axes: free where an input's axis of that size is."""
     solver = result.solver
     result.bridges[op.node] = why
-    op.narrowed.clear()
-    op.spread.clear()
+    op.reset({}, why)
     inputs = [n for n in op.node.all_input_nodes if n in result.axes and is_tensor(n)]
     for n in inputs:
         if n.op == "get_attr":

@@ -20,7 +20,7 @@ from ..kernels import copies
 from .infer import Inference
 from .program import Program, is_mutable, is_tensor, module_path, mutated, source
 from .rules import rule_of
-from .rules.base import Axes, Op, Target, Writer, student_size
+from .rules.base import Axes, DynamicAxis, Op, Target, Writer, student_size
 
 aten = torch.ops.aten
 
@@ -168,15 +168,33 @@ class _GraphWriter:
 
     def _rule(self, op: Op) -> Any:
         """Write the op by its rule, some dimensions of its inputs narrowed first."""
-        env, axes = dict(self.env) if op.narrowed else self.env, self.inference.axes
+        env, axes = dict(self.env), self.inference.axes
         w = Writer(op, self.target, self.mode, env)
+        for x, fresh in op.renewed.items():
+            env[x] = self._renew(w, env[x], axes[x], fresh)
+        changed = any(env[x] is not self.env[x] for x in op.renewed)
         for x, dim in sorted(op.narrowed, key=lambda pair: (pair[0].name, pair[1])):
-            env[x] = w.narrow(env[x], axes[x], [dim])
+            env[x] = w.narrow(env[x], op.axes(x), [dim])
         rule = rule_of(op.node.target)
         assert rule is not None
-        new, spread = self._spread(w, rule.widen(w), sorted(op.spread))
-        if op.why and (spread or any(w.wide(axes[x][d]) for x, d in op.narrowed)):
+        try:
+            written = rule.widen(w)
+        except DynamicAxis:
+            raise
+        except Exception as error:  # a form the rule was not written for: bridged, reported
+            self.inference.bridges[op.node] = f"its rule failed ({type(error).__name__}: {error})"
+            return self._bridge(op)
+        new, spread = self._spread(w, written, sorted(op.spread))
+        changed = changed or spread or any(w.wide(op.axes(x)[d]) for x, d in op.narrowed)
+        if op.why and changed:
             self._note(op.node, op.why)
+        return new
+
+    def _renew(self, w: Writer, new: Any, old: Axes, fresh: Axes) -> Any:
+        """From one axis to another of the same size: by way of the student's width."""
+        for d, (a, b) in enumerate(zip(old, fresh, strict=True)):
+            if not np.array_equal(w.frozen(a).map, w.frozen(b).map):
+                new = w.spread(w.narrow(new, old, [d]), fresh, [d])
         return new
 
     def _bridge(self, op: Op) -> Any:

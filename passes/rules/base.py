@@ -29,6 +29,7 @@ class Op:
 
     ``args``: arguments by schema name. ``env``: axes that ``widen`` will need, by name.
     ``narrowed``: (input node, dimension) pairs along which the op must see the student's width.
+    ``renewed``: inputs whose axes conflict: narrowed, then spread along these fresh axes instead.
     """
 
     def __init__(
@@ -37,10 +38,15 @@ class Op:
         self.node, self.solver, self._axes, self._static = node, solver, axes, static
         has_schema = hasattr(node.target, "_schema")
         self.args: dict[str, Any] = bind(node) if has_schema else {}
+        self.reset({}, "")
+
+    def reset(self, renewed: dict[fx.Node, Axes], why: str) -> None:
+        """Begin to infer, some inputs seen through fresh axes."""
         self.env: dict[str, Axis] = {}
+        self.renewed = renewed
         self.narrowed: set[tuple[fx.Node, int]] = set()
         self.spread: set[int] = set()  # output dimensions that come out at the student's width
-        self.why = ""
+        self.why = why
 
     def __getitem__(self, name: str) -> Any:
         return self.args.get(name)
@@ -48,7 +54,8 @@ class Op:
     def axes(self, x: str | fx.Node) -> Axes:
         """The axes of a tensor argument, refined as far as known."""
         node = self.args[x] if isinstance(x, str) else x
-        return tuple(self.solver.resolve(a) for a in self._axes[node])
+        axes = self.renewed[node] if node in self.renewed else self._axes[node]
+        return tuple(self.solver.resolve(a) for a in axes)
 
     def all_axes(self, x: str | fx.Node) -> Any:
         """As ``axes``, for an input that may be a list of tensors."""
@@ -80,6 +87,13 @@ class Op:
 
     def conflict(self, message: str) -> NoReturn:
         raise AxisConflict(message)
+
+    def hold(self, x: fx.Node, dim: int, why: str, out: int | None = None) -> bool:
+        """``narrow`` if the axis might widen at all; says whether it might."""
+        if self.solver.is_fixed(self.axes(x)[dim]):
+            return False
+        self.narrow(x, dim, why, out)
+        return True
 
     def narrow(self, x: fx.Node, dim: int, why: str, out: int | None = None) -> None:
         """See this dimension of an input at the student's width: positions matter to the op.
@@ -145,14 +159,14 @@ class Writer:
                 node.meta[key] = self.op.node.meta[key]
         return node
 
-    def copy(self, **changes: Any) -> fx.Node:
+    def copy(self, /, **changes: Any) -> fx.Node:
         """The op itself on the teacher's tensors, some arguments replaced (by schema name)."""
         node = self.op.node
         if not changes:
             return self.call(node.target, *self.map(node.args), **self.map(node.kwargs))  # type: ignore[arg-type]
         return self.recall(node.target, **changes)
 
-    def recall(self, function: Any, **changes: Any) -> fx.Node:
+    def recall(self, function: Any, /, **changes: Any) -> fx.Node:
         """Call an overload with this op's arguments, some replaced; defaults are left out."""
         positional: list[Any] = []
         keyword: dict[str, Any] = {}

@@ -301,8 +301,8 @@ def _channel_shuffle(op: Op) -> Axes:
 def _unfold(op: Op) -> Axes:
     """im2col: (B, C, H, W) -> (B, C x kh x kw, L)."""
     x = op.axes("self")
-    for axis in x[-2:]:
-        op.fix(axis, "spatial")
+    for d in (len(x) - 2, len(x) - 1):
+        op.hold(op["self"], d, "windows take positions")
     window = product(*(op.fixed(int(k), "kernel") for k in op["kernel_size"]))
     return (*x[:-3], product(x[-3], window), op.fixed(op.out_shape[-1]))
 
@@ -310,7 +310,7 @@ def _unfold(op: Op) -> Axes:
 def _fold(op: Op) -> Axes:
     """col2im: (B, C x kh x kw, L) -> (B, C, H, W)."""
     x = op.axes("self")
-    op.fix(x[-1], "spatial")
+    op.hold(op["self"], len(x) - 1, "windows take positions")
     window = product(*(op.fixed(int(k), "kernel") for k in op["kernel_size"]))
     channels = op.free(x[-2].size // window.size)
     op.unify(x[-2], product(channels, window))

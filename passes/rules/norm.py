@@ -16,31 +16,14 @@ from .signature import sig
 aten = torch.ops.aten
 
 # Batch norm contracts everything but its channels: copies there would be counted twice.
-_BATCH = sig("b! c ..., c?, c?, c?, c? -> b c ...", "input weight bias running_mean running_var")
-
-
-def _batch_norm(op: Op) -> Any:
-    for axis in op.axes("input")[2:]:
-        op.fix(axis, "statistics")
-    return _BATCH.infer(op)
+_BATCH = sig("b! c ...!, c?, c?, c?, c? -> b c ...", "input weight bias running_mean running_var")
 
 
 def _functional_batch_norm(op: Op) -> Any:
     """Several results: the output, then statistics per channel."""
-    x = _batch_norm_axes(op)
-    return [x] + [
-        (x[1],) if len(v.shape) == 1 and v.numel() else () for v in op.node.meta["val"][1:]
-    ]
-
-
-def _batch_norm_axes(op: Op) -> Axes:
-    x = op.axes("input")
-    for axis in (x[0], *x[2:]):
-        op.fix(axis, "statistics")
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        if op[name] is not None:
-            op.unify(x[1], op.axes(name)[0])
-    return op.axes("input")
+    x = _BATCH.infer(op)[0]
+    others = op.node.meta["val"][1:]
+    return [x] + [(x[1],) if v.ndim == 1 and v.numel() else () for v in others]
 
 
 # --------------------------------------------------------------------------- layer and RMS norm
@@ -60,9 +43,8 @@ def _widen_layer_norm(w: Writer, center: bool) -> fx.Node:
     if not w.uneven(axes, dims):
         sizes = [w.size(axes[d], n) for d, n in zip(dims, op["normalized_shape"], strict=True)]
         return w.copy(normalized_shape=sizes)
-    eps = op["eps"] if op["eps"] is not None else torch.finfo(op.node.meta["val"].dtype).eps
     number = w.copies(axes, dims), w.gain(axes, dims)
-    y = w.call(copies.standardize, w["input"], dims, *number, eps, center)
+    y = w.call(copies.standardize, w["input"], dims, *number, op["eps"], center)
     return _affine(w, y, 0)
 
 
@@ -86,8 +68,8 @@ def _group_norm(op: Op) -> Axes:
     for name in ("weight", "bias"):
         if op[name] is not None:
             op.unify(op.axes("input")[1], op.axes(name)[0])
-    for axis in x[2:]:
-        op.fix(axis, "statistics")
+    for d in range(2, len(x)):
+        op.hold(op["input"], d, "statistics along it are contracted", out=d)
     return op.axes("input")
 
 
@@ -106,8 +88,8 @@ def _widen_group_norm(w: Writer) -> fx.Node:
 
 def _instance_norm(op: Op) -> Axes:
     x = op.axes("input")
-    for axis in x[2:]:
-        op.fix(axis, "statistics")
+    for d in range(2, len(x)):
+        op.hold(op["input"], d, "statistics along it are contracted", out=d)
     for name in ("weight", "bias", "running_mean", "running_var"):
         if op[name] is not None:
             op.unify(x[1], op.axes(name)[0])
@@ -115,7 +97,7 @@ def _instance_norm(op: Op) -> Axes:
 
 
 TABLE: dict[Any, Rule] = {
-    aten.batch_norm.default: Rule(_batch_norm),
+    aten.batch_norm.default: _BATCH,
     aten._native_batch_norm_legit_functional.default: Rule(_functional_batch_norm),
     aten._native_batch_norm_legit_no_training.default: Rule(_functional_batch_norm),
     aten.instance_norm.default: Rule(_instance_norm),

@@ -5,12 +5,13 @@ Left of the arrow one pattern per tensor argument (``?``: may be None), right of
     name        an axis; where a name recurs its axes unify
     (g i)       a product of axes, outer first
     ...         any number of leading or middle dimensions, broadcast between operands
-    *s          any number of dimensions that stay as they are (spatial, kernel); fixed
-    name!       fixed on sight: the op depends on how many indices there are
+    *s          any number of dimensions along which positions matter (spatial, kernel)
+    name!       the op depends on how many indices there are
 
 A name that stands only on the left is contracted: one operand (the last that holds it, a weight
 if there is one) is multiplied by shares. A name only on the right is fresh and fixed. A name bound
 to an integer argument (``g="groups"``) has that argument's size and is recomputed when it widens.
+Where an axis under ``*`` or ``!`` would widen, the op sees it at the student's width.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import numpy as np
 from torch import fx
 
 from ...axes import Axis, product, share_table
+from ...errors import AxisConflict
 from ...kernels import copies
-from ..program import size_hint
+from ..program import shape
 from .base import Axes, Op, Rule, Writer, broadcast
 
 Dim = tuple[str, ...]  # the names of one dimension; a starred or dotted name stands alone
@@ -109,45 +111,64 @@ def infer(
             op.conflict(f"{argument} is computed by the network")
         env[name] = op.free(int(op[argument]))
         op.solver.mark(op.solver.outer, env[name])
+    moving: set[int] = set()  # which starred dimensions may widen, counted from the first
     for x, dims in zip(_operands(op, signature, names), signature.inputs, strict=False):
         if x is not None:
-            _match(op, op.axes(x), dims, rest)
-    for name in signature.fixed:
-        if name in env:
-            op.fix(env[name], "statistics")
-        for axis in rest.get(name, ()):
-            op.fix(axis, "statistics")
+            _match(op, x, dims, rest, moving)
+            _hold(op, signature, x, dims)
     for name in signature.contracted:
         if name in env:
             op.solver.mark(op.solver.contracted, env[name])
     values = op.node.meta["val"]
-    shapes = [v.shape for v in values] if isinstance(values, tuple | list) else [op.out_shape]
+    many = isinstance(values, tuple | list)
+    sizes = [list(shape(v)) for v in (values if many else [values])]
     outputs = [
-        _output(op, dims, rest, s) for dims, s in zip(signature.outputs, shapes, strict=False)
+        _output(op, dims, rest, size, moving)
+        for dims, size in zip(signature.outputs, sizes, strict=False)
     ]
-    return outputs if isinstance(values, tuple | list) else outputs[0]
+    return outputs if many else outputs[0]
 
 
-def _match(op: Op, axes: Axes, dims: tuple[Dim, ...], rest: dict[str, Axes]) -> None:
-    """Bind the names of one operand, from both ends towards its ``...`` or ``*``."""
-    many = next((k for k, dim in enumerate(dims) if dim[0][0] in "*."), None)
-    extra = len(axes) - len(dims) + (many is not None)
-    if extra < 0 or (many is None and extra):
-        op.conflict(f"an operand has {len(axes)} dimensions, its pattern {len(dims)}")
-    pairs = list(zip(axes, dims, strict=False))
-    if many is not None:
-        name, middle = dims[many][0], axes[many : many + extra]
-        tail = dims[many + 1 :]
-        pairs = list(zip(axes[:many], dims[:many], strict=True))
-        pairs += zip(axes[len(axes) - len(tail) :], tail, strict=True)
+def _layout(dims: tuple[Dim, ...], rank: int) -> list[tuple[Dim, int]]:
+    """For every dimension of a tensor its pattern, and its place under it from the right."""
+    many = next((k for k, dim in enumerate(dims) if dim[0][0] in "*."), len(dims))
+    extra = rank - len(dims) + 1 if many < len(dims) else 0
+    if extra < 0 or (many == len(dims) and rank != len(dims)):
+        raise AxisConflict(f"an operand has {rank} dimensions, its pattern {len(dims)}")
+    single = [(dim, 0) for dim in dims]
+    middle = [(dims[many], extra - 1 - k) for k in range(extra)]
+    return [*single[:many], *middle, *single[many + 1 :]]
+
+
+def _hold(op: Op, signature: Signature, x: fx.Node, dims: tuple[Dim, ...]) -> None:
+    """Names with ``!``: see the axis at the student's width, spread the output's again."""
+    result = _layout(signature.outputs[0], len(op.out_shape)) if signature.fixed else []
+    for d, place in enumerate(_layout(dims, len(op.axes(x)))):
+        if place[0][0] in signature.fixed:
+            out = result.index(place) if place in result else None
+            op.hold(x, d, "statistics along it are contracted", out)
+
+
+def _match(
+    op: Op, x: fx.Node, dims: tuple[Dim, ...], rest: dict[str, Axes], moving: set[int]
+) -> None:
+    """Bind the names of one operand."""
+    axes = op.axes(x)
+    layout = _layout(dims, len(axes))
+    for name in {dim[0] for dim in dims if dim[0][0] in "*."}:
+        middle = tuple(a for a, (dim, _) in zip(axes, layout, strict=True) if dim[0] == name)
         if name == "...":
             rest[name] = broadcast(op, rest.get(name, ()), middle)
-        else:
-            for axis in middle:
-                op.fix(axis, "spatial")
-            rest[name] = middle
-    for axis, dim in pairs:
-        _bind_product(op, axis, dim)
+            continue
+        rest[name] = middle
+        for d, (dim, right) in enumerate(layout):
+            if dim[0] == name and op.is_static(x):
+                op.fix(axes[d], "kernel")
+            elif dim[0] == name and op.hold(x, d, "the op slides along it"):
+                moving.add(right)
+    for axis, (dim, _) in zip(axes, layout, strict=True):
+        if dim[0][0] not in "*.":
+            _bind_product(op, axis, dim)
 
 
 def _bind_product(op: Op, axis: Axis, dim: Dim) -> None:
@@ -168,30 +189,23 @@ def _bind_product(op: Op, axis: Axis, dim: Dim) -> None:
     op.unify(axis, whole)
 
 
-def _output(op: Op, dims: tuple[Dim, ...], rest: dict[str, Axes], shape: Any) -> Axes:
+def _output(
+    op: Op, dims: tuple[Dim, ...], rest: dict[str, Axes], sizes: list[int], moving: set[int]
+) -> Axes:
     result: list[Axis] = []
-    fixed_names = sum(dim[0][0] not in "*." for dim in dims)
-    for dim in dims:
+    for d, (dim, right) in enumerate(_layout(dims, len(sizes))):
         name = dim[0]
-        if name == "...":
-            result += rest.get(name, ())
+        if name in rest:
+            result.append(rest[name][-1 - right])
         elif name[0] == "*":
-            count = len(shape) - fixed_names
-            result += (
-                rest[name]
-                if name in rest
-                else [op.fixed(s) for s in shape_slice(shape, len(result), count)]
-            )
+            result.append(op.free(sizes[d]) if right in moving else op.fixed(sizes[d]))
+            op.spread |= {d} if right in moving else set()
         else:
             for n in dim:
                 if n not in op.env:
-                    op.env[n] = op.fixed(shape_slice(shape, len(result), 1)[0], "fresh")
+                    op.env[n] = op.fixed(sizes[d], "fresh")
             result.append(product(*(op.env[n] for n in dim)))
     return tuple(result)
-
-
-def shape_slice(shape: Any, start: int, count: int) -> list[int]:
-    return [size_hint(s) for s in list(shape)[start : start + count]]
 
 
 def widen(
@@ -231,27 +245,18 @@ def apply_share(
     w: Writer, operand: Any, student: fx.Node, dims: tuple[Dim, ...], name: str, rows: set[str]
 ) -> fx.Node:
     """``operand * shares`` along the axis ``name``, one set of shares per index of ``rows``."""
-    op, axes = w.op, w.op.axes(student)
-    many = next((k for k, dim in enumerate(dims) if dim[0][0] in "*."), len(dims))
-    extra = len(axes) - len(dims) + (many < len(dims))
-    place = next(k for k, dim in enumerate(dims) if name in dim)
-    dim = place if place < many else place + extra - 1
+    axes, env = w.op.axes(student), w.op.env
     sizes: list[int] = []  # of the table, before its class dimension is expanded
-    at = 0
-    for k, parts in enumerate(dims):
-        if k == many:
-            sizes += [1] * extra
-        elif k == place and len(parts) > 1:
-            at = len(sizes) + parts.index(name)
-            sizes += [w.frozen(op.env[n]).teacher if n in rows else 1 for n in parts]
+    at = place = 0
+    split = None
+    for d, (dim, _) in enumerate(_layout(dims, len(axes))):
+        if name in dim:
+            place, at = d, len(sizes) + dim.index(name)
+            split = [w.frozen(env[n]).teacher for n in dim] if len(dim) > 1 else None
+            sizes += [w.frozen(env[n]).teacher if n in rows else 1 for n in dim]
         else:
-            at = len(sizes) if k == place else at
-            sizes.append(
-                w.frozen(axes[k if k < many else k + extra - 1]).teacher if rows & set(parts) else 1
-            )
-    parts = dims[place]
-    split = [w.frozen(op.env[n]).teacher for n in parts] if len(parts) > 1 else None
-    return share_along(w, operand, student, op.env[name], sizes, at, dim, split)
+            sizes.append(w.frozen(axes[d]).teacher if rows & set(dim) else 1)
+    return share_along(w, operand, student, env[name], sizes, at, place, split)
 
 
 def share_along(

@@ -7,21 +7,22 @@ from typing import Any
 
 import torch
 
-from ..program import size_hint
+from ..program import shape
 from .base import Axes, Op, Rule
 
 aten = torch.ops.aten
 
 
-def _pass(op: Op, spatial: int, count: int = 1, x: str = "") -> Any:
-    """All but the last ``spatial`` dimensions pass; those are fixed before and fresh after."""
-    axes = op.axes(x or op.node.all_input_nodes[0])
-    for axis in axes[-spatial:]:
-        op.fix(axis, "spatial")
+def _pass(op: Op, spatial: int, count: int = 1) -> Any:
+    """All but the last ``spatial`` dimensions pass; in those the op slides over positions."""
+    source = op.node.all_input_nodes[0]
+    out = list(op.axes(source))
     values = op.node.meta["val"]
-    first = values[0] if isinstance(values, tuple | list) else values
-    out = axes[:-spatial] + tuple(op.fixed(size_hint(s)) for s in first.shape[-spatial:])
-    return out if count == 1 else [out] * count
+    sizes = shape(values[0] if isinstance(values, tuple | list) else values)
+    for d in range(len(out) - spatial, len(out)):
+        moving = op.hold(source, d, "the op slides along it", out=d)
+        out[d] = op.free(sizes[d]) if moving else op.fixed(sizes[d])
+    return tuple(out) if count == 1 else [tuple(out)] * count
 
 
 def _pad(op: Op) -> Axes:
@@ -52,8 +53,10 @@ def _fft(op: Op) -> Axes:
 
 def _grid_sample(op: Op) -> Axes:
     x, grid = op.axes("input"), op.axes("grid")
-    for axis in (*x[2:], *grid[1:]):
-        op.fix(axis, "spatial")
+    for name, axes in (("input", x), ("grid", grid)):
+        for d in range(2 if name == "input" else 1, len(axes)):
+            op.hold(op[name], d, "the op samples positions along it")
+    grid = (grid[0], *(op.fixed(a.size) for a in grid[1:]))
     return (op.unify(x[0], grid[0]), x[1], *grid[1:-1])
 
 

@@ -1,0 +1,231 @@
+"""One table of networks that every test shares: name -> how to build it and what to feed it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Case:
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...] = (2, 3, 64, 64)
+    tokens: int = 0  # vocabulary size; the input is then integer
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self.build()
+
+    def inputs(self, seed: int = 0) -> tuple[Tensor, ...]:
+        draw = torch.Generator().manual_seed(seed)
+        if self.tokens:
+            return (torch.randint(0, self.tokens, self.shape, generator=draw),)
+        return (torch.randn(self.shape, generator=draw),)
+
+
+# --------------------------------------------------------------------------- written here
+class UNet(nn.Module):
+    """Skip connections by concatenation, transposed convolutions, instance norm."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        w = width
+        self.down = nn.ModuleList(
+            [self.block(3, w), self.block(w, 2 * w), self.block(2 * w, 4 * w)]
+        )
+        self.up = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(4 * w, 2 * w, 2, stride=2),
+                nn.ConvTranspose2d(2 * w, w, 2, stride=2),
+            ]
+        )
+        self.merge = nn.ModuleList([self.block(4 * w, 2 * w), self.block(2 * w, w)])
+        self.head = nn.Conv2d(w, 5, 1)
+
+    @staticmethod
+    def block(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, padding=1, groups=outputs),
+            nn.InstanceNorm2d(outputs, affine=True),
+            nn.LeakyReLU(0.1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.down[0](x)
+        b = self.down[1](F.max_pool2d(a, 2))
+        c = self.down[2](F.avg_pool2d(b, 2))
+        d = self.merge[0](torch.cat([self.up[0](c), b], dim=1))
+        return self.head(self.merge[1](torch.cat([self.up[1](d), a], dim=1)))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with packed qkv and dropout."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (t.view(b, n, self.heads, c // self.heads).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.drop(self.proj(y.transpose(1, 2).reshape(b, n, c)))
+
+
+class GPT(nn.Module):
+    """A decoder with tied embeddings."""
+
+    def __init__(self, vocab: int = 50, dim: int = 24, heads: int = 3, depth: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, dim)
+        self.position = nn.Parameter(torch.randn(1, 16, dim) * 0.02)
+        self.drop = nn.Dropout(0.1)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm1": nn.LayerNorm(dim),
+                    "attention": Attention(dim, heads),
+                    "norm2": nn.LayerNorm(dim),
+                    "mlp": nn.Sequential(
+                        nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim), nn.Dropout(0.1)
+                    ),
+                }
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, vocab, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.drop(self.embed(tokens) + self.position[:, : tokens.shape[1]])
+        for block in self.blocks:
+            x = x + block["attention"](block["norm1"](x))
+            x = x + block["mlp"](block["norm2"](x))
+        return self.head(self.norm(x))
+
+
+class Odd(nn.Module):
+    """What has no rule, or a rule that must see positions: conv over the channel axis (ECA), sort,
+    cumsum, argmax, LSTM, a softmax and statistics over channels, in-place writes to views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, stride=4, padding=1)
+        self.norm = nn.GroupNorm(3, 12)
+        self.eca = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+        self.mix = nn.Conv2d(12, 12, 1)
+        self.lstm = nn.LSTM(12, 6, batch_first=True)
+        self.fc = nn.Linear(12 + 12 + 6 + 1 + 12, 7)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.norm(self.stem(x))
+        gate = self.eca(x.mean((2, 3)).unsqueeze(1)).squeeze(1).sigmoid()
+        x = x * gate[:, :, None, None]
+        x = self.mix(x).softmax(dim=1) + x.std(dim=1, keepdim=True)
+        pooled = x.mean((2, 3))
+        ordered = pooled.sort(dim=1)[0].cumsum(dim=1)
+        sequence = self.lstm(x.flatten(2).transpose(1, 2))[0][:, -1]
+        place = pooled.argmax(dim=1, keepdim=True) / 12
+        zeros = torch.zeros_like(pooled)
+        zeros[:, :4] = pooled[:, 4:8]
+        zeros[:, 4:].add_(1.0)
+        return self.fc(torch.cat([pooled, ordered, sequence, place, zeros], dim=1))
+
+
+class Grouped(nn.Module):
+    """Grouped, dilated, transposed grouped and depthwise-multiplier convolutions, 1d to 3d."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 12, 3, stride=2, padding=1)
+        self.b = nn.Conv2d(12, 24, 3, padding=2, dilation=2, groups=4)
+        self.c = nn.Conv2d(24, 48, 3, padding="same", groups=24)
+        self.d = nn.ConvTranspose2d(48, 12, 3, groups=3)
+        self.e = nn.Conv1d(12, 18, 3, groups=2)
+        self.f = nn.Conv3d(3, 6, (1, 3, 3))
+        self.norm = nn.GroupNorm(4, 24)
+        self.fc = nn.Linear(18 + 12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.norm(self.b(F.relu6(self.a(x)))))
+        y = self.d(F.glu(torch.cat([self.c(y), self.c(y)], dim=1), dim=1))
+        z = self.e(y.mean(3)).amax(2)
+        v = self.f(y.unflatten(1, (3, 4)))
+        return self.fc(torch.cat([z, v.amax((2, 3, 4)), v.var((2, 3, 4), unbiased=True)], dim=1))
+
+
+class Norms(nn.Module):
+    """Every norm over widened axes, so that fractional ratios need weighted statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 10)
+        self.layer = nn.LayerNorm(10)
+        self.rms = nn.RMSNorm(10)
+        self.group = nn.GroupNorm(2, 10)
+        self.b = nn.Linear(10, 10)
+        self.bias = nn.Parameter(torch.zeros(10))
+        self.c = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.rms(F.gelu(self.layer(self.a(x))))
+        x = self.group(self.b(x)[:, :, None]).squeeze(2)
+        x = F.normalize(x, dim=1) + x.logsumexp(1, keepdim=True) + x.norm(p=3, dim=1, keepdim=True)
+        x = (x - x.mean(1, keepdim=True)) / torch.sqrt(x.var(1, keepdim=True) + 1e-3)
+        x = x + x.log_softmax(1) * x.sum(1, keepdim=True) + self.bias
+        return self.c(F.dropout(x, 0.2, self.training))
+
+
+WRITTEN: dict[str, Case] = {
+    "unet": Case(UNet, (2, 3, 16, 16)),
+    "gpt": Case(GPT, (2, 12), tokens=50),
+    "odd": Case(Odd, (3, 3, 16, 16)),
+    "grouped": Case(Grouped, (2, 3, 16, 16)),
+    "norms": Case(Norms, (4, 6)),
+}
+
+
+def _vision(name: str) -> Callable[[], nn.Module]:
+    return lambda: torchvision.models.get_model(name)
+
+
+ZOO: dict[str, Case] = {
+    name: Case(_vision(name))
+    for name in (
+        "resnet18",
+        "resnext50_32x4d",
+        "densenet121",
+        "mobilenet_v3_small",
+        "shufflenet_v2_x1_0",
+        "efficientnet_b0",
+        "convnext_tiny",
+        "swin_t",
+    )
+}
+ZOO["vit_tiny"] = Case(
+    lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, drop_rate=0.1)
+)
+ZOO["regnet_x_400mf"] = Case(_vision("regnet_x_400mf"))
+NETWORKS: dict[str, Case] = WRITTEN | ZOO
+
+
+def tensors_equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Bit-identical, same keys in the same order."""
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
