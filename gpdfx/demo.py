@@ -172,10 +172,8 @@ def known_networks() -> None:
 def main() -> None:
     """Run the demo."""
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # faster for networks this small
+    torch.set_num_threads(1)  # tensors this small gain nothing from threads, and wait for them
     digits()
-    torch.set_num_threads(threads)
     console.rule("5. teacher.report() of two known networks", align="left")
     known_networks()
     console.rule("what to try next", align="left")

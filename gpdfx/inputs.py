@@ -48,7 +48,8 @@ def infer_inputs(model: nn.Module) -> tuple[torch.Tensor, ...]:
     config = getattr(model, "pretrained_cfg", None) or {}
     size = config.get("input_size") if isinstance(config, dict) else None
     if size:
-        return (noise(2, *size),)
+        built = getattr(getattr(model, "patch_embed", None), "img_size", None) or size[1:]
+        return (noise(2, size[0], *built),)
     for module in model.modules():
         for kind, spatial in _RANKS:
             if isinstance(module, kind):

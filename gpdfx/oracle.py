@@ -145,7 +145,13 @@ def compare(
     parameters = dict(student.named_parameters())
     wrt = {n: p.requires_grad_() for n, p in parameters.items() if p.is_floating_point()}
     mine = observe(student, *inputs, seed, wrt)
-    theirs = observe(teacher, *inputs, seed)
+    try:
+        theirs = observe(teacher, *inputs, seed)
+    except Exception as error:  # whatever torch raises when widths do not fit
+        raise LossyError(
+            f"the teacher fails where the student runs: {error}",
+            remedy="this is a bug in gpdfx: please report it with the network",
+        ) from error
     gradients = {n for n in wrt if _moved(mine.pop(f"gradient of {n}", None))}
     wide = dict(teacher.named_buffers())
     for name, buffer in student.named_buffers():
@@ -253,14 +259,17 @@ def _check_student(
     twin = copy.deepcopy(teacher)
     twin = twin.to(dtype).eval() if dtype else twin.eval()
     args, kwargs = _cast((args, kwargs), dtype) if dtype else (args, kwargs)
-    with torch.no_grad():
+    plain = collapse(twin)
+    with torch.no_grad(), keep_rng():
         twin.student(*args, **kwargs)  # whatever it caches, it caches now
         draw = torch.Generator().manual_seed(seed)
         for p in twin.parameters():
             if p.is_floating_point():
                 noise = torch.rand(p.shape, generator=draw, dtype=torch.float64)
                 p.mul_(1 + 0.1 * noise.to(p))
-        plain = collapse(twin)
+        fresh = dict(plain.named_parameters())
+        for name, derived in twin.student_parameters():
+            fresh[name].copy_(derived)
         got = observe(twin.student, args, kwargs, seed)
         want = observe(plain, args, kwargs, seed)
     for name, x in want.items():

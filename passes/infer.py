@@ -82,6 +82,8 @@ def _infer_node(program: Program, result: Inference, node: fx.Node, static: set[
         result.axes[node] = result.tensors[node.target]
         node.meta["val"] = program.tensors[node.target]
     elif node.op == "call_function":
+        if is_mutable(node) and node.args:  # the final copies of a functional capture
+            node.meta.setdefault("val", value(node.args[0]))
         if all(n in static for n in node.all_input_nodes) and not _random(node):
             static.add(node)
         kind = value(node)

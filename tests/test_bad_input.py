@@ -1,0 +1,161 @@
+"""Bad input: one error family, a remedy, and the user's model as it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gpdfx
+
+from .networks import tensors_equal
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.fc(x + y)
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return self.fc(x)
+        return self.fc(-x)
+
+
+class Empty(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def refused(model: Any, *words: str, **options: Any) -> gpdfx.GpdfxError:
+    """Expand must refuse, say these words and a remedy, and leave the model alone."""
+    is_module = isinstance(model, nn.Module)
+    lazy = is_module and any(
+        isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()
+    )
+    before = None
+    if is_module and not lazy:
+        before = {k: copy.deepcopy(t) for k, t in model.state_dict().items() if torch.is_tensor(t)}
+    with pytest.raises(gpdfx.GpdfxError) as caught:
+        gpdfx.expand(model, **options)
+    error = caught.value
+    for word in words:
+        assert word in str(error), str(error)
+    assert error.remedy
+    assert "what to do" in str(error)
+    if before is not None and not any(t.is_meta for t in before.values()):
+        after = model.state_dict()
+        assert tensors_equal(before, {k: after[k] for k in before})
+    return error
+
+
+@pytest.mark.parametrize("model", [nn.Linear, "resnet18", None, {"weight": torch.ones(1)}])
+def test_not_a_module(model: Any) -> None:
+    refused(model, "nn.Module")
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0, -1, float("nan"), float("inf"), "2", None, True, 2j])
+def test_bad_ratio(ratio: Any) -> None:
+    refused(small(), "ratio is", ratio=ratio)
+
+
+def test_a_model_that_does_not_export_names_the_line() -> None:
+    error = refused(Branching(), "cannot capture Branching")
+    assert isinstance(error, gpdfx.CaptureError)
+    assert error.source is not None
+    assert "if x.sum() > 0" in error.source
+
+
+@pytest.mark.parametrize(
+    ("inputs", "word"),
+    [
+        (torch.ones(2, 4), "a Tensor"),
+        ((torch.ones(2, 4), torch.ones(2, 4)), "do not fit"),
+        ((), "do not fit"),
+        ("x", "a str"),
+    ],
+)
+def test_example_inputs_of_the_wrong_kind_or_count(inputs: Any, word: str) -> None:
+    refused(small(), word, example_inputs=inputs)
+
+
+def test_example_kwargs_of_the_wrong_kind() -> None:
+    refused(TwoInputs(), "example_kwargs", example_inputs=(), example_kwargs=[1])
+    refused(TwoInputs(), "do not fit", example_kwargs={"z": torch.ones(2, 4)})
+
+
+def test_a_forward_that_fails_on_the_example() -> None:
+    error = refused(small(), "fails on the example inputs", example_inputs=(torch.ones(2, 5),))
+    assert isinstance(error, gpdfx.InputError)
+    refused(small(), "fails", example_inputs=("words",))
+
+
+def test_inputs_that_cannot_be_guessed() -> None:
+    refused(TwoInputs(), "x, y")
+    refused(Empty(), "cannot guess")
+
+
+def test_lazy_and_meta_parameters() -> None:
+    refused(nn.Sequential(nn.LazyLinear(3)), "lazy")
+    refused(small().to("meta"), "meta device")
+
+
+def test_wrapped_models() -> None:
+    refused(torch.compile(small()), "compiled")
+    refused(nn.DataParallel(small()), "data parallel")
+    refused(torch.jit.script(small()), "TorchScript")
+    quantized = nn.Sequential()
+    quantized.add_module("q", torch.ao.nn.quantized.Linear(4, 3))
+    refused(quantized, "quantized")
+
+
+def test_ddp(tmp_path: Any) -> None:
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        refused(nn.parallel.DistributedDataParallel(small()), "data parallel")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_teacher() -> None:
+    refused(gpdfx.expand(small(), verify=False), "teacher already")
+
+
+@pytest.mark.parametrize("option", ["shares", "randomness", "branches"])
+def test_unknown_options(option: str) -> None:
+    refused(small(), "nonsense", **{option: "nonsense"})
+
+
+def test_collapse_takes_a_teacher() -> None:
+    with pytest.raises(gpdfx.InputError, match="collapse takes a teacher"):
+        gpdfx.collapse(small())  # type: ignore[arg-type]
+
+
+def test_calls_that_do_not_fit_the_capture() -> None:
+    teacher = gpdfx.expand(nn.Conv2d(3, 4, 3), example_inputs=(torch.ones(2, 3, 8, 8),))
+    with pytest.raises(gpdfx.InputError, match="size 9 in dimension 2"):
+        teacher(torch.ones(2, 3, 9, 8))
+    with pytest.raises(gpdfx.InputError, match="dimensions"):
+        teacher(torch.ones(3, 8, 8))
+    with pytest.raises(gpdfx.InputError, match="structure"):
+        teacher((torch.ones(2, 3, 8, 8),))
+    with pytest.raises(gpdfx.InputError, match="does not fit"):
+        teacher()

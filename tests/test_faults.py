@@ -1,0 +1,329 @@
+"""The oracle must bite: faults planted in the teacher, each of which it has to catch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from gpdfx import oracle
+from gpdfx.axes import Frozen
+from gpdfx.errors import LossyError
+from gpdfx.expand import _Clock, _compile
+from gpdfx.kernels import copies
+from gpdfx.passes.program import is_mutable
+from gpdfx.passes.widen import Widened
+from gpdfx.teacher import Call, Teacher
+
+aten = torch.ops.aten
+Tamper = Callable[[Widened], None]
+
+
+# --------------------------------------------------------------------------- small networks
+class Plain(nn.Module):
+    """Convolutions, batch norm, concat, dropout, an in-place write, statistics over channels."""
+
+    def __init__(self, zero: bool = False) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 6, 3, padding=1)
+        self.b = nn.Conv2d(6, 12, 3, padding=1, groups=3)
+        self.norm = nn.BatchNorm2d(12)
+        self.group = nn.GroupNorm(2, 12)
+        self.c = nn.Conv2d(18, 8, 1)
+        self.last = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 5)
+        if zero:
+            nn.init.zeros_(self.last.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        z = F.dropout(self.group(self.norm(self.b(y))), 0.2, self.training)
+        y = self.c(torch.cat([y, z], 1))
+        y = y / (y.var(1, keepdim=True, unbiased=True) + 1) * y.softmax(1)
+        y = y + self.last(y)
+        y = y.mean((2, 3)) - y.mean((1, 2, 3))[:, None]
+        out = torch.zeros_like(y)
+        out[:, :4] = y[:, 4:]
+        out[:, 4:] = y[:, :4].cumsum(1)
+        return self.fc(out)
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 12)
+        self.qkv = nn.Linear(12, 36)
+        self.proj = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(self.embed(x)).reshape(b, n, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def compiled(model: nn.Module, *inputs: Tensor, ratio: float = 2.0) -> tuple[Widened, Call]:
+    call = Call(model, inputs, {})
+    return _compile(model, call, ratio, "random", "shared", 0, _Clock()), call
+
+
+def check(widened: Widened, call: Call) -> None:
+    oracle.verify(widened, Teacher(widened, call), call.args, call.kwargs)
+
+
+def image() -> Tensor:
+    return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+# --------------------------------------------------------------------------- faults in the graph
+def nodes(w: Widened, *targets: Any) -> list[tuple[fx.Graph, fx.Node]]:
+    found = [(g, n) for g in w.graphs.values() for n in g.nodes if n.target in targets]
+    assert found, f"no node calls {targets}"
+    return found
+
+
+def no_shares(w: Widened) -> None:
+    for _, node in nodes(w, copies.share):
+        node.replace_all_uses_with(node.args[0])
+
+
+def shares_of_whole_axis(w: Widened) -> None:
+    """In a grouped conv only the inner factor is contracted; here the groups count too."""
+    for graph, node in nodes(w, aten.conv2d.default):
+        if len(node.args) > 6 and node.args[6] != 1:
+            with graph.inserting_before(node):
+                node.update_arg(1, graph.call_function(aten.mul.Tensor, (node.args[1], 0.5)))
+
+
+def swapped_maps(w: Widened) -> None:
+    """Head and feature order swapped: the rows of qkv follow 3 x 4 x 3 instead of 3 x 3 x 4."""
+    rows = w.maps["qkv.weight"][0]
+    swapped = rows.map.reshape(3, -1, 4).transpose(0, 2, 1).reshape(-1)
+    w.maps["qkv.weight"] = (Frozen(rows.student, swapped), w.maps["qkv.weight"][1])
+
+
+def wrong_map(w: Widened) -> None:
+    maps = w.maps["a.weight"]
+    w.maps["a.weight"] = (Frozen(maps[0].student, maps[0].map[::-1].copy()), *maps[1:])
+
+
+def wrong_bias_map(w: Widened) -> None:
+    w.maps["c.bias"] = (Frozen(8, np.roll(w.maps["c.bias"][0].map, 1)),)
+
+
+def wrong_groups(w: Widened) -> None:
+    for _, node in nodes(w, aten.group_norm.default):
+        node.update_arg(1, 1)
+
+
+def stale_buffer(w: Widened) -> None:
+    for graph, node in nodes(w, aten.batch_norm.default):
+        with graph.inserting_before(node):
+            node.update_arg(3, graph.call_function(aten.clone.default, (node.args[3],)))
+
+
+def transposed_cat(w: Widened) -> None:
+    for _, node in nodes(w, aten.cat.default):
+        node.update_arg(0, list(reversed(node.args[0])))
+
+
+def naive_variance(w: Widened) -> None:
+    for graph, node in nodes(w, copies.variance):
+        with graph.inserting_before(node):
+            options = {"correction": 1, "keepdim": True}
+            new = graph.call_function(aten.var.correction, (node.args[0], [1]), options)
+        node.replace_all_uses_with(new)
+
+
+def naive_softmax(w: Widened) -> None:
+    for graph, node in nodes(w, copies.softmax):
+        with graph.inserting_before(node):
+            new = graph.call_function(aten.softmax.int, (node.args[0], 1))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def lost_write(w: Widened) -> None:
+    writes = [(g, n) for g, n in nodes(w, aten.copy_.default) if is_mutable(n)]
+    for graph, node in writes[-1:]:
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+
+
+def other_mask(w: Widened) -> None:
+    """Dropout drawn at the teacher's shape although equal seeds must give equal functions."""
+    for graph, node in nodes(w, copies.dropout_mask):
+        drop = next(u for u in graph.nodes if u.target is aten.mul.Tensor and node in deep(u))
+        with graph.inserting_before(drop):
+            new = graph.call_function(aten.dropout.default, (drop.args[0], 0.2, True))
+        drop.replace_all_uses_with(new)
+
+
+def deep(node: fx.Node, limit: int = 4) -> set[fx.Node]:
+    """A node's nearest ancestors."""
+    if limit == 0:
+        return set()
+    return {m for n in node.all_input_nodes for m in ({n} | deep(n, limit - 1))}
+
+
+def first_copy_only(w: Widened) -> None:
+    """A narrow that takes the wrong copies."""
+    for graph, node in nodes(w, copies.narrow):
+        with graph.inserting_before(node):
+            node.update_arg(2, graph.call_function(aten.flip.default, (node.args[2], [0])))
+
+
+def cut_gradient(w: Widened) -> None:
+    for graph, node in nodes(w, aten.relu.default):
+        with graph.inserting_after(node):
+            new = graph.call_function(aten.detach.default, (node,))
+        node.replace_all_uses_with(new, lambda user, n=new: user is not n)
+
+
+def one_mode(w: Widened) -> None:
+    w.graphs["train"] = w.graphs["eval"]
+
+
+def teacher_scale(w: Widened) -> None:
+    """Attention scaled by the teacher's width, which the features' shares do not undo."""
+    for _, node in nodes(w, aten.scaled_dot_product_attention.default):
+        node.kwargs = {**node.kwargs, "scale": 8**-0.5}
+
+
+def uneven_mean(w: Widened) -> None:
+    """Unequal numbers of copies weigh unequally in a plain mean."""
+    for graph, node in nodes(w, copies.average):
+        with graph.inserting_before(node):
+            args = (node.args[0], node.args[1], node.args[4])
+            new = graph.call_function(aten.mean.dim, args)
+        node.replace_all_uses_with(new)
+
+
+FAULTS: dict[str, tuple[Callable[[], nn.Module], Tamper, float]] = {
+    "no shares": (Plain, no_shares, 2),
+    "shares of the whole axis": (Plain, shares_of_whole_axis, 2),
+    "wrong map": (Plain, wrong_map, 2),
+    "wrong map of a bias": (Plain, wrong_bias_map, 2),
+    "fault behind a zero norm": (lambda: Plain(zero=True), wrong_bias_map, 2),
+    "wrong groups": (Plain, wrong_groups, 2),
+    "stale buffer": (Plain, stale_buffer, 2),
+    "transposed cat": (Plain, transposed_cat, 1),
+    "naive variance": (Plain, naive_variance, 2),
+    "naive softmax": (Plain, naive_softmax, 2),
+    "lost in-place write": (Plain, lost_write, 2),
+    "another dropout mask": (Plain, other_mask, 2),
+    "wrong copies narrowed": (Plain, first_copy_only, 2),
+    "cut gradient": (Plain, cut_gradient, 2),
+    "eval graph in train mode": (Plain, one_mode, 2),
+    "uneven mean": (Plain, uneven_mean, 1.5),
+    "swapped heads and features": (Heads, swapped_maps, 2),
+    "attention scaled by the teacher": (Heads, teacher_scale, 2),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_oracle_catches(name: str) -> None:
+    build, tamper, ratio = FAULTS[name]
+    torch.manual_seed(0)
+    model = build()
+    x = image() if isinstance(model, Plain) else torch.randn(2, 7, 5)
+    widened, call = compiled(model, x, ratio=ratio)
+    check(widened, call)  # sound before
+    tamper(widened)
+    with pytest.raises(LossyError) as caught:
+        check(widened, call)
+    assert "differs" in str(caught.value) or "fails" in str(caught.value)
+
+
+def test_the_place_is_named() -> None:
+    torch.manual_seed(0)
+    widened, call = compiled(Plain(), image())
+    naive_softmax(widened)
+    with pytest.raises(LossyError) as caught:
+        check(widened, call)
+    assert caught.value.node == "softmax"
+    assert "y.softmax(1)" in (caught.value.source or "")
+
+
+def test_a_fault_behind_a_zero_norm_is_invisible_on_the_real_weights() -> None:
+    """Why there is a probe: y + last(y) with a zero norm, and a fault that only last() sees."""
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.norm = nn.LayerNorm(6)
+            nn.init.zeros_(self.norm.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.c(y + self.norm(self.b(y)))
+
+    torch.manual_seed(0)
+    model, x = Hidden(), torch.randn(3, 4)
+    widened, call = compiled(model, x)
+    widened.maps["b.bias"] = (Frozen(6, np.roll(widened.maps["b.bias"][0].map, 1)),)
+    teacher = Teacher(widened, call)
+    torch.testing.assert_close(teacher(x), model(x))
+    with pytest.raises(LossyError, match="probe"):
+        check(widened, call)
+
+
+def test_a_stale_cache_in_the_student_is_cleared_or_caught() -> None:
+    """Tensors cached outside the parameters (LeViT) must not hide new weights."""
+
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(5))
+            self.fc = nn.Linear(5, 5)
+            self.cache: dict[str, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                return self.fc(x) * self.table
+            if "t" not in self.cache:
+                self.cache["t"] = self.table * 1
+            return self.fc(x) * self.cache["t"]
+
+    model = Cached().eval()
+    widened, call = compiled(model, torch.randn(2, 5))
+    teacher = Teacher(widened, call)
+    with pytest.raises(LossyError, match=r"teacher\.student"):
+        oracle.verify(widened, teacher, call.args, call.kwargs)
+    teacher.find_caches(call.args, call.kwargs)
+    oracle.verify(widened, teacher, call.args, call.kwargs)
+    assert not model.cache
+
+
+def test_not_a_number_fails() -> None:
+    class Log(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.log(self.fc(x) - 1e9)
+
+    widened, call = compiled(Log(), torch.randn(2, 4))
+    with pytest.raises(LossyError):
+        check(widened, call)
+
+
+def test_dead_parameters_are_listed() -> None:
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    widened, call = compiled(Dead(), torch.randn(2, 4))
+    result = oracle.verify(widened, Teacher(widened, call), call.args, call.kwargs)
+    assert set(result.dead) == {"unused.weight", "unused.bias"}
