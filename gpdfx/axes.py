@@ -461,6 +461,13 @@ class Frozen:
         return starts[np.searchsorted(counts, own)] + self.rank, np.repeat(counts, counts)
 
     @cached_property
+    def run(self) -> int:
+        """The longest run length such that share classes change only at its multiples."""
+        return int(
+            np.gcd.reduce(np.flatnonzero(np.diff(self.classes[0])) + 1, initial=self.teacher)
+        )
+
+    @cached_property
     def blocks(self) -> tuple[int, int, int]:
         """``(outer, wide, narrow)`` if the first copies are the first ``narrow`` of every
         ``wide`` indices, ``outer`` times over; zeros if they are not."""

@@ -131,8 +131,12 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def _cast(tree: Any, dtype: torch.dtype) -> Any:
-    return pytree.tree_map(lambda x: x.to(dtype) if _floating(x) else x, tree)
+def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
+    return pytree.tree_map(lambda x: x.to(dtype) if dtype and _floating(x) else x, tree)
+
+
+def _convert(module: Any, dtype: torch.dtype | None) -> Any:
+    return module.to(dtype) if dtype else module
 
 
 # --------------------------------------------------------------------------- comparing
@@ -187,31 +191,28 @@ def verify(
     change that a change in the last bit of the weights makes, never above 1e-7; for networks that
     cast to float32 on purpose (``single``) it is 1e-5.
     """
-    dtype = torch.float64 if _runs(widened.program.student, args, kwargs, torch.float64) else None
+    original = widened.program.student
+    dtype = torch.float64 if _runs(original, args, kwargs, torch.float64) else None
+    inputs = _cast((args, kwargs), dtype)
+    twin = _convert(copy.deepcopy(teacher), dtype)
     error: dict[str, float] = {}
     moved: set[str] = set()
     vacuous: list[str] = []
     used = TOLERANCE
     for which in ("probe", "real"):
+        student = copy.deepcopy(original)
+        student = _convert(randomize(student, seed) if which == "probe" else student, dtype)
         for mode, training in _MODES:
-            student = copy.deepcopy(widened.program.student)
-            if which == "probe":
-                randomize(student, seed)
-            student = student.to(dtype) if dtype else student
-            inputs = _cast((args, kwargs), dtype) if dtype else (args, kwargs)
-            twin = copy.deepcopy(teacher)
-            twin = twin.to(dtype) if dtype else twin
             twin.load_student(student)
-            fresh = copy.deepcopy(student)
-            errors, gradients, zero = compare(student, twin, inputs, training, seed)
+            errors, gradients, zero = compare(copy.deepcopy(student), twin, inputs, training, seed)
             moved |= gradients if which == "probe" else set()
             vacuous += [f"{which}/{mode}: {z}" for z in zero]
             worst = max(errors, key=lambda k: errors[k], default="")
             limit = SINGLE if single or dtype is None else TOLERANCE
             if worst and errors[worst] > limit:
-                limit = max(limit, _sensitivity(fresh, inputs, training, seed))
+                limit = max(limit, _sensitivity(student, inputs, training, seed))
             if (worst and not errors[worst] <= limit) or (zero and which == "probe"):
-                where = first_difference(widened, fresh, teacher, inputs, mode, seed)
+                where = first_difference(widened, student, twin, inputs, mode, seed)
                 raise LossyError(
                     f"{which}, {mode} mode: {worst} differs by {errors[worst]:.2e} "
                     f"(allowed {limit:.0e})" + (f"; {zero[0]} is zero" if zero else ""),
@@ -220,8 +221,8 @@ def verify(
                 )
             used = max(used, limit)
             error[f"{which}/{mode}"] = errors.get(worst, 0.0)
-    _check_student(teacher, args, kwargs, dtype, seed)
-    named = dict(widened.program.student.named_parameters())
+    _check_student(twin, inputs, seed)
+    named = dict(original.named_parameters())
     dead = tuple(n for n, p in named.items() if n not in moved and p.is_floating_point())
     return Check(error, used, dead, tuple(vacuous), dtype or torch.get_default_dtype())
 
@@ -252,13 +253,11 @@ def _sensitivity(student: nn.Module, inputs: tuple[Any, Any], training: bool, se
     return min(50 * change, CEILING)
 
 
-def _check_student(
-    teacher: Teacher, args: Any, kwargs: Any, dtype: torch.dtype | None, seed: int
-) -> None:
-    """The student's view must follow every derived parameter: compare with a fresh module."""
-    twin = copy.deepcopy(teacher)
-    twin = twin.to(dtype).eval() if dtype else twin.eval()
-    args, kwargs = _cast((args, kwargs), dtype) if dtype else (args, kwargs)
+def _check_student(twin: Teacher, inputs: tuple[Any, Any], seed: int) -> None:
+    """The student's view must follow every derived parameter: compare with a fresh module.
+    Changes the teacher."""
+    args, kwargs = inputs
+    twin.eval()
     plain = collapse(twin)
     with torch.no_grad(), keep_rng():
         twin.student(*args, **kwargs)  # whatever it caches, it caches now
@@ -296,9 +295,8 @@ def first_difference(
     program, inference = widened.program, widened.inference
     try:
         mine = _record(_root(program, student), program.modes[mode].graph, inputs, seed, "")
-        twin = copy.deepcopy(teacher).to(next(student.parameters()).dtype)
-        twin.load_student(student)
-        theirs = _record(twin._net, widened.graphs[mode], inputs, seed, "student")
+        teacher.load_student(student)
+        theirs = _record(teacher._net, widened.graphs[mode], inputs, seed, "student")
     except Exception as error:  # the message about the mismatch matters more than its place
         return {"source": f"(the first differing node is unknown: {type(error).__name__})"}
     for node in program.modes[mode].graph.nodes:

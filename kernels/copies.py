@@ -52,9 +52,9 @@ def share(
     """Multiply a contracted axis by its shares, so that copies count once.
 
     ``table``: small, one number per (row and) share class, broadcasting against ``x`` once its
-    dimension ``at`` is expanded to teacher indices by ``classes`` (w,). An integer table holds
-    the number of copies: uniform shares. ``split``: the sizes into which dimension ``dim`` of
-    ``x`` is split first, where the contracted axis is a factor of it.
+    dimension ``at`` is expanded by ``classes`` (one for every run of teacher indices). An integer
+    table holds the number of copies: uniform shares. ``split``: the sizes into which dimension
+    ``dim`` of ``x`` is split first, so that runs, or a factor of it, have their own dimension.
     """
     table = table.to(x.dtype) if table.is_floating_point() else _reciprocal(table, x)
     shares = table.index_select(at, classes)

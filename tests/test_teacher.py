@@ -256,3 +256,18 @@ def test_inplace_writes_through_bridged_views_are_captured_functionally() -> Non
     torch.manual_seed(0)
     teacher = gpdfx.expand(Views(), 2, example_inputs=(torch.randn(3, 4),))
     assert teacher.report().widened == 1.0
+
+
+def test_a_network_that_only_runs_in_float32() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) @ torch.eye(6, dtype=torch.float32))
+
+    torch.manual_seed(0)
+    report = gpdfx.expand(Single(), 2, example_inputs=(torch.randn(3, 4),)).report()
+    assert report.check.dtype is torch.float32
+    assert report.check.tolerance == 1e-5

@@ -269,17 +269,22 @@ def share_along(
     dim: int,
     split: list[int] | None = None,
 ) -> fx.Node:
-    """The node that multiplies by shares; ``sizes``: the table's, ``at``: its class dimension."""
+    """The node that multiplies by shares. ``sizes``: the table's, ``at``: its class dimension;
+    ``split``: the factors of the operand's dimension ``dim``, if it is a product."""
     frozen = w.static(axis)
-    before, after = sizes[:at], sizes[at + 1 :]
+    classes, run = frozen.classes[0], frozen.run
+    if run > 1:  # neighbours share a class: multiply by (runs, 1) instead of one by one
+        inside = at - dim if split else 0
+        split = [*(split or [frozen.teacher])]
+        split[inside : inside + 1] = [frozen.teacher // run, run]
+        sizes = [*sizes[: at + 1], 1, *sizes[at + 1 :]]
+    rows = [*sizes[:at], *sizes[at + 1 :]]
 
     def table(draw: Any) -> Any:
-        flat = share_table(frozen, [*before, *after], draw)
-        return np.ascontiguousarray(np.moveaxis(flat, -1, at))
+        return np.ascontiguousarray(np.moveaxis(share_table(frozen, rows, draw), -1, at))
 
-    key = w.target.share_key(w.mode, student, w.op.node, (at, tuple(sizes), len(frozen.classes[1])))
+    layout = (at, tuple(sizes), len(frozen.classes[1]))
+    key = w.target.share_key(w.mode, student, w.op.node, layout)
     shares = w.target.share(w.mode, key, table)
-    at_right = at - len(sizes)
-    return w.call(
-        copies.share, operand, shares, w.constant(frozen.classes[0]), at_right, dim, split
-    )
+    index = w.constant(classes[::run])
+    return w.call(copies.share, operand, shares, index, at - len(sizes), dim, split)
