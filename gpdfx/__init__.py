@@ -11,6 +11,8 @@ from .errors import GpdfxError as GpdfxError
 from .errors import InputError as InputError
 from .errors import LossyError as LossyError
 from .expand import expand as expand
+from .explain import explain as explain
+from .explain import graph as graph
 from .report import Report as Report
 from .teacher import Teacher as Teacher
 from .teacher import collapse as collapse

@@ -134,7 +134,8 @@ class Solver:
     """Leaves, what they were refined to, and why some of them are fixed.
 
     ``at`` labels what happens now (an op and its source line); it is kept on every edge of the
-    constraint graph (``edges``: leaf, leaf, label), from which ``explain`` finds its chains.
+    constraint graph (``edges``: leaf, leaf, label), from which ``explain`` finds its chains to a
+    ``cause``: a leaf that was fixed on its own account, not by one that it was unified with.
     """
 
     def __init__(self) -> None:
@@ -144,6 +145,7 @@ class Solver:
         self.inner: dict[Leaf, bool] = {}  # positions were taken along these: widen them last
         self.contracted: dict[Leaf, bool] = {}  # some weight contracts these
         self.symbolic: dict[Leaf, bool] = {}  # sizes known only at run time (the batch)
+        self.cause: dict[Leaf, bool] = {}
         self.edges: list[tuple[Leaf, Leaf, str]] = []
         self.at = ""
         self._orders = itertools.count()
@@ -156,7 +158,7 @@ class Solver:
             return ONE
         new = Leaf(int(size), next(self._orders))
         if fixed:
-            self._set(self.reason, new, fixed)
+            self.fix(new, fixed)
         return new
 
     def resolve(self, axis: Axis) -> Axis:
@@ -185,6 +187,7 @@ class Solver:
         for leaf in leaves(self.resolve(axis)):
             if leaf not in self.reason:
                 self._set(self.reason, leaf, reason)
+                self._set(self.cause, leaf, True)
 
     # ---- transactions
     def _set(self, table: dict[Leaf, Any], key: Leaf, value: Any) -> None:
@@ -301,8 +304,9 @@ class Solver:
             known = marks is self.symbolic and any(x in marks for x in leaves(axis))
             if leaf in marks and not known:
                 self.mark(marks, axis)
-        if leaf in self.reason:
-            self.fix(axis, self.reason[leaf])
+        for target in leaves(axis) if leaf in self.reason else ():
+            if target not in self.reason:
+                self._set(self.reason, target, self.reason[leaf])
 
     def _conflict(self, a: Axis, b: Axis) -> AxisConflict:
         return AxisConflict(f"{self.resolve(a)} cannot be the same axis as {self.resolve(b)}")
@@ -337,7 +341,8 @@ def choose_widths(
 
     In every product exactly one candidate widens: groups and heads first, else the inner factor,
     positions taken along an axis last, ties by first use. A product with one candidate left takes
-    it at once; where products of weights contradict each other one of them keeps its width.
+    it at once; where products of weights contradict each other one of them keeps its width (the
+    inner factor of a grouped weight, whose groups widen).
     ``others``: axes of activations, in which at most one leaf may widen.
     """
     ratio_of = ratio if callable(ratio) else lambda leaf: ratio
@@ -368,10 +373,14 @@ def choose_widths(
             widen(open_[0])
 
     rank = _preference(solver, weights)
-    ordered = sorted(clauses, key=_clause_order)
-    for clause in ordered:
+    ordered = sorted(candidates, key=lambda x: rank[x])
+    groups = [x for x in ordered if x in solver.outer and x not in solver.inner]
+    for leaf in groups:
+        if leaf not in held:
+            widen(leaf)
+    for clause in sorted(clauses, key=_clause_order):
         settle(clause)
-    for leaf in sorted(candidates, key=lambda x: rank[x]):
+    for leaf in ordered:
         if leaf not in size and leaf not in held:
             widen(leaf)
     grown = {

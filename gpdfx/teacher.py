@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .axes import Frozen
 from .errors import InputError
+from .explain import make_story
 from .passes.program import Program, value
 from .passes.widen import Widened, gather
 
@@ -49,6 +50,7 @@ class Teacher(nn.Module):
         self._out_specs = {mode: m.out_spec for mode, m in program.modes.items()}
         self._shapes = {mode: _input_shapes(m.graph) for mode, m in program.modes.items()}
         self._report: Report | None = None
+        self._story = make_story(widened)
         self._caches: list[tuple[str, str, Any]] = []
         # The user's module hides from nn.Module: its tensors are placeholders for the teacher's.
         object.__setattr__(self, "_student", copy.deepcopy(program.student))

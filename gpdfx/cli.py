@@ -1,0 +1,144 @@
+"""The command line: ``gpdfx expand | explain | graph MODEL``.
+
+MODEL is ``timm:NAME``, ``torchvision:NAME``, or ``package.module:CALLABLE`` for your own.
+Exit codes: 0 done, 1 the model could not be expanded, 2 the command is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import GpdfxError, InputError
+from .expand import expand
+from .explain import explain, graph, suggest
+from .teacher import Teacher
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        text, data = options.run(options)
+    except GpdfxError as error:
+        print(f"gpdfx: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(data, indent=1, default=str) if options.json else text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("gpdfx", description="Wider teachers out of any network.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("model", help="timm:NAME, torchvision:NAME or package.module:CALLABLE")
+    common.add_argument("--ratio", type=float, default=2.0, help="width (default 2)")
+    common.add_argument("--size", type=int, help="height and width of the example image")
+    common.add_argument("--json", action="store_true", help="print JSON")
+
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, parents=[common])
+        command.set_defaults(run=run)
+        return command
+
+    command = add("expand", _expand, "expand a network, check it, print the report")
+    command.add_argument("--no-verify", action="store_true", help="skip the equality check")
+    command = add("explain", _explain, "why a parameter widened or did not")
+    command.add_argument("parameter")
+    command = add("graph", _graph, "draw which layers widen together and where bridges stand")
+    command.add_argument("--out", required=True, help="FILE.svg, FILE.png or FILE.html")
+    return parser
+
+
+def _teacher(options: argparse.Namespace, verify: bool) -> Teacher:
+    with _working(f"expanding {options.model}"):
+        model = load(options.model)
+        inputs = (torch.randn(2, 3, options.size, options.size),) if options.size else None
+        return expand(model, options.ratio, example_inputs=inputs, verify=verify)
+
+
+def _expand(options: argparse.Namespace) -> tuple[str, Any]:
+    report = _teacher(options, not options.no_verify).report()
+    return str(report), report.to_dict()
+
+
+def _explain(options: argparse.Namespace) -> tuple[str, Any]:
+    explanation = explain(_teacher(options, False), options.parameter)
+    return str(explanation), dataclasses.asdict(explanation)
+
+
+def _graph(options: argparse.Namespace) -> tuple[str, Any]:
+    graph(_teacher(options, False), options.out)
+    return f"wrote {options.out}", {"out": options.out}
+
+
+def load(name: str) -> nn.Module:
+    """Build a model by its command-line name, with random weights; never downloads."""
+    library, _, model = name.partition(":")
+    if not model:
+        raise InputError(f"{name!r} names no library", remedy="write timm:NAME or torchvision:NAME")
+    try:
+        if library == "timm":
+            import timm
+
+            known = timm.list_models()
+            create: Any = timm.create_model
+        elif library == "torchvision":
+            import torchvision
+
+            known = torchvision.models.list_models()
+            create = torchvision.models.get_model
+        else:
+            return _own(library, model)
+    except ImportError as error:
+        raise InputError(str(error), remedy="pip install 'gpdfx[vision]'") from error
+    if model not in known:
+        raise InputError(f"{library} has no model {model!r}", remedy=suggest(model, known))
+    torch.manual_seed(0)
+    built: nn.Module = create(model)
+    return built
+
+
+def _own(module: str, name: str) -> nn.Module:
+    sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"cannot find {module}:{name}: {error}",
+            remedy="write package.module:CALLABLE, where CALLABLE() returns the model",
+        ) from error
+    result: nn.Module = made if isinstance(made, nn.Module) else made()
+    return result
+
+
+@contextlib.contextmanager
+def _working(text: str) -> Iterator[None]:
+    """A spinner on stderr while something takes its time; a line where there is no terminal."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        print(f"{text} ...", file=sys.stderr)
+        yield
+        return
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        print(f"{text} ...", file=sys.stderr)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())
