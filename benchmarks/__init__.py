@@ -1,0 +1,1 @@
+"""Measurements: coverage of public networks, exactness, speed and memory."""

@@ -1,0 +1,94 @@
+"""The coverage CSVs as markdown, for the README."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, median
+
+Row = dict[str, str]
+
+HEAD = (
+    *("suite", "ratio", "networks", "captured", "lossless", "collapse identical"),
+    *("widened, mean", "median", "worst error", "bridged nodes"),
+    *("seconds: capture", "transform", "verify", "parameters"),
+)
+CHECKS = ("probe/eval", "probe/train", "real/eval", "real/train")
+STRICT = 1e-10
+
+
+def summary(paths: Iterable[Path]) -> str:
+    """One line per suite and ratio; then every network that is not ok, that widened less than 90
+    per cent, or that was allowed more than the usual tolerance."""
+    rows: list[Row] = []
+    for path in paths:
+        with path.open(newline="") as file:
+            rows += csv.DictReader(file)
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["suite"], row["ratio"]), []).append(row)
+    ok = [r for r in rows if r["status"] == "ok"]
+    low = [r for r in ok if float(r["widened"]) < 0.9]
+    wide = [r for r in ok if float(r["tolerance"]) > STRICT]
+    lines = [
+        _line(HEAD),
+        _line(["---"] * len(HEAD)),
+        *(_line([*key, *_figures(group)]) for key, group in groups.items()),
+        *_list("Not ok", [(r, _failure(r)) for r in rows if _failure(r)]),
+        *_list("Widened below 90 %", [(r, _why(r)) for r in low]),
+        *_list(
+            f"Allowed more than {STRICT:.0e}: rounding is amplified, or the network casts",
+            [(r, f"error {_worst(r):.1e}, allowed {float(r['tolerance']):.0e}") for r in wide],
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _figures(rows: list[Row]) -> list[str]:
+    ok = [r for r in rows if r["status"] == "ok"]
+    captured = [r for r in rows if r["status"] in ("ok", "lossy")]
+    counts = [str(len(rows)), str(len(captured)), f"{len(ok)} of {len(captured)}"]
+    if not ok:
+        return counts + ["-"] * (len(HEAD) - 2 - len(counts))
+    widened = [float(r["widened"]) for r in ok]
+    bridged = sum(int(r["bridged"]) for r in ok) / max(sum(int(r["nodes"]) for r in ok), 1)
+    factors = [int(r["parameters_after"]) / max(int(r["parameters_before"]), 1) for r in ok]
+    return [
+        *counts,
+        f"{sum(r['collapse'] == 'True' for r in ok)} of {len(ok)}",
+        f"{fmean(widened):.1%}",
+        f"{median(widened):.1%}",
+        f"{max(map(_worst, ok)):.1e}",
+        f"{bridged:.2%}",
+        *(_median(ok, f"seconds_{stage}") for stage in ("capture", "transform", "verify")),
+        f"x {fmean(factors):.2f}",
+    ]
+
+
+def _worst(row: Row) -> float:
+    return max(float(row[k] or math.nan) for k in CHECKS)
+
+
+def _median(rows: list[Row], column: str) -> str:
+    return f"{median(float(r[column]) for r in rows):.1f}"
+
+
+def _failure(row: Row) -> str:
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['error']}" + (f" ({row['where']})" if row["where"] else "")
+    return "" if row["collapse"] == "True" else "collapse gives another state_dict or type"
+
+
+def _why(row: Row) -> str:
+    return f"{float(row['widened']):.1%}: {row['held'] or row['bridged_reasons']}"
+
+
+def _list(title: str, found: Sequence[tuple[Row, str]]) -> list[str]:
+    items = [f"- `{row['name']}`, ratio {row['ratio']}: {text}" for row, text in found]
+    return ["", f"{title}: {len(items)}", "", *items] if items else []
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
