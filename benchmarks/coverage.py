@@ -17,6 +17,7 @@ import csv
 import multiprocessing
 import os
 import re
+import threading
 import time
 import traceback
 from collections import Counter, deque
@@ -57,6 +58,7 @@ def work(rows: Connection, name: str, ratios: tuple[float, ...], size: int, thre
     for stream in (1, 2):  # the parent shows a progress bar
         os.dup2(quiet, stream)
     _killed_first()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         model, x = networks.build(name, size)
@@ -138,6 +140,14 @@ def _killed_first() -> None:
     score = Path("/proc/self/oom_score_adj")
     if score.exists():
         score.write_text("1000")
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot stop its workers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 # --------------------------------------------------------------------------- many networks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import numbers
@@ -19,6 +20,7 @@ from .inputs import infer_inputs
 from .passes.canonicalize import bakes_constants, canonicalize, follow, follow_device
 from .passes.capture import capture
 from .passes.infer import Inference, NeedsFunctional, infer
+from .passes.inline import inline
 from .passes.program import Program, source_line
 from .passes.rules.base import DynamicAxis
 from .passes.widen import Widened, assign, widen
@@ -132,17 +134,15 @@ def _compile(
 
 
 def _capture(model: nn.Module, call: Call, functional: bool, dynamic: bool) -> Program:
-    program = capture(model, call.args, call.kwargs, functional=functional, dynamic=dynamic)
+    options = {"functional": functional, "dynamic": dynamic}
+    program = inline(capture(model, call.args, call.kwargs, **options))
     if bakes_constants(program):
         args, kwargs = pytree.tree_map(
             lambda x: x.double() if oracle._floating(x) else x, (call.args, call.kwargs)
         )
         double = copy.deepcopy(model).double()
-        try:
-            twin = capture(double, args, kwargs, functional=functional, dynamic=dynamic)
-            program = follow(program, twin)
-        except CaptureError:  # a network that only runs in its own dtype keeps its constants
-            pass
+        with contextlib.suppress(CaptureError):  # one that only runs in its own dtype keeps them
+            program = follow(program, inline(capture(double, args, kwargs, **options)))
     return follow_device(program)
 
 

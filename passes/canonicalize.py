@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .inline import REGION
 from .program import Program, bind, check, is_tensor, mutated, value
 
 aten = torch.ops.aten
@@ -38,7 +39,7 @@ def canonicalize(program: Program) -> Program:
 def _impure(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
     random = torch.Tag.nondeterministic_seeded in tags  # erasing one would shift later draws
-    return node.is_impure() or bool(mutated(node)) or random
+    return node.is_impure() or bool(mutated(node)) or random or node.target in REGION
 
 
 def follow(program: Program, double: Program) -> Program:

@@ -18,6 +18,7 @@ from torch import fx
 from ..axes import Axis, Frozen, Widths, choose_widths, freeze
 from ..kernels import copies
 from .infer import Inference
+from .inline import REGION
 from .program import Program, is_mutable, is_tensor, module_path, mutated, source
 from .rules import rule_of
 from .rules.base import Axes, DynamicAxis, Op, Target, Writer, student_size
@@ -119,7 +120,8 @@ def gather(tensor: torch.Tensor, maps: tuple[Frozen, ...]) -> torch.Tensor:
 def _keep(node: fx.Node) -> bool:
     """Ops that write, or that move the random state, stay although nobody reads them."""
     draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    return node.is_impure() or is_mutable(node) or draws or node.target is copies.dropout_mask
+    stays = node.target in REGION or node.target is copies.dropout_mask
+    return node.is_impure() or is_mutable(node) or draws or stays
 
 
 def _parts(axes: Any) -> list[Axes]:

@@ -193,12 +193,33 @@ class Norms(nn.Module):
         return self.c(F.dropout(x, 0.2, self.training))
 
 
+class Regions(nn.Module):
+    """no_grad and autocast regions, a deliberate cast, weights computed from parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 10), nn.Linear(10, 10), nn.Linear(10, 4)
+        self.scale = nn.Parameter(torch.ones(10, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        with torch.no_grad():
+            gate = self.b(y).sigmoid()
+            with torch.enable_grad():
+                gate = gate * 2
+        with torch.autocast("cpu", enabled=False):
+            weight = F.normalize(self.b.weight, dim=1) * self.scale
+            y = F.linear(y, weight / weight.var(1, keepdim=True).add(1).sqrt(), self.b.bias)
+        return self.c(y * gate)
+
+
 WRITTEN: dict[str, Case] = {
     "unet": Case(UNet, (2, 3, 16, 16)),
     "gpt": Case(GPT, (2, 12), tokens=50),
     "odd": Case(Odd, (3, 3, 16, 16)),
     "grouped": Case(Grouped, (2, 3, 16, 16)),
     "norms": Case(Norms, (4, 6)),
+    "regions": Case(Regions, (4, 6)),
 }
 
 

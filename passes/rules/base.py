@@ -89,7 +89,10 @@ class Op:
         raise AxisConflict(message)
 
     def hold(self, x: fx.Node, dim: int, why: str, out: int | None = None) -> bool:
-        """``narrow`` if the axis might widen at all; says whether it might."""
+        """``narrow`` if the axis might widen at all; says whether it might. An axis of a tensor
+        that only parameters make (a table of positions) is fixed instead."""
+        if self.is_static(x):
+            self.fix(self.axes(x)[dim], "lookup")
         if self.solver.is_fixed(self.axes(x)[dim]):
             return False
         self.narrow(x, dim, why, out)

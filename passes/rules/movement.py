@@ -65,6 +65,12 @@ def _split(op: Op, axis: Axis, sizes: Sequence[int], raw: Sequence[Any]) -> list
     return [op.solver.resolve(p) for p in parts]
 
 
+def _reshape_as(op: Op) -> Axes:
+    """To the shape of another tensor, whose axes the result has too."""
+    result = reshape(op)
+    return tuple(op.unify(a, b) for a, b in zip(result, op.axes("other"), strict=True))
+
+
 def _widen_reshape(w: Writer, argument: str) -> fx.Node:
     axes = w.target.axes[w.op.node]
     given = w.op[argument]
@@ -337,7 +343,8 @@ TABLE: dict[Any, Rule] = {
     aten.view.default: _RESHAPE,
     aten._unsafe_view.default: _RESHAPE,
     aten.reshape.default: Rule(reshape, partial(_widen_reshape, argument="shape")),
-    aten.view_as.default: Rule(reshape, lambda w: w.copy()),
+    aten.view_as.default: Rule(_reshape_as),
+    aten.reshape_as.default: Rule(_reshape_as),
     aten.flatten.using_ints: Rule(reshape),
     aten.ravel.default: Rule(reshape),
     aten.unflatten.int: Rule(reshape, _unflatten),

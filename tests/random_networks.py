@@ -1,0 +1,292 @@
+"""Random networks as runnable source code, so that a failure prints its own reproducer.
+
+A network is a list of steps drawn by hypothesis, which shrinks it. Every step adds lines to
+``__init__`` and ``forward`` and says what shape comes out: an image (channels, size) or tokens
+(count, features).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+Draw = Callable[[Any], Any]
+
+
+@dataclass
+class Source:
+    """A network being written. ``kind``: image or tokens; ``c``: channels; ``n``: size or count."""
+
+    draw: Draw
+    kind: str = "image"
+    c: int = 3
+    n: int = 8
+    init: list[str] = field(default_factory=list)
+    forward: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def layer(self, code: str) -> str:
+        name = f"self.m{self.count}"
+        self.count += 1
+        self.init.append(f"{name} = {code}")
+        return name
+
+    def add(self, *lines: str) -> None:
+        self.forward += lines
+
+    def one(self, *options: Any) -> Any:
+        return self.draw(st.sampled_from(options))
+
+    def divisors(self, low: int = 2) -> list[int]:
+        return [d for d in range(low, self.c) if self.c % d == 0]
+
+    def code(self) -> str:
+        init = "\n        ".join(["super().__init__()", *self.init])
+        body = "\n        ".join([*self.forward, "return x"])
+        return (
+            "import torch\nimport torch.nn.functional as F\nfrom torch import nn\n\n\n"
+            f"class Net(nn.Module):\n    def __init__(self):\n        {init}\n\n"
+            f"    def forward(self, x):\n        {body}\n"
+        )
+
+
+# --------------------------------------------------------------------------- image steps
+def conv(s: Source) -> None:
+    out = s.one(4, 6, 8, 12)
+    groups = s.one(*[g for g in (1, 2, 3, 4) if s.c % g == 0 and out % g == 0])
+    kernel, dilation = s.one((1, 1), (3, 1), (3, 2))
+    stride = s.one(1, 2) if s.n >= 4 else 1
+    pad = dilation * (kernel // 2)
+    options = f"{s.c}, {out}, {kernel}, stride={stride}, padding={pad}, dilation={dilation}"
+    s.add(f"x = {s.layer(f'nn.Conv2d({options}, groups={groups}, bias={s.one(True, False)})')}(x)")
+    s.c, s.n = out, (s.n + stride - 1) // stride
+
+
+def depthwise(s: Source) -> None:
+    times = s.one(1, 2)
+    s.add(f"x = {s.layer(f'nn.Conv2d({s.c}, {s.c * times}, 3, padding=1, groups={s.c})')}(x)")
+    s.c *= times
+
+
+def transposed(s: Source) -> None:
+    out = s.one(4, 6)
+    groups = s.one(*[g for g in (1, 2) if s.c % g == 0])
+    code = f"nn.ConvTranspose2d({s.c}, {out}, 3, padding=1, groups={groups})"
+    s.add(f"x = {s.layer(code)}(x)")
+    s.c = out
+
+
+def image_norm(s: Source) -> None:
+    groups = s.one(*[g for g in (1, 2, 3, 4) if s.c % g == 0])
+    kinds = (f"nn.BatchNorm2d({s.c})", f"nn.GroupNorm({groups}, {s.c})")
+    s.add(f"x = {s.layer(s.one(*kinds, f'nn.InstanceNorm2d({s.c}, affine=True)'))}(x)")
+
+
+def residual(s: Source) -> None:
+    a = s.layer(f"nn.Conv2d({s.c}, {s.c}, 3, padding=1)")
+    in_place = f"x = {a}(x).add_(x).mul_(0.5)"
+    s.add(s.one(f"x = x + {a}(x)", in_place, f"x = x * torch.sigmoid({a}(x))"))
+
+
+def concat(s: Source) -> None:
+    out = s.one(2, 4, 5)
+    a = s.layer(f"nn.Conv2d({s.c}, {out}, 1)")
+    s.add(s.one(f"x = torch.cat([x, {a}(x)], 1)", f"x = torch.cat([{a}(x), x], 1)"))
+    s.c += out
+
+
+def gate(s: Source) -> None:
+    a, b = s.layer(f"nn.Linear({s.c}, 3)"), s.layer(f"nn.Linear(3, {s.c})")
+    s.add(f"x = x * {b}(F.relu({a}(x.mean((2, 3))))).sigmoid()[:, :, None, None]")
+
+
+def shuffle(s: Source) -> None:
+    if options := s.divisors():
+        g = s.one(*options)
+        s.add(f"x = x.unflatten(1, ({g}, {s.c // g})).transpose(1, 2).flatten(1, 2)")
+
+
+def halves(s: Source) -> None:
+    if s.c % 2 == 0:
+        forms = ("x = torch.cat([b, a], 1)", "x = torch.cat([a * b, a], 1)", "x = a + b")
+        form = s.one(*forms)
+        s.add("a, b = x.chunk(2, 1)", form)
+        s.c = s.c // 2 if form == forms[2] else s.c
+
+
+def slices(s: Source) -> None:
+    k = s.one(*range(1, s.c)) if s.c > 1 else 0
+    if k:
+        s.add(s.one(f"x = torch.cat([x[:, {k}:], x[:, :{k}]], 1)", f"x = x - x[:, {k - 1} : {k}]"))
+
+
+def write(s: Source) -> None:
+    k = max(1, s.c // 2)
+    s.add("x = x.clone()", s.one(f"x[:, :{k}] = x[:, -{k}:] * 2", f"x[:, {k - 1}] += 1.0"))
+
+
+def positions(s: Source) -> None:
+    """Ops along the channel axis for which positions matter, or that have no rule."""
+    eca = s.layer("nn.Conv1d(1, 1, 3, padding=1)")
+    s.add(
+        s.one(
+            "x = x.cumsum(1)",
+            "x = x.sort(1)[0]",
+            "x = x.flip(1)",
+            "x = x.roll(1, 1)",
+            "x = x + x.argmax(1, keepdim=True) * 0.1",
+            "x = x * x.topk(1, 1)[0]",
+            f"x = x * {eca}(x.mean((2, 3))[:, None]).sigmoid()[:, 0, :, None, None]",
+            "x = x + F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1]",
+        )
+    )
+
+
+def reduce(s: Source) -> None:
+    s.add(
+        s.one(
+            "x = x.softmax(1) * 3",
+            "x = x - x.mean(1, keepdim=True)",
+            "x = x / (x.std(1, keepdim=True) + 1)" if s.c > 1 else "x = x",
+            "x = x / (x.var(1, keepdim=True, unbiased=False) + 1)",
+            "x = F.normalize(x, dim=1)",
+            "x = x - x.amax(1, keepdim=True)",
+            "x = x + x.logsumexp(1, keepdim=True)",
+            "x = x * x.sum(1, keepdim=True).tanh()",
+        )
+    )
+
+
+def pool(s: Source) -> None:
+    if s.n >= 4:
+        s.add(s.one("x = F.max_pool2d(x, 2)", "x = F.avg_pool2d(x, 2)"))
+        s.n //= 2
+
+
+def pixel(s: Source) -> None:
+    if s.c % 4 == 0 and s.n <= 8:
+        s.add("x = F.pixel_shuffle(x, 2)")
+        s.c, s.n = s.c // 4, s.n * 2
+
+
+def twice(s: Source) -> None:
+    a = s.layer(f"nn.Conv2d({s.c}, {s.c}, 1)")
+    s.add(f"x = {a}(F.relu({a}(x)))")
+
+
+def to_tokens(s: Source) -> None:
+    s.add("x = x.flatten(2).transpose(1, 2)")
+    s.kind, s.n = "tokens", s.n * s.n
+
+
+# --------------------------------------------------------------------------- token steps
+def linear(s: Source) -> None:
+    out = s.one(4, 6, 12)
+    s.add(f"x = {s.layer(f'nn.Linear({s.c}, {out})')}(x)")
+    s.c = out
+
+
+def token_norm(s: Source) -> None:
+    s.add(f"x = {s.layer(s.one(f'nn.LayerNorm({s.c})', f'nn.RMSNorm({s.c})'))}(x)")
+
+
+def mlp(s: Source) -> None:
+    a, b = s.layer(f"nn.Linear({s.c}, {2 * s.c})"), s.layer(f"nn.Linear({s.c}, {s.c})")
+    c = s.layer(f"nn.Linear({2 * s.c}, {s.c})")
+    s.add(s.one(f"x = x + {b}(F.glu({a}(x), -1))", f"x = x + {b}({c}(F.gelu({a}(x))))"))
+
+
+def attention(s: Source) -> None:
+    """Packed in every axis order; explicit softmax or the fused op."""
+    h = s.one(1, *s.divisors())
+    d = s.c // h
+    qkv, proj = s.layer(f"nn.Linear({s.c}, {3 * s.c})"), s.layer(f"nn.Linear({s.c}, {s.c})")
+    unpack = {
+        "3hd": f"q, k, v = y.unflatten(-1, (3, {h}, {d})).permute(2, 0, 3, 1, 4).unbind(0)",
+        "h3d": f"q, k, v = y.unflatten(-1, ({h}, 3, {d})).permute(3, 0, 2, 1, 4)",
+        "hd3": f"q, k, v = y.unflatten(-1, ({h}, {d}, 3)).permute(4, 0, 2, 1, 3)",
+        "chunk": (
+            f"q, k, v = (t.unflatten(-1, ({h}, {d})).transpose(1, 2) for t in y.chunk(3, -1))"
+        ),
+        "split": (
+            f"q, k, v = (t.transpose(1, 2) for t in y.unflatten(-1, ({h}, {3 * d})).split({d}, -1))"
+        ),
+    }
+    score = (
+        "y = F.scaled_dot_product_attention(q, k, v)",
+        f"y = (q @ k.transpose(-1, -2) * {d**-0.5}).softmax(-1) @ v",
+        "y = torch.einsum('bhnm,bhmd->bhnd', torch.einsum('bhnd,bhmd->bhnm', q, k).softmax(-1), v)",
+        "y = q @ (k.softmax(-2).transpose(-1, -2) @ v)",
+    )
+    s.add(f"y = {qkv}(x)", unpack[s.one(*unpack)], s.one(*score))
+    s.add(f"x = x + {proj}(y.transpose(1, 2).flatten(2))")
+
+
+def mixer(s: Source) -> None:
+    a = s.layer(f"nn.Linear({s.n}, {s.n})")
+    s.add(f"x = x + {a}(x.transpose(1, 2)).transpose(1, 2)")
+
+
+def tied(s: Source) -> None:
+    a, b = s.layer(f"nn.Linear({s.c}, {s.c})"), s.layer(f"nn.Linear({s.c}, {s.c})")
+    s.init.append(f"{b}.weight = {a}.weight")
+    s.add(s.one(f"x = {b}(F.silu({a}(x)))", f"x = {a}(x) @ {b}.weight"))
+
+
+def standardized(s: Source) -> None:
+    a = s.layer(f"nn.Linear({s.c}, {s.c})")
+    s.add(f"w = {a}.weight", "w = (w - w.mean(1, keepdim=True)) / (w.std(1, keepdim=True) + 1)")
+    s.add(f"x = F.linear(x, w, {a}.bias)")
+
+
+def to_image(s: Source) -> None:
+    side = round(s.n**0.5)
+    s.add(f"x = x.transpose(1, 2).unflatten(2, ({side}, {side}))")
+    s.kind, s.n = "image", side
+
+
+# --------------------------------------------------------------------------- either
+def activation(s: Source) -> None:
+    kinds = ("F.relu(x)", "F.relu(x * 2, inplace=True)", "F.gelu(x)", "F.hardswish(x)", "x.tanh()")
+    s.add(f"x = {s.one(*kinds, 'F.leaky_relu(x, 0.1)', 'x.clamp(-2, 2)', 'x * 0.5 + 1')}")
+
+
+def dropout(s: Source) -> None:
+    ones = "(1, 1, 1)" if s.kind == "image" else "(1, 1)"
+    path = f"x = x * x.new_empty((x.shape[0], *{ones})).bernoulli_(0.8) if self.training else x"
+    s.add(s.one("x = F.dropout(x, 0.2, self.training)", path))
+
+
+IMAGE = (
+    *(conv, depthwise, transposed, image_norm, residual, concat, gate, shuffle, halves, slices),
+    *(write, positions, reduce, pool, pixel, twice, to_tokens, activation, dropout),
+)
+TOKENS = (
+    *(linear, token_norm, mlp, attention, mixer, tied, standardized, to_image, activation, dropout),
+)
+
+
+@st.composite
+def networks(draw: Draw) -> str:
+    """The source of a network from a (4, 3, 8, 8) image to 5 logits."""
+    s = Source(draw)
+    conv(s)
+    for _ in range(draw(st.integers(1, 7))):
+        draw(st.sampled_from(IMAGE if s.kind == "image" else TOKENS))(s)
+    s.add("x = x.mean((2, 3))" if s.kind == "image" else "x = x.mean(1)")
+    s.add(f"x = {s.layer(f'nn.Linear({s.c}, 5)')}(x)")
+    return s.code()
+
+
+def build(code: str) -> nn.Module:
+    """Run the source and make its network, seeded."""
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    torch.manual_seed(0)
+    model: nn.Module = scope["Net"]()
+    return model
