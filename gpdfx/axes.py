@@ -72,16 +72,16 @@ ONE = Product(())
 
 
 def product(*axes: Axis) -> Axis:
-    """The product in normal form: flat, without ones, ``(a + b) x c = a x c + b x c``."""
+    """The product in normal form: flat, without ones, ``(a + b) x c = a x c + b x c``; only the
+    last factor may be a sum."""
     flat: list[Axis] = []
     for a in axes:
         flat += a.factors if isinstance(a, Product) else [a]
     flat = [a for a in flat if not (isinstance(a, Leaf) and a.size == 1)]
-    for k in range(len(flat) - 1, 0, -1):  # (1 + 1) x (1 + 1) = 1 + 1 + 1 + 1
-        if _only_ones(flat[k]) and _only_ones(flat[k - 1]):
-            flat[k - 1 : k + 1] = [Sum((ONE,) * (flat[k].size * flat[k - 1].size))]
-    if flat and isinstance(flat[0], Sum) and len(flat) > 1:
-        return sum_(*(product(term, *flat[1:]) for term in flat[0].terms))
+    k = next((k for k, a in enumerate(flat[:-1]) if isinstance(a, Sum)), None)
+    if k is not None:  # what follows a sum goes into it: only the last factor may be a sum
+        terms = flat[k].terms  # type: ignore[union-attr]
+        return product(*flat[:k], sum_(*(product(t, *flat[k + 1 :]) for t in terms)))
     return flat[0] if len(flat) == 1 else Product(tuple(flat))
 
 
@@ -256,7 +256,7 @@ class Solver:
             return
         if a.size != b.size:
             raise self._conflict(a, b)
-        fixed = next((x for x in (a, b) if self.is_fixed(x)), None)
+        fixed = next((x for x in (a, b) if self.is_fixed(x) and not _only_ones(x)), None)
         if fixed is not None:  # maps are identities on both sides: structure does not matter
             self._fix_like(a if fixed is b else b, fixed)
         elif isinstance(a, Leaf) or isinstance(b, Leaf):
@@ -267,10 +267,11 @@ class Solver:
         elif isinstance(a, Sum) or isinstance(b, Sum):
             terms, other = (a, b) if isinstance(a, Sum) else (b, a)
             assert isinstance(terms, Sum)
-            at = terms.terms[0].size
-            if isinstance(other, Product):  # a + b as k x n: cut both at n
-                inner = other.size // other.factors[0].size
-                at = at if at % inner == 0 else inner
+            at = min(x.terms[0].size for x in (a, b) if isinstance(x, Sum))
+            for head in (x.terms[0] if isinstance(x, Sum) else x for x in (a, b)):
+                if isinstance(head, Product) and head.factors:  # k x n: cut at a multiple of n
+                    inner = head.size // head.factors[0].size
+                    at = at - at % inner or inner
             (left, right), (first, rest) = self.cut(other, at), self.cut(terms, at)
             self._unify(first, left)
             self._unify(rest, right)
@@ -346,6 +347,7 @@ def choose_widths(
     ``others``: axes of activations, in which at most one leaf may widen.
     """
     ratio_of = ratio if callable(ratio) else lambda leaf: ratio
+    weights, others = list(weights), list(others)
     clauses = _clauses(solver, weights)
     candidates = {leaf for clause in clauses for leaf in clause}
     limits = clauses | {c & candidates for c in _clauses(solver, others)} - {frozenset()}
@@ -509,9 +511,10 @@ def share_table(axis: Frozen, rows: Sequence[int], draw: np.random.Generator | N
     """Positive shares, shape ``(*rows, classes)``: over the copies of a student index they add up
     to one.
 
-    Drawn per row and class, as whole multiples of 1/256 (1/65536 for more than 16 copies), so that
-    every dtype holds them exactly. Rows that differ break the symmetry between copies under every
-    optimizer, which shares equal for all rows do not. ``draw=None``: the paper's uniform shares,
+    Drawn per row and class, as whole multiples of 1/256, so that every dtype holds them exactly
+    (of 1/65536 for more than 16 copies; half types round those). Rows that differ break the
+    symmetry between copies under every optimizer, which shares equal for all rows do not.
+    ``draw=None``: the paper's uniform shares,
     as an integer table of the number of copies, ``(1, ..., classes)``.
     """
     copies = axis.classes[1]

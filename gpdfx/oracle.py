@@ -173,14 +173,25 @@ def compare(
     for name, buffer in student.named_buffers():
         mine[f"buffer {name}"] = gather(buffer, teacher._maps[teacher._alias.get(name, name)])
         theirs[f"buffer {name}"] = wide[name]
-    errors = {}
-    for name, x in mine.items():  # a mean of zero is measured by the standard deviation
-        variance = mine.get(name.removesuffix("mean") + "var") if name.endswith("_mean") else None
-        floor = float(variance.max()) ** 0.5 if variance is not None else 0.0
-        errors[name] = difference(x, theirs.get(name), floor)
+    errors = {n: difference(x, theirs.get(n), _floor(n, mine, inputs)) for n, x in mine.items()}
     extra = {name: math.inf for name in theirs if name not in mine}
     zero = tuple(n for n, x in mine.items() if n.startswith("output") and not x.any())
     return errors | extra, gradients, zero
+
+
+def _floor(name: str, seen: dict[str, Tensor], inputs: tuple[Any, Any]) -> float:
+    """Below what size a value is zero but for rounding: a mean is measured by the standard
+    deviation, a gradient by 1e-8 of output over input (instance norm has a gradient of zero)."""
+    variance = seen.get(name.removesuffix("mean") + "var") if name.endswith("_mean") else None
+    if variance is not None:
+        return math.sqrt(float(variance.max()))
+    if name.startswith("gradient of input"):
+        outputs = [x for n, x in seen.items() if n.startswith("output") and _floating(x)]
+        x = pytree.tree_leaves(inputs)[int(name.rsplit(" ", 1)[1])]
+        size = float(x.abs().max()) if x.numel() else 0.0
+        largest = max((float(y.abs().max()) for y in outputs if y.numel()), default=0.0)
+        return 1e-8 * largest / size if size else 0.0
+    return 0.0
 
 
 def _moved(grad: Tensor | None) -> bool:
@@ -263,8 +274,9 @@ def _sensitivity(student: nn.Module, inputs: tuple[Any, Any], training: bool, se
                 if p.is_floating_point():
                     p.mul_(1 + torch.finfo(p.dtype).eps * torch.randint(-1, 2, p.shape).to(p))
         results.append(observe(twin, *inputs, seed))
-    change = max(difference(x, results[1].get(n)) for n, x in results[0].items())
-    return change
+    first, second = results
+    floors = {n: _floor(n, first, inputs) for n in first}
+    return max(difference(x, second.get(n), floors[n]) for n, x in first.items())
 
 
 def _check_student(twin: Teacher, inputs: tuple[Any, Any], seed: int) -> None:

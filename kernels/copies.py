@@ -64,10 +64,16 @@ def share(
     return product.flatten(dim, dim + len(split) - 1)
 
 
-def dropout_mask(like: Tensor, shape: list[int], draw: str, p: float) -> Tensor:
-    """One dropout mask (zeros and 1 / (1 - p)), drawn at the student's shape."""
-    ones = torch.ones(shape, dtype=like.dtype, device=like.device)
+def dropout_mask(like: Tensor, shape: list[int], draw: str, p: float, order: list[int]) -> Tensor:
+    """One dropout mask (zeros and 1 / (1 - p)), drawn at the student's shape and in its memory
+    order (``order``: dimensions from the outermost), in which random numbers are dealt out."""
+    ones = torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device).fill_(1)
     return _DROPOUT[draw](ones, p, True)
+
+
+def in_order(x: Tensor, order: list[int]) -> Tensor:
+    """The same values in a given memory order."""
+    return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device).copy_(x)
 
 
 _DROPOUT = {"dropout": torch.dropout, "feature_dropout": torch.feature_dropout}

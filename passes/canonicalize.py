@@ -119,9 +119,17 @@ def _one_node_per_tensor(graph: fx.Graph) -> None:
 
 
 def _drop_identity(node: fx.Node) -> None:
-    """Erase export's assertions, and dropout that drops nothing."""
+    """Erase export's assertions and dropout that drops nothing; spell a copy as an expansion."""
     if node.target in _CHECKS:
         node.graph.erase_node(node)
+    elif node.target is aten.copy.default:  # what functionalization leaves has no derivative
+        target, source = node.args[:2]
+        node.target, node.args = aten.expand_as.default, (source, target)
+        if value(source).dtype != value(target).dtype:
+            with node.graph.inserting_before(node):
+                cast = node.graph.call_function(aten.type_as.default, (source, target))
+            cast.meta = {**node.meta, "val": value(source).to(value(target).dtype)}
+            node.args = (cast, target)
     elif node.target in (aten.dropout.default, aten.dropout_.default):
         source, p, train = node.args[:3] if len(node.args) > 2 else (None, None, True)
         if isinstance(source, fx.Node) and (p == 0 or not train):

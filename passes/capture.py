@@ -62,6 +62,7 @@ def capture(
         assert isinstance(module, fx.GraphModule)
         graph = module.graph
         graph.set_codegen(fx.graph.CodeGen())
+        graph.owning_module = None  # names are ours from here on, not its attributes
         for node in graph.nodes:
             if node.op == "get_attr" and node.target not in names:
                 node.target = _adopt(mode, node.target, module, tensors, children)

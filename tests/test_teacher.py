@@ -263,9 +263,10 @@ def test_a_network_that_only_runs_in_float32() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.table = torch.randn(6, 6)  # no buffer: it stays float32
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x) @ torch.eye(6, dtype=torch.float32))
+            return self.b(self.a(x) @ self.table)
 
     torch.manual_seed(0)
     report = gpdfx.expand(Single(), 2, example_inputs=(torch.randn(3, 4),)).report()

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ...kernels import copies
-from ..program import value
+from ..program import size_hint, value
 from .base import Axes, Op, Rule, Writer, student_size
 
 aten = torch.ops.aten
@@ -32,7 +32,7 @@ def _dropout(w: Writer) -> fx.Node:
             frozen = w.frozen(axis)
             size = w.call(student_size, size, frozen.student, frozen.teacher)
         sizes.append(size)
-    mask = w.call(copies.dropout_mask, x, sizes, name, op["p"])
+    mask = w.call(copies.dropout_mask, x, sizes, name, op["p"], _memory_order(op["input"]))
     return w.call(aten.mul.Tensor, x, w.spread(mask, axes))
 
 
@@ -43,8 +43,21 @@ def _draw(op: Op) -> Axes:
     return op.axes("self")
 
 
+def _widen_draw(w: Writer) -> fx.Node:
+    x = w.op["self"]
+    if not any(w.wide(a) for a in w.op.axes("self")):
+        return w.copy()
+    return w.copy(self=w.call(copies.in_order, w["self"], _memory_order(x)))
+
+
+def _memory_order(x: fx.Node) -> list[int]:
+    """The dimensions of the student's tensor from the largest stride to the smallest."""
+    strides = [size_hint(s) for s in value(x).stride()]
+    return sorted(range(len(strides)), key=lambda d: (-strides[d], d))
+
+
 TABLE: dict[Any, Rule] = {
-    op: Rule(_draw)
+    op: Rule(_draw, _widen_draw)
     for op in (
         aten.bernoulli.default,
         aten.bernoulli.p,
