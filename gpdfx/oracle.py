@@ -181,7 +181,7 @@ def compare(
 
 def _floor(name: str, seen: dict[str, Tensor], inputs: tuple[Any, Any]) -> float:
     """Below what size a value is zero but for rounding: a mean is measured by the standard
-    deviation, a gradient by 1e-8 of output over input (instance norm has a gradient of zero)."""
+    deviation, a gradient by 1e-6 of output over input (instance norm has a gradient of zero)."""
     variance = seen.get(name.removesuffix("mean") + "var") if name.endswith("_mean") else None
     if variance is not None:
         return math.sqrt(float(variance.max()))
@@ -190,7 +190,7 @@ def _floor(name: str, seen: dict[str, Tensor], inputs: tuple[Any, Any]) -> float
         x = pytree.tree_leaves(inputs)[int(name.rsplit(" ", 1)[1])]
         size = float(x.abs().max()) if x.numel() else 0.0
         largest = max((float(y.abs().max()) for y in outputs if y.numel()), default=0.0)
-        return 1e-8 * largest / size if size else 0.0
+        return 1e-6 * largest / size if size else 0.0
     return 0.0
 
 

@@ -32,6 +32,7 @@ def canonicalize(program: Program) -> Program:
         for node in mode.nodes:
             _drop_identity(node)
         _functionalize(mode.graph)
+        _protect_buffers(mode.graph)
         mode.graph.eliminate_dead_code(is_impure_node=_impure)
     return check(program)
 
@@ -157,6 +158,28 @@ def _functionalize(graph: fx.Graph) -> None:
             family[node] |= family[source]
         for member in family[node]:
             family[member] = family[node]
+
+
+def _protect_buffers(graph: fx.Graph) -> None:
+    """What reads a buffer before it is overwritten reads a clone: autograd may have kept it."""
+    order = {node: k for k, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        buffer = node.args[0] if node.target is aten.copy_.default else None
+        if not isinstance(buffer, fx.Node) or buffer.op != "get_attr":
+            continue
+        readers = [
+            user
+            for user in buffer.users
+            if order[user] < order[node]
+            and buffer not in _aliased(user)
+            and all(target is not buffer for _, target in mutated(user))
+        ]
+        if readers:
+            with graph.inserting_before(min(readers, key=order.__getitem__)):
+                clone = graph.call_function(aten.clone.default, (buffer,))
+            clone.meta = {**readers[0].meta, "val": value(buffer)}
+            for user in readers:
+                user.replace_input_with(buffer, clone)
 
 
 def _aliased(node: fx.Node) -> list[fx.Node]:

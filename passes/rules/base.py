@@ -63,7 +63,9 @@ class Op:
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        return shape(self.node)
+        """The shape of the (first) output."""
+        out = value(self.node)
+        return shape(out[0] if isinstance(out, tuple | list) else out)
 
     @property
     def where(self) -> str:

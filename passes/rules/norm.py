@@ -10,6 +10,7 @@ from torch import fx
 
 from ...axes import product
 from ...kernels import copies
+from ..program import shape
 from .base import Axes, Op, Rule, Writer
 from .signature import sig
 
@@ -23,7 +24,7 @@ def _functional_batch_norm(op: Op) -> Any:
     """Several results: the output, then statistics per channel."""
     x = _BATCH.infer(op)[0]
     others = op.node.meta["val"][1:]
-    return [x] + [(x[1],) if v.ndim == 1 and v.numel() else () for v in others]
+    return [x] + [(x[1],) if v.numel() else tuple(map(op.fixed, shape(v))) for v in others]
 
 
 # --------------------------------------------------------------------------- layer and RMS norm
