@@ -170,7 +170,8 @@ class _GraphWriter:
 
     def _rule(self, op: Op) -> Any:
         """Write the op by its rule, some dimensions of its inputs narrowed first."""
-        env, axes = dict(self.env), self.inference.axes
+        own = bool(op.narrowed or op.renewed)
+        env, axes = dict(self.env) if own else self.env, self.inference.axes
         w = Writer(op, self.target, self.mode, env)
         for x, fresh in op.renewed.items():
             env[x] = self._renew(w, env[x], axes[x], fresh)
