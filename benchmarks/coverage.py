@@ -44,16 +44,29 @@ FIELDS = (
     *("suite", "name", "ratio", "status", "error", "where"),
     *(*CHECKS, "tolerance", "collapse", "widened", "nodes", "bridged", "bridged_ops"),
     *("bridged_reasons", "held", "grown", *(f"seconds_{s}" for s in STAGES)),
-    *("parameters_before", "parameters_after", "macs_before", "macs_after", "size", "torch"),
+    *(
+        "parameters_before",
+        "parameters_after",
+        "macs_before",
+        "macs_after",
+        "size",
+        "inputs",
+        "torch",
+    ),
 )
 STATUSES = ("ok", "lossy", "capture", "input", "timeout", "memory", "error")
 KINDS = ((gpdfx.LossyError, "lossy"), (gpdfx.CaptureError, "capture"), (gpdfx.InputError, "input"))
-SPAWN = multiprocessing.get_context("spawn")
+# Every network starts from a process that has imported everything once.
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["benchmarks.networks"])
 
 
 # --------------------------------------------------------------------------- one network
-def work(rows: Connection, name: str, ratios: tuple[float, ...], size: int, threads: int) -> None:
-    """Expand one network at every ratio, in a process of its own, and send a row for each."""
+def work(
+    rows: Connection, name: str, ratios: tuple[float, ...], size: int, dynamic: str, threads: int
+) -> None:
+    """Expand one network at every ratio, in a process of its own, and send a row for each. Only
+    the first has all input sizes free."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # the parent shows a progress bar
         os.dup2(quiet, stream)
@@ -67,18 +80,21 @@ def work(rows: Connection, name: str, ratios: tuple[float, ...], size: int, thre
         for ratio in ratios:
             rows.send({"ratio": ratio} | failure(error))
         return
-    for ratio in ratios:
+    for k, ratio in enumerate(ratios):
         row: Row = {"ratio": ratio, "size": x.shape[-1]}
+        level = "batch" if k and dynamic == "sizes" else dynamic  # free sizes cost most of capture
         try:
-            row |= measure(model, state, x, ratio)
+            row |= measure(model, state, x, ratio, level)
         except Exception as error:  # a failure of any kind is a row
             row |= failure(error)
         rows.send(row)
 
 
-def measure(model: nn.Module, state: dict[str, Tensor], x: Tensor, ratio: float) -> Row:
+def measure(
+    model: nn.Module, state: dict[str, Tensor], x: Tensor, ratio: float, dynamic: str
+) -> Row:
     """What ``expand`` reports about one network, and whether ``collapse`` gives it back."""
-    teacher = gpdfx.expand(model, ratio, example_inputs=(x,))
+    teacher = gpdfx.expand(model, ratio, example_inputs=(x,), dynamic=dynamic)
     report = teacher.report()
     assert report.check is not None
     plain = gpdfx.collapse(teacher)
@@ -102,6 +118,7 @@ def measure(model: nn.Module, state: dict[str, Tensor], x: Tensor, ratio: float)
         "parameters_after": report.parameters[1],
         "macs_before": report.macs[0],
         "macs_after": report.macs[1],
+        "inputs": "; ".join(f"{name}: {sizes}" for name, sizes in report.inputs.items()),
     }
 
 
@@ -163,10 +180,10 @@ class Worker:
 
     @classmethod
     def start(cls, name: str, ratios: tuple[float, ...], given: argparse.Namespace) -> Worker:
-        rows, far = SPAWN.Pipe(duplex=False)
+        rows, far = FRESH.Pipe(duplex=False)
         threads = max((os.cpu_count() or 1) // given.jobs, 1)
-        arguments = (far, name, ratios, given.size, threads)
-        process = SPAWN.Process(target=work, args=arguments, daemon=True)
+        arguments = (far, name, ratios, given.size, given.dynamic, threads)
+        process = FRESH.Process(target=work, args=arguments, daemon=True)
         process.start()
         far.close()
         return cls(name, process, rows, time.monotonic() + given.seconds, list(ratios))
@@ -263,6 +280,8 @@ def main() -> None:
     options.add_argument("--out", type=Path, help="default: results/coverage_<suite>.csv")
     options.add_argument("--seconds", type=float, default=600, help="cap per network")
     options.add_argument("--size", type=int, default=64, help="smallest image; 0: as pretrained")
+    levels = ("sizes", "batch", "none")
+    options.add_argument("--dynamic", choices=levels, default="sizes", help="see gpdfx.expand")
     options.add_argument("--jobs", type=int, default=1, help="networks at once")
     options.add_argument("--memory", type=float, default=16, help="cap per network in GiB")
     options.add_argument("--redo", nargs="+", default=[], choices=STATUSES, metavar="STATUS")

@@ -142,7 +142,7 @@ class Solver:
         self.bound: dict[Leaf, Axis] = {}
         self.reason: dict[Leaf, Reason] = {}
         self.outer: dict[Leaf, bool] = {}  # groups and heads: widen these first in a product
-        self.inner: dict[Leaf, bool] = {}  # positions were taken along these: widen them last
+        self.inner: dict[Leaf, Reason] = {}  # positions were taken along these: widen them last
         self.contracted: dict[Leaf, bool] = {}  # some weight contracts these
         self.symbolic: dict[Leaf, bool] = {}  # sizes known only at run time (the batch)
         self.cause: dict[Leaf, bool] = {}
@@ -177,10 +177,10 @@ class Solver:
         """True if no leaf of the axis may widen."""
         return all(leaf in self.reason for leaf in leaves(self.resolve(axis)))
 
-    def mark(self, marks: dict[Leaf, bool], axis: Axis) -> None:
+    def mark(self, marks: dict[Leaf, Any], axis: Axis, mark: Any = True) -> None:
         """Set one of the solver's marks (``outer``, ``inner`` ...) on every leaf."""
         for leaf in leaves(self.resolve(axis)):
-            self._set(marks, leaf, True)
+            self._set(marks, leaf, mark)
 
     def fix(self, axis: Axis, reason: Reason) -> None:
         """Forbid every leaf of the axis to widen; the first reason stays."""
@@ -301,10 +301,16 @@ class Solver:
         self._set(self.bound, leaf, axis)
         for target in leaves(axis):
             self.edges.append((leaf, target, self.at))
-        for marks in (self.outer, self.inner, self.contracted, self.symbolic):
+        every: tuple[dict[Leaf, Any], ...] = (
+            self.outer,
+            self.inner,
+            self.contracted,
+            self.symbolic,
+        )
+        for marks in every:
             known = marks is self.symbolic and any(x in marks for x in leaves(axis))
             if leaf in marks and not known:
-                self.mark(marks, axis)
+                self.mark(marks, axis, marks[leaf])
         for target in leaves(axis) if leaf in self.reason else ():
             if target not in self.reason:
                 self._set(self.reason, target, self.reason[leaf])
@@ -428,6 +434,9 @@ class Frozen:
 
     student: int
     map: np.ndarray
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+        return self  # never changed once made
 
     @property
     def teacher(self) -> int:

@@ -18,7 +18,7 @@ from . import oracle
 from .errors import CaptureError, InputError
 from .inputs import infer_inputs
 from .passes.canonicalize import bakes_constants, canonicalize, follow, follow_device
-from .passes.capture import capture
+from .passes.capture import LEVELS, capture
 from .passes.infer import Inference, NeedsFunctional, infer
 from .passes.inline import inline
 from .passes.program import Program, source_line
@@ -37,6 +37,7 @@ def expand(
     branches: None = None,
     shares: str = "random",
     randomness: str = "shared",
+    dynamic: str = "sizes",
     seed: int = 0,
     verify: bool = True,
 ) -> Teacher:
@@ -59,6 +60,10 @@ def expand(
             optimizer; ``"uniform"`` is the paper's.
         randomness: ``"shared"`` draws dropout at the student's shape and order, so that equal
             seeds give equal functions; ``"independent"`` draws at the teacher's shape.
+        dynamic: which input sizes may differ from the example's later on. ``"sizes"``: all that
+            the model leaves free (height, width, length), as far as they are found within
+            seconds; ``"batch"``; ``"none"``. The lower, the faster the capture. The report says
+            what came of it, and other sizes are refused by name.
         seed: of the shares and of the check's probe.
         verify: check that the teacher equals the student, on a probe and on the real weights, in
             eval and train mode (see ``gpdfx.oracle``).
@@ -71,13 +76,20 @@ def expand(
         CaptureError: the model does not export; names the reason and the source line.
         LossyError: the check failed: a bug in gpdfx, with the first node that differs.
     """
-    _check_arguments(model, ratio, branches, shares, randomness)
+    _check_arguments(model, ratio, branches)
+    for name, given, known in (
+        ("shares", shares, ("random", "uniform")),
+        ("randomness", randomness, ("shared", "independent")),
+        ("dynamic", dynamic, LEVELS),
+    ):
+        if given not in known:
+            raise InputError(f"{name} is {given!r}", remedy=f"pass one of {', '.join(known)}")
     with oracle.keep_rng():
         args, kwargs = _example(model, example_inputs, example_kwargs)
         call = Call(model, args, kwargs)
         clock = _Clock()
         try:
-            widened = _compile(model, call, float(ratio), shares, randomness, seed, clock)
+            widened = _compile(model, call, float(ratio), shares, randomness, dynamic, seed, clock)
         except CaptureError as error:
             _check_forward(model, call)
             raise error
@@ -97,6 +109,7 @@ def expand(
                 check = oracle.verify(
                     widened, teacher, call.args, call.kwargs, seed=seed, single=single
                 )
+            teacher.pin(check.free)
             clock.lap("verify")
         teacher._report = make_report(
             widened, teacher, float(ratio), (call.args, call.kwargs), clock.laps, check
@@ -110,14 +123,17 @@ def _compile(
     ratio: float,
     shares: str,
     randomness: str,
+    dynamic: str,
     seed: int,
     clock: _Clock,
 ) -> Widened:
-    """Capture and transform; captured again, functionally or with a fixed batch, if a pass asks."""
-    functional, dynamic = False, True
+    """Capture and transform; captured again, functionally or with fewer free sizes, if a pass
+    asks."""
+    functional = False
     while True:
         clock.skip()
         program = _capture(model, call, functional, dynamic)
+        dynamic = program.dynamic
         clock.lap("capture")
         program = canonicalize(program)
         try:
@@ -128,21 +144,21 @@ def _compile(
                 raise
             functional = True
         except DynamicAxis:
-            if not dynamic:
+            if dynamic == LEVELS[-1]:
                 raise
-            dynamic = False
+            dynamic = LEVELS[LEVELS.index(dynamic) + 1]
 
 
-def _capture(model: nn.Module, call: Call, functional: bool, dynamic: bool) -> Program:
-    options = {"functional": functional, "dynamic": dynamic}
-    program = inline(capture(model, call.args, call.kwargs, **options))
+def _capture(model: nn.Module, call: Call, functional: bool, dynamic: str) -> Program:
+    program = inline(capture(model, call.args, call.kwargs, functional=functional, dynamic=dynamic))
     if bakes_constants(program):
         args, kwargs = pytree.tree_map(
             lambda x: x.double() if oracle._floating(x) else x, (call.args, call.kwargs)
         )
         double = copy.deepcopy(model).double()
         with contextlib.suppress(CaptureError):  # one that only runs in its own dtype keeps them
-            program = follow(program, inline(capture(double, args, kwargs, **options)))
+            twin = capture(double, args, kwargs, functional=functional, dynamic=program.dynamic)
+            program = follow(program, inline(twin))
     return follow_device(program)
 
 
@@ -175,7 +191,7 @@ class _Clock:
 
 
 # --------------------------------------------------------------------------- bad input
-def _check_arguments(model: Any, ratio: Any, branches: Any, shares: Any, randomness: Any) -> None:
+def _check_arguments(model: Any, ratio: Any, branches: Any) -> None:
     if isinstance(model, Teacher):
         raise InputError(
             "this is a teacher already", remedy="expand the student, or gpdfx.collapse(teacher)"
@@ -192,12 +208,6 @@ def _check_arguments(model: Any, ratio: Any, branches: Any, shares: Any, randomn
         )
     if branches is not None:
         raise InputError(f"unknown branch set {branches!r}", remedy="pass branches=None")
-    for name, given, known in (
-        ("shares", shares, ("random", "uniform")),
-        ("randomness", randomness, ("shared", "independent")),
-    ):
-        if given not in known:
-            raise InputError(f"{name} is {given!r}", remedy=f"pass one of {', '.join(known)}")
     for path, module in model.named_modules():
         if refused := _refusal(module):
             where = f"{path or '(root)'} ({type(module).__name__})"

@@ -73,6 +73,9 @@ class Story:
     roots: dict[str, list[int | None]]
     layers: nx.DiGraph
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Story:
+        return self  # never changed once made
+
 
 def make_story(widened: Widened) -> Story:
     inference, widths = widened.inference, widened.widths

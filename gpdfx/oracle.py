@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .errors import InputError, LossyError
+from .passes.capture import LEVELS
 from .passes.infer import Inference
 from .passes.program import Program, module_path, source
 from .passes.widen import Widened, gather
@@ -40,13 +41,15 @@ _NOISY = (
 class Check:
     """A passed comparison. ``error``: ``{"probe/eval": 1e-15, ...}``, relative, the largest over
     everything observed; ``vacuous``: outputs that are zero on the real weights; ``dead``:
-    parameters that move no output; ``tolerance``: the largest that was used."""
+    parameters that move no output; ``tolerance``: the largest that was used; ``free``: the input
+    sizes (a level of ``LEVELS``) that were seen to hold at other values than the example's."""
 
     error: dict[str, float]
     tolerance: float
     dead: tuple[str, ...]
     vacuous: tuple[str, ...]
     dtype: torch.dtype
+    free: str
 
 
 # --------------------------------------------------------------------------- observing
@@ -146,13 +149,21 @@ def _convert(module: Any, dtype: torch.dtype | None) -> Any:
 
 # --------------------------------------------------------------------------- comparing
 def compare(
-    student: nn.Module, teacher: Teacher, inputs: tuple[Any, Any], training: bool, seed: int
+    student: nn.Module,
+    teacher: Teacher,
+    inputs: tuple[Any, Any],
+    training: bool,
+    seed: int,
+    *,
+    dead: bool = True,
 ) -> tuple[dict[str, float], set[str], tuple[str, ...]]:
-    """Errors of everything observed in one mode; parameters that moved an output; zero outputs."""
+    """Errors of everything observed in one mode; parameters that moved an output (only with
+    ``dead``: their gradients are most of the cost); zero outputs."""
     student.train(training)
     teacher.train(training)
     parameters = dict(student.named_parameters())
-    wrt = {n: p.requires_grad_() for n, p in parameters.items() if p.is_floating_point()}
+    wrt = {n: p.requires_grad_(dead) for n, p in parameters.items() if p.is_floating_point()}
+    wrt = wrt if dead else {}
     try:
         mine = observe(student, *inputs, seed, wrt)
     except RuntimeError as error:
@@ -171,7 +182,10 @@ def compare(
     gradients = {n for n in wrt if _moved(mine.pop(f"gradient of {n}", None))}
     wide = dict(teacher.named_buffers())
     for name, buffer in student.named_buffers():
-        mine[f"buffer {name}"] = gather(buffer, teacher._maps[teacher._alias.get(name, name)])
+        maps = teacher._maps[teacher._alias.get(name, name)]
+        if tuple(m.student for m in maps) != buffer.shape:
+            continue  # replaced in forward by one of another shape: a cache (ConViT's positions)
+        mine[f"buffer {name}"] = gather(buffer, maps)
         theirs[f"buffer {name}"] = wide[name]
     errors = {n: difference(x, theirs.get(n), _floor(n, mine, inputs)) for n, x in mine.items()}
     extra = {name: math.inf for name in theirs if name not in mine}
@@ -217,18 +231,21 @@ def verify(
     original = widened.program.student
     dtype = torch.float64 if _runs(original, args, kwargs, torch.float64) else None
     inputs = _cast((args, kwargs), dtype)
-    twin = _convert(copy.deepcopy(teacher), dtype)
+    twin = _convert(copy.deepcopy(teacher), dtype).requires_grad_(False)
     error: dict[str, float] = {}
     moved: set[str] = set()
     vacuous: list[str] = []
-    used = TOLERANCE
+    used, free = TOLERANCE, LEVELS[-1]
     for which in ("probe", "real"):
         student = copy.deepcopy(original)
-        student = _convert(randomize(student, seed) if which == "probe" else student, dtype)
+        probe = which == "probe"
+        student = _convert(randomize(student, seed) if probe else student, dtype)
+        twin.load_student(student)
         for mode, training in _MODES:
-            twin.load_student(student)
-            errors, gradients, zero = compare(copy.deepcopy(student), twin, inputs, training, seed)
-            moved |= gradients if which == "probe" else set()
+            own = copy.deepcopy(student)
+            errors, gradients, zero = compare(own, twin, inputs, training, seed, dead=probe)
+            twin.load_buffers(student)
+            moved |= gradients
             vacuous += [f"{which}/{mode}: {z}" for z in zero]
             worst = max(errors, key=lambda k: errors[k], default="")
             limit, noise = TOLERANCE, 0.0
@@ -236,7 +253,7 @@ def verify(
                 noise = 50 * _sensitivity(student, inputs, training, seed)
                 limit = max(limit, min(noise, CEILING))
                 limit = max(limit, SINGLE) if single or dtype is None else limit
-            if (worst and not errors[worst] <= limit) or (zero and which == "probe"):
+            if (worst and not errors[worst] <= limit) or (zero and probe):
                 where = first_difference(widened, student, twin, inputs, mode, seed)
                 raise LossyError(
                     f"{which}, {mode} mode: {worst} differs by {errors[worst]:.2e} "
@@ -246,10 +263,39 @@ def verify(
                 )
             used = max(used, limit)
             error[f"{which}/{mode}"] = errors.get(worst, 0.0)
+        if probe:
+            free = _free(copy.deepcopy(student), twin, inputs, seed, used)
     _check_student(twin, inputs, seed)
     named = dict(original.named_parameters())
     dead = tuple(n for n, p in named.items() if n not in moved and p.is_floating_point())
-    return Check(error, used, dead, tuple(vacuous), dtype or torch.get_default_dtype())
+    dtype = dtype or torch.get_default_dtype()
+    return Check(error, used, dead, tuple(vacuous), dtype, free)
+
+
+def _free(
+    student: nn.Module, twin: Teacher, inputs: tuple[Any, Any], seed: int, limit: float
+) -> str:
+    """At which level the teacher, in eval mode, follows the student to other input sizes."""
+    student.eval()
+    twin.eval()
+    sizes, call = twin._sizes["eval"], twin._call
+    flat = call.flatten(*inputs)
+    for level in LEVELS[:-1]:
+        for moved in sizes.elsewhere(flat, sizes.free(level), call.names):
+            args, kwargs = pytree.tree_unflatten(moved, call.spec)
+            with torch.no_grad(), keep_rng():
+                try:
+                    mine = observe(student, args, kwargs, seed)
+                except Exception:  # a size that the student cannot have: try another
+                    continue
+                try:
+                    theirs = observe(twin, args, kwargs, seed)
+                except Exception:  # the graph is not free in this size, whatever capture said
+                    break
+            if all(difference(x, theirs.get(n)) <= 100 * limit for n, x in mine.items()):
+                return level
+            break
+    return LEVELS[-1]
 
 
 def _runs(student: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype) -> bool:
@@ -290,7 +336,7 @@ def _check_student(twin: Teacher, inputs: tuple[Any, Any], seed: int) -> None:
         draw = torch.Generator().manual_seed(seed)
         for p in twin.parameters():
             if p.is_floating_point():
-                noise = torch.rand(p.shape, generator=draw, dtype=torch.float64)
+                noise = torch.rand(p.shape[-1:], generator=draw, dtype=torch.float64)
                 p.mul_(1 + 0.1 * noise.to(p))
         fresh = dict(plain.named_parameters())
         for name, derived in twin.student_parameters():

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from .teacher import Teacher
 
 # A weight that stays for these reasons could not have widened (README, "The report").
-CANNOT = frozenset({"input", "output", "lookup", "kernel", "spatial", "stacked", "repeated"})
+CANNOT = frozenset(
+    {"input", "output", "lookup", "kernel", "spatial", "stacked", "repeated", "positions"}
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Report:
 
     ``widened``: the fraction of the student's weight elements (tensors of two or more
     dimensions) in tensors where every channel axis widened or cannot widen. ``macs``:
-    multiply-adds of one sample. ``seconds``: by stage.
+    multiply-adds of one sample. ``seconds``: by stage. ``inputs``: input -> which of its sizes
+    may differ from the example's.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Report:
     grown: tuple[str, ...]
     parameters: tuple[int, int]
     macs: tuple[int, int]
+    inputs: dict[str, str]
     seconds: dict[str, float]
     check: Check | None
 
@@ -88,6 +92,7 @@ class Report:
             ("widened", f"{self.widened:.1%} of the weights, in {len(self.groups)} groups of axes"),
             ("parameters", _change(*self.parameters)),
             ("multiply-adds", _change(*self.macs) + " per sample"),
+            ("inputs", "; ".join(f"{name}: {sizes}" for name, sizes in self.inputs.items())),
             ("bridged", f"{len(self.bridged)} of {self.nodes} nodes"),
             ("exact to", self._exact()),
             ("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items())),
@@ -156,6 +161,7 @@ def make_report(
         widths.grown,
         (_count(student), _count(teacher)),
         (_macs(student, example), _macs(teacher, example)),
+        teacher._sizes["eval"].describe(teacher._call.names),
         seconds,
         check,
     )
@@ -201,10 +207,13 @@ def _macs(module: nn.Module, example: tuple[Any, Any]) -> int:
     args, kwargs = example
     batch = next((x.shape[0] for x in (*args, *kwargs.values()) if hasattr(x, "shape")), 1)
     training = module.training
-    module.eval()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    module.eval().requires_grad_(False)  # the counter cannot hook a parameter that is passed on
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             module(*args, **kwargs)
     finally:
         module.train(training)
+        for p in trained:
+            p.requires_grad_()
     return int(counter.get_total_flops()) // 2 // max(batch, 1)

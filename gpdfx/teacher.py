@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 from .axes import Frozen
 from .errors import InputError
 from .explain import make_story
-from .passes.program import Program, value
+from .passes.program import Program
 from .passes.widen import Widened, gather
+from .sizes import input_sizes
 
 if TYPE_CHECKING:
     from .report import Report
@@ -48,7 +49,7 @@ class Teacher(nn.Module):
         self._alias = dict(program.alias)
         self._code = {mode: _Code(graph) for mode, graph in widened.graphs.items()}
         self._out_specs = {mode: m.out_spec for mode, m in program.modes.items()}
-        self._shapes = {mode: _input_shapes(m.graph) for mode, m in program.modes.items()}
+        self._sizes = {mode: input_sizes(m.graph) for mode, m in program.modes.items()}
         self._report: Report | None = None
         self._story = make_story(widened)
         self._caches: list[tuple[str, str, Any]] = []
@@ -95,7 +96,7 @@ class Teacher(nn.Module):
         example's, or of another size where the network has that size baked in."""
         mode = "train" if self.training else "eval"
         flat = self._call.flatten(args, kwargs)
-        self._check_shapes(flat, self._shapes[mode])
+        self._sizes[mode].check(flat, self._call.names)
         results = self._code[mode](self._net, flat)
         return pytree.tree_unflatten(results, self._out_specs[mode])
 
@@ -140,40 +141,37 @@ class Teacher(nn.Module):
             if changed:
                 self._caches.append((path, k, old))
 
+    def pin(self, level: str) -> None:
+        """Accept only the example's input sizes but for those of ``level`` (see ``LEVELS``)."""
+        flat = self._call.flatten(self._call.args, self._call.kwargs)
+        self._sizes = {mode: s.pinned(flat, level) for mode, s in self._sizes.items()}
+
     @torch.no_grad()
     def load_student(self, student: nn.Module) -> None:
         """IR: take over all parameters and buffers of a module like the student."""
-        own = dict(student.named_parameters()) | dict(student.named_buffers())
+        own = dict(student.named_parameters())
         for name, tensor in own.items():
-            wide = operator_get(self._net, name)
-            wide.copy_(gather(tensor, self._maps[self._alias.get(name, name)]))
-        buffers = dict(self._modules[self._buffers_name].named_buffers())  # type: ignore[union-attr]
-        for name, buffer in student.named_buffers():
-            buffers[name].copy_(buffer)
+            self._load(name, tensor)
         for name, p in self._student.named_parameters():
             p.copy_(own[name])
+        self.load_buffers(student)
+
+    @torch.no_grad()
+    def load_buffers(self, student: nn.Module) -> None:
+        """``load_student`` for the buffers alone."""
+        buffers = dict(self._modules[self._buffers_name].named_buffers())  # type: ignore[union-attr]
+        for name, buffer in student.named_buffers():
+            self._load(name, buffer)
+            buffers[name].copy_(buffer)
+
+    def _load(self, name: str, tensor: Tensor) -> None:
+        maps = self._maps[self._alias.get(name, name)]
+        operator_get(self._net, name).copy_(gather(tensor, maps))
 
     def report(self) -> Report:
         """What widened, what did not and why, parameters, multiply-adds, measured error."""
         assert self._report is not None
         return self._report
-
-    def _check_shapes(self, flat: list[Any], expected: list[Any]) -> None:
-        for k, (x, sizes) in enumerate(zip(flat, expected, strict=True)):
-            if sizes is None:
-                continue
-            if x.ndim != len(sizes):
-                raise InputError(
-                    f"input {self._call.names[k]} has {x.ndim} dimensions, not {len(sizes)}",
-                    remedy="pass inputs of the example's rank",
-                )
-            for d, (have, want) in enumerate(zip(x.shape, sizes, strict=True)):
-                if want is not None and have != want:
-                    raise InputError(
-                        f"input {self._call.names[k]} has size {have} in dimension {d}; the "
-                        f"network was captured with {want} there",
-                        remedy="expand the model with example_inputs of this size",
-                    )
 
     # ---- nn.Module's other duties
     def train(self, mode: bool = True) -> Teacher:
@@ -297,17 +295,6 @@ def _name(path: Any, parameters: list[str]) -> str:
     first, second, *rest = path
     root = parameters[min(second.idx, len(parameters) - 1)] if first.idx == 0 else second.key
     return str(root) + pytree.keystr(tuple(rest))
-
-
-def _input_shapes(graph: fx.Graph) -> list[tuple[int | None, ...] | None]:
-    shapes: list[tuple[int | None, ...] | None] = []
-    for node in graph.find_nodes(op="placeholder"):
-        val = value(node)
-        if isinstance(val, Tensor):
-            shapes.append(tuple(s if isinstance(s, int) else None for s in val.shape))
-        else:
-            shapes.append(None)
-    return shapes
 
 
 class _Code:

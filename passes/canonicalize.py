@@ -47,19 +47,49 @@ def follow(program: Program, double: Program) -> Program:
     """Let device and dtype constants that capture baked follow the parameters.
 
     ``double`` is the same network captured in float64: a dtype that differs there follows the
-    parameters' dtype, one that does not (a deliberate ``.float()``) stays.
+    parameters' dtype, one that does not (a deliberate ``.float()``) stays. A conversion that only
+    ``double`` has did nothing in this dtype (capture drops those): it is put in.
     """
     for name, mode in program.modes.items():
-        twins = double.modes[name].nodes
-        nodes = mode.nodes
-        if [n.target for n in nodes if n.op != "get_attr"] != [
-            n.target for n in twins if n.op != "get_attr"
-        ]:
-            continue
-        own = (n for n in nodes if n.op == "call_function")
-        for node, twin in zip(own, (n for n in twins if n.op == "call_function"), strict=True):
+        pairs = _align(program, mode.nodes, double.modes[name].nodes)
+        for node, twin in pairs:
             _follow_node(program, node, twin)
     return check(program)
+
+
+_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten._to_copy.default}
+
+
+def _align(
+    program: Program, nodes: list[fx.Node], twins: list[fx.Node]
+) -> list[tuple[fx.Node, fx.Node]]:
+    """Calls that are the same in both, but for conversions; empty if the graphs differ more."""
+    named = {n.target: n for n in nodes if n.op != "call_function"}
+    same: dict[fx.Node, fx.Node] = {n: named[n.target] for n in twins if n.target in named}
+    own = [n for n in nodes if n.op == "call_function"]
+    pairs, missing = [], []
+    for twin in (n for n in twins if n.op == "call_function"):
+        while own and own[0].target in _CASTS and twin.target not in _CASTS:
+            own.pop(0)
+        if own and own[0].target == twin.target:
+            same[twin] = own.pop(0)
+            pairs.append((same[twin], twin))
+        elif own and twin.target in _CASTS and twin.args[0] in same:
+            missing.append((twin, own[0]))
+            same[twin] = same[twin.args[0]]  # type: ignore[index]
+        else:
+            return []
+    for twin, place in missing:
+        source = same[twin.args[0]]  # type: ignore[index]
+        dtype = _attribute(program, place, "dtype")
+        with place.graph.inserting_before(place):
+            cast = place.graph.call_function(aten.to.dtype, (source, dtype))
+        cast.meta = {**twin.meta, "val": value(source)}
+        for user in twin.users:
+            if user in same and same[user] is not source:
+                same[user].replace_input_with(source, cast)
+        same[twin] = cast
+    return pairs if not own else []
 
 
 def bakes_constants(program: Program) -> bool:

@@ -13,6 +13,8 @@ import io
 import itertools
 import logging
 import operator
+import signal
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
-from .program import Mode, Program, source_line
+from .program import Mode, Program, shape, source_line
 
 
 def capture(
@@ -33,12 +35,13 @@ def capture(
     kwargs: dict[str, Any],
     *,
     functional: bool = False,
-    dynamic: bool = True,
+    dynamic: str = "sizes",
 ) -> Program:
     """Trace a copy of the model in both modes.
 
-    ``dynamic``: the batch (dim 0 of tensor inputs) stays free. ``functional``: every in-place op
-    becomes a functional one, with a final copy to the buffer that it writes.
+    ``dynamic``: which input sizes stay free, one of ``LEVELS``; where that fails, or takes too
+    long, the next lower level is tried. ``functional``: every in-place op becomes a functional
+    one, with a final copy to the buffer that it writes.
     Raises ``CaptureError`` with the reason and the user's source line if it does not export.
     """
     student = copy.deepcopy(model)
@@ -55,7 +58,7 @@ def capture(
     modes = {}
     for mode in ("train", "eval"):
         traced = copy.deepcopy(student).train(mode == "train")
-        exported = _export(traced, args, kwargs, mode, dynamic)
+        exported, dynamic = _export(traced, args, kwargs, mode, dynamic)
         if functional:
             exported = exported.run_decompositions({})
         module = exported.module(check_guards=False)
@@ -75,7 +78,7 @@ def capture(
         leaves = pytree.tree_leaves((args, kwargs))
         constants = tuple(None if isinstance(x, torch.Tensor) else x for x in leaves)
         modes[mode] = Mode(graph, spec, constants)
-    return Program(student, modes, tensors, alias, children)
+    return Program(student, modes, tensors, alias, children, dynamic)
 
 
 def _adopt(
@@ -98,46 +101,107 @@ def _adopt(
     return name
 
 
+def _drop_replacements(graph: fx.Graph) -> None:
+    """Where forward replaces a buffer by one of another shape, export writes a copy that cannot
+    be. What such a buffer holds is made anew in every call: nothing is lost without it."""
+    for node in list(graph.nodes):
+        target = node.args[0] if node.target is torch.ops.aten.copy_.default else None
+        if isinstance(target, fx.Node) and target.op == "placeholder":
+            old, new = shape(target), shape(node.args[1])
+            fits = all(a in (b, 1) for a, b in zip(new[::-1], old[::-1], strict=False))
+            if not fits or len(new) > len(old):
+                graph.erase_node(node)
+
+
 def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
     same_kind = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
     return same_kind and torch.equal(a, b)
 
 
+# --------------------------------------------------------------------------- free sizes
+LEVELS = ("sizes", "batch", "none")
+"""Which input sizes stay free: every one that the model leaves free, the batch, none."""
+
+PATIENCE = 10.0
+"""Seconds of processor time for a mode with all sizes free; some networks take minutes."""
+
+
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str, dynamic: bool
-) -> ExportedProgram:
-    errors = []
-    for shapes in (dynamic_batch(model, args, kwargs) if dynamic else None, None):
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str, dynamic: str
+) -> tuple[ExportedProgram, str]:
+    """The exported model, and the level of free sizes that it was possible at."""
+    errors: list[BaseException] = []
+    for level in LEVELS[LEVELS.index(dynamic) :]:
+        shapes = dynamic_shapes(model, args, kwargs, level)
+        if shapes is None and level != "none":
+            continue
         try:
-            with _quiet():
-                return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-        except Exception as error:  # export raises everything; the first reason is the useful one
+            with _quiet(), _patience(PATIENCE if level == "sizes" else None):
+                exported = torch.export.export(
+                    model, args, kwargs, dynamic_shapes=shapes, strict=False
+                )
+                _drop_replacements(exported.graph)
+                return exported, level
+        except (Exception, _TooSlowError) as error:  # export raises everything
             errors.append(error)
-    trace = "".join(traceback.format_exception(errors[0]))
-    reason = str(errors[0]).strip().splitlines() or [type(errors[0]).__name__]
+    first = next(e for e in errors if not isinstance(e, _TooSlowError))
+    trace = "".join(traceback.format_exception(first))
+    reason = str(first).strip().splitlines() or [type(first).__name__]
     raise CaptureError(
         f"torch.export cannot capture {type(model).__name__} in {mode} mode: {reason[0][:300]}",
         source=source_line(trace) or None,
         remedy="remove control flow that depends on tensor values from forward (torch.where, "
         "torch.cond), or expand the sub-modules that do export one by one",
-    ) from errors[0]
+    ) from first
 
 
-def dynamic_batch(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def dynamic_shapes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], level: str
 ) -> dict[str, Any] | None:
-    """Dynamic shapes for ``torch.export``: dim 0 of every tensor that shares the batch size."""
+    """Dynamic shapes for ``torch.export``: dim 0 of every tensor that shares the batch size, and
+    for ``sizes`` all dimensions of all tensors; export bakes those that the model does not leave
+    free."""
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     sizes = [x.shape[0] for x in tensors if x.ndim]
-    if not sizes or sizes[0] < 2:
+    if level == "none" or not sizes or sizes[0] < 2:
         return None
 
     def spec(x: Any) -> dict[int, Any] | None:
-        shared = isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == sizes[0]
-        return {0: Dim.AUTO} if shared else None
+        if not isinstance(x, torch.Tensor) or not x.ndim:
+            return None
+        dims = range(1, x.ndim) if level == "sizes" else ()
+        batch = [0] if x.shape[0] == sizes[0] else []
+        return {d: Dim.AUTO for d in (*batch, *dims) if x.shape[d] > 1} or None
 
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     return {name: pytree.tree_map(spec, arg) for name, arg in bound.items()}
+
+
+class _TooSlowError(BaseException):
+    """No ``Exception``: nothing on its way out may take it for one of the model's."""
+
+
+@contextlib.contextmanager
+def _patience(seconds: float | None) -> Iterator[None]:
+    """Stop the block after some seconds of processor time. Needs a POSIX timer and the main
+    thread; elsewhere nothing is tried that would need it."""
+    if seconds is None:
+        yield
+        return
+    timer = getattr(signal, "setitimer", None)
+    if timer is None or threading.current_thread() is not threading.main_thread():
+        raise _TooSlowError
+
+    def stop(*_: Any) -> None:
+        raise _TooSlowError
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    timer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        timer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from ..axes import Reason, Solver, leaves
 from ..errors import AxisConflict
-from .program import Program, describe, is_mutable, is_tensor, mutated, shape, value
+from .program import Program, describe, is_free, is_mutable, is_tensor, mutated, shape, value
 from .rules import rule_of
 from .rules.base import Axes, Op
 
@@ -54,6 +54,7 @@ def infer(program: Program) -> Inference:
             _infer_node(program, result, node, static)
         _check_writes(result, mode.graph)
     _fix_outputs(program, result)
+    _fix_positions(result.solver)
     used = {n.target for _, n in program.each() if n.op == "get_attr"}
     for name, tensor in program.tensors.items():
         axes = result.tensors.setdefault(name, _tensor_axes(result.solver, tensor))
@@ -71,7 +72,7 @@ def _infer_node(program: Program, result: Inference, node: fx.Node, static: set[
     if node.op == "placeholder" and is_tensor(node):
         result.axes[node] = tuple(solver.leaf(s, Reason("input", node.name)) for s in shape(node))
         for axis, size in zip(result.axes[node], value(node).shape, strict=True):
-            if isinstance(size, torch.SymInt):
+            if is_free(size):
                 solver.mark(solver.symbolic, axis)
     elif node.op == "get_attr" and node.target in program.tensors:
         static.add(node)
@@ -84,12 +85,17 @@ def _infer_node(program: Program, result: Inference, node: fx.Node, static: set[
     elif node.op == "call_function":
         if is_mutable(node) and node.args:  # the final copies of a functional capture
             node.meta.setdefault("val", value(node.args[0]))
-        if all(n in static for n in node.all_input_nodes) and not _random(node):
+        tensors = [n for n in node.all_input_nodes if not _is_number(n)]
+        if all(n in static for n in tensors) and not _random(node):
             static.add(node)
         kind = value(node)
         if isinstance(kind, torch.Tensor | list | tuple):
             op = result.ops[node] = Op(node, solver, result.axes, static)
             result.axes[node] = _infer_op(result, op)
+
+
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(value(node), int | float | bool | torch.SymInt | torch.SymFloat)
 
 
 def _random(node: fx.Node) -> bool:
@@ -139,7 +145,7 @@ def _renew(op: Op, x: fx.Node) -> Axes:
     fresh = []
     for axis, size in zip(op.axes(x), value(x).shape, strict=True):
         new = axis if op.solver.is_fixed(axis) else op.free(axis.size)
-        if isinstance(size, torch.SymInt):
+        if is_free(size):
             op.solver.mark(op.solver.symbolic, new)
         fresh.append(new)
     return tuple(fresh)
@@ -171,13 +177,13 @@ def bridge(result: Inference, op: Op, why: str) -> Any:
             return ()
         axes = []
         for d, size in enumerate(shape(val)):
-            symbolic = isinstance(val.shape[d], torch.SymInt)
+            symbolic = is_free(val.shape[d])
             alike = [
                 a
                 for n in inputs
                 for k, a in enumerate(result.axes[n])
                 if (a.size == size or (k == d and len(result.axes[n]) == val.ndim))
-                and isinstance(value(n).shape[k], torch.SymInt) == symbolic
+                and is_free(value(n).shape[k]) == symbolic
             ]
             alike = alike or [a for n in inputs for a in result.axes[n]]
             fixed = all(solver.is_fixed(a) for a in alike) and bool(alike or not inputs)
@@ -201,6 +207,14 @@ def _fix_outputs(program: Program, result: Inference) -> None:
                     solver.fix(axis, Reason("output", node.name))
 
 
+def _fix_positions(solver: Solver) -> None:
+    """An axis along which positions are taken, and which nothing contracts, gains nothing from
+    copies: they would all be merged again (query, key and value; a table's window)."""
+    for leaf, reason in list(solver.inner.items()):
+        if leaf not in solver.bound and leaf not in solver.contracted:
+            solver.fix(leaf, reason)
+
+
 def _check_writes(result: Inference, graph: fx.Graph) -> None:
     """A bridged op makes new memory: a write through it, or into it, would be lost."""
     written: set[fx.Node] = set()
@@ -208,7 +222,7 @@ def _check_writes(result: Inference, graph: fx.Graph) -> None:
         written |= {target for _, target in mutated(node) if target.op != "get_attr"}
         op = result.ops.get(node)
         if node in written and op is not None:
-            fresh = node in result.bridges or op.narrowed
+            fresh = node in result.bridges or op.narrowed or op.renewed
             if fresh and _views(node) and not _all_fixed(result, node):
                 raise NeedsFunctional(op.where)
             if _views(node) or is_mutable(node):

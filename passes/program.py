@@ -37,7 +37,7 @@ class Program:
     ``student``: a private copy of the user's module, with the tensors that the graphs name.
     ``modes``: ``train`` and ``eval``. ``tensors``: what ``get_attr`` nodes name, by the student's
     own names; ``alias``: other name -> name, for tied tensors. ``children``: sub-graphs that
-    higher-order ops call.
+    higher-order ops call. ``dynamic``: which input sizes capture left free.
     """
 
     student: nn.Module
@@ -45,6 +45,7 @@ class Program:
     tensors: dict[str, torch.Tensor]
     alias: dict[str, str]
     children: dict[str, nn.Module]
+    dynamic: str = "none"
 
     def with_graphs(self, graphs: dict[str, fx.Graph]) -> Program:
         modes = {name: replace(self.modes[name], graph=graph) for name, graph in graphs.items()}
@@ -86,6 +87,11 @@ def size_hint(size: Any) -> int:
     """A size as a number; a symbolic one at the sizes of the example."""
     hint: Any = size.node.hint if isinstance(size, torch.SymInt) else size
     return int(hint)
+
+
+def is_free(size: Any) -> bool:
+    """True if a size is known only at run time. Capture bakes some symbols on its way."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
 def value(node: Any) -> Any:

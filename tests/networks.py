@@ -120,8 +120,8 @@ class GPT(nn.Module):
 
 
 class Odd(nn.Module):
-    """What has no rule, or a rule that must see positions: conv over the channel axis (ECA), sort,
-    cumsum, argmax, LSTM, a softmax and statistics over channels, in-place writes to views."""
+    """What has no rule (renorm), or one that must see positions: conv over the channel axis (ECA),
+    sort, cumsum, argmax, a softmax and statistics over channels, in-place writes to views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Odd(nn.Module):
         self.norm = nn.GroupNorm(3, 12)
         self.eca = nn.Conv1d(1, 1, 3, padding=1, bias=False)
         self.mix = nn.Conv2d(12, 12, 1)
-        self.lstm = nn.LSTM(12, 6, batch_first=True)
+        self.bank = nn.Linear(12, 6)
         self.fc = nn.Linear(12 + 12 + 6 + 1 + 12, 7)
         self.register_buffer("calls", torch.zeros(()))
 
@@ -141,12 +141,12 @@ class Odd(nn.Module):
         x = self.mix(x).softmax(dim=1) + x.std(dim=1, keepdim=True)
         pooled = x.mean((2, 3))
         ordered = pooled.sort(dim=1)[0].cumsum(dim=1)
-        sequence = self.lstm(x.flatten(2).transpose(1, 2))[0][:, -1]
+        bank = F.linear(pooled, self.bank.weight.renorm(2, 0, 1.0), self.bank.bias)
         place = pooled.argmax(dim=1, keepdim=True) / 12
         zeros = torch.zeros_like(pooled)
         zeros[:, :4] = pooled[:, 4:8]
         zeros[:, 4:].add_(1.0)
-        return self.fc(torch.cat([pooled, ordered, sequence, place, zeros], dim=1))
+        return self.fc(torch.cat([pooled, ordered, bank, place, zeros], dim=1))
 
 
 class Grouped(nn.Module):
@@ -213,6 +213,93 @@ class Regions(nn.Module):
         return self.c(y * gate)
 
 
+class Scatter(nn.Module):
+    """Writes to parts of tensors, functionally and in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(6, 5), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, z = self.a(x), self.b(x)
+        y = torch.slice_scatter(y, z, 2, 1, 6)
+        y = torch.slice_scatter(y, self.a(x)[:, 1:3], 1, 0, 2)
+        t = torch.select_scatter(y, z[:, 0, :1].expand(-1, 8), 1, 2)
+        rows, columns = torch.tensor([0, 1])[:, None], torch.tensor([0, 2])
+        t = torch.index_put(t, (rows, columns), z[:2, :2, :1])
+        u = t.scatter(1, torch.zeros(t.shape[0], 1, 8, dtype=torch.long), y[:, :1])
+        places = torch.tensor([3, 4, 1]).expand(t.shape[0], u.shape[1], 3)
+        u = u.scatter_add(2, places, y[:, :, :3])
+        v = y.clone()
+        v[:, 1:3] = u[:, :2]
+        v[:, :, 2:4] = 0
+        return self.c(u * v)
+
+
+class Cached(nn.Module):
+    """Positions made in forward: kept in a buffer of another size, and cast to the weights' type
+    (in float32 capture drops that cast; the network in half precision needs it)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.position, self.head = nn.Linear(6, 8), nn.Linear(3, 8), nn.Linear(8, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.register_buffer("table", torch.zeros(1, 3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        if self.table.shape[0] != n:
+            table = torch.zeros(n, 3)
+            table[:, 0] = torch.arange(n) / n
+            table[:, 1] = table[:, 0] ** 2
+            self.table = table.to(self.a.weight.dtype)
+        y = self.a(x) + self.position(self.table)
+        return self.head(torch.cat([self.token.expand(y.shape[0], -1, -1), y], dim=1).tanh())
+
+
+class Recurrent(nn.Module):
+    """Every recurrent layer: stacked, both directions, projected, and a cell in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 5)
+        self.lstm = nn.LSTM(5, 6, num_layers=2, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(12, 6, batch_first=True, bias=False)
+        self.rnn = nn.RNN(6, 4, nonlinearity="relu")
+        self.projected = nn.LSTM(4, 8, proj_size=3)
+        self.cell = nn.LSTMCell(3, 5)
+        self.head = nn.Linear(5 + 3 + 6, 20)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y, (h, _) = self.lstm(self.embed(tokens))
+        y = self.rnn(self.gru(y)[0].transpose(0, 1))[0]
+        y, (_, c) = self.projected(y)
+        state = None
+        for step in y[:3]:
+            state = self.cell(step, state)
+        assert state is not None
+        return self.head(torch.cat([state[1], y[-1] * c[0, :, :3], h[-1]], dim=1))
+
+
+class Branching(nn.Module):
+    """Free in height and width, but for the paths it takes: an even height, at most 64 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if y.shape[2] % 2:
+            y = y[:, :, 1:]
+        b, c, h, w = y.shape
+        y = y.view(b, c, h // 2, 2, w // 2, 2).sum((3, 5))
+        if y.shape[2] > 64:
+            y = y * 2
+        return self.head(self.b(y.relu()).flatten(2).mean(2))
+
+
 WRITTEN: dict[str, Case] = {
     "unet": Case(UNet, (2, 3, 16, 16)),
     "gpt": Case(GPT, (2, 12), tokens=50),
@@ -220,6 +307,10 @@ WRITTEN: dict[str, Case] = {
     "grouped": Case(Grouped, (2, 3, 16, 16)),
     "norms": Case(Norms, (4, 6)),
     "regions": Case(Regions, (4, 6)),
+    "scatter": Case(Scatter, (4, 4, 6)),
+    "recurrent": Case(Recurrent, (4, 6), tokens=20),
+    "cached": Case(Cached, (4, 5, 6)),
+    "branching": Case(Branching, (2, 3, 16, 16)),
 }
 
 

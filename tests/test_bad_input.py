@@ -150,7 +150,9 @@ def test_collapse_takes_a_teacher() -> None:
 
 
 def test_calls_that_do_not_fit_the_capture() -> None:
-    teacher = gpdfx.expand(nn.Conv2d(3, 4, 3), example_inputs=(torch.ones(2, 3, 8, 8),))
+    teacher = gpdfx.expand(
+        nn.Conv2d(3, 4, 3), example_inputs=(torch.ones(2, 3, 8, 8),), dynamic="batch"
+    )
     with pytest.raises(gpdfx.InputError, match="size 9 in dimension 2"):
         teacher(torch.ones(2, 3, 9, 8))
     with pytest.raises(gpdfx.InputError, match="dimensions"):

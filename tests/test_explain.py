@@ -29,9 +29,9 @@ def test_axes_groups_and_reasons() -> None:
 
 
 def test_the_chain_ends_at_the_cause() -> None:
-    explanation = gpdfx.explain(teacher("odd"), "lstm.weight_ih_l0")
+    explanation = gpdfx.explain(teacher("odd"), "bank.weight")
     assert "bridge" in explanation.dimensions[0].reason
-    assert "self.lstm" in str(explanation)
+    assert "self.bank" in str(explanation)
 
 
 def test_an_unknown_parameter_suggests_near_ones() -> None:

@@ -68,7 +68,7 @@ class Heads(nn.Module):
 
 def compiled(model: nn.Module, *inputs: Tensor, ratio: float = 2.0) -> tuple[Widened, Call]:
     call = Call(model, inputs, {})
-    return _compile(model, call, ratio, "random", "shared", 0, _Clock()), call
+    return _compile(model, call, ratio, "random", "shared", "sizes", 0, _Clock()), call
 
 
 def check(widened: Widened, call: Call) -> None:

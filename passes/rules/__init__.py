@@ -6,11 +6,22 @@ from typing import Any
 
 import torch
 
-from . import contraction, factory, lookup, movement, norm, pointwise, random, reduction, spatial
+from . import (
+    contraction,
+    factory,
+    lookup,
+    movement,
+    norm,
+    pointwise,
+    random,
+    recurrent,
+    reduction,
+    spatial,
+)  # fmt: skip
 from .base import Rule
 
 FAMILIES = (
-    pointwise, contraction, norm, reduction, movement, spatial, lookup, random, factory,
+    pointwise, contraction, recurrent, norm, reduction, movement, spatial, lookup, random, factory,
 )  # fmt: skip
 TABLE: dict[Any, Rule] = {op: rule for family in FAMILIES for op, rule in family.TABLE.items()}
 

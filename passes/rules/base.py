@@ -105,7 +105,7 @@ class Op:
         ``out``: the output dimension that therefore is student-wide and is spread again."""
         self.narrowed.add((x, dim))
         self.spread |= set() if out is None else {out}
-        self.solver.mark(self.solver.inner, self.axes(x)[dim])
+        self.solver.mark(self.solver.inner, self.axes(x)[dim], Reason("positions", self.where))
         self.why = why
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...axes import Reason
 from .base import Op, Rule, Writer, broadcast
 from .signature import Signature, apply_share, infer, parse, sig, widen
 
@@ -106,7 +107,7 @@ def _attention(op: Op) -> Any:
     result = infer(_ATTENTION, _QKV, (), op)
     for axis in result[:-2]:
         op.solver.mark(op.solver.outer, axis)
-    op.solver.mark(op.solver.inner, op.env["k"])
+    op.solver.mark(op.solver.inner, op.env["k"], Reason("positions", op.where))
     if op["attn_mask"] is not None:
         broadcast(op, op.axes("attn_mask"), (*result[:-1], op.env["k"]))
     return result

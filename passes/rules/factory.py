@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..program import value
+from ..program import is_free, value
 from .base import Axes, Op, Rule, Writer
 from .movement import sizes_of
 
@@ -20,7 +20,7 @@ def _made(op: Op) -> Axes:
     result = []
     for size, raw in zip(op.out_shape, value(op.node).shape, strict=True):
         axis = op.free(size)
-        if isinstance(raw, torch.SymInt):
+        if is_free(raw):
             op.solver.mark(op.solver.symbolic, axis)
         result.append(axis)
     return tuple(result)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
-from ..program import shape, value
+from ..program import is_tensor, shape, value
 from .base import Axes, Op, Rule, broadcast, dim_of
 
 aten = torch.ops.aten
@@ -27,6 +28,12 @@ def _index(op: Op) -> Axes:
     used = [d for d, i in enumerate(indices) if i is not None]
     for d in used:
         _look(op, op["self"], d)
+    return _found(op, axes, indices)
+
+
+def _found(op: Op, axes: Axes, indices: list[Any]) -> Axes:
+    """The axes of ``self[indices]``."""
+    used = [d for d, i in enumerate(indices) if i is not None]
     found = broadcast(op, *(op.axes(indices[d]) for d in used))
     adjacent = used == list(range(used[0], used[-1] + 1))
     at = used[0] if adjacent else 0
@@ -59,9 +66,37 @@ def _gather(op: Op) -> Axes:
     return index
 
 
+def _scatter(op: Op) -> Axes:
+    """Positions along ``dim`` are written; the other dimensions of all operands agree."""
+    axes, dim = op.axes("self"), dim_of(op, op["dim"])
+    for name in ("self", "index", "src"):
+        if isinstance(op[name], fx.Node) and is_tensor(op[name]):
+            op.hold(op[name], dim, "positions along it are written", out=dim)
+            for d, (a, b) in enumerate(zip(axes, op.axes(name), strict=True)):
+                if d != dim:
+                    op.unify(a, b) if a.size == b.size else op.conflict("scatter takes a part")
+    return op.axes("self")
+
+
+def _index_put(op: Op) -> Axes:
+    """Indexed dimensions are written at positions; what is written broadcasts over the rest."""
+    axes, indices = op.axes("self"), list(op["indices"])
+    for d, index in enumerate(indices):
+        if index is not None and value(index).dtype == torch.bool:
+            op.conflict("a boolean index keeps positions")
+        if index is not None:
+            op.hold(op["self"], d, "it is indexed", out=d)
+    broadcast(op, _found(op, axes, indices), op.axes("values"))
+    return op.axes("self")
+
+
 TABLE: dict[Any, Rule] = {
     aten.embedding.default: Rule(_embedding),
     aten.index.Tensor: Rule(_index),
     aten.index_select.default: Rule(_index_select),
     aten.gather.default: Rule(_gather),
+    aten.scatter.src: Rule(_scatter),
+    aten.scatter.value: Rule(_scatter),
+    aten.scatter_add.default: Rule(_scatter),
+    aten.index_put.default: Rule(_index_put),
 }

@@ -18,7 +18,7 @@ from torch import fx
 
 from ...axes import ONE, Axis, product, sum_
 from ...errors import AxisConflict
-from ..program import number, shape, size_hint, value
+from ..program import is_free, number, shape, size_hint, value
 from .base import Axes, Op, Rule, Writer, broadcast, dim_of, dims_of
 from .reduction import along
 
@@ -58,7 +58,7 @@ def _split(op: Op, axis: Axis, sizes: Sequence[int], raw: Sequence[Any]) -> list
     fixed = op.solver.is_fixed(axis)  # nothing to follow: do not tie 8 x 7 to 28 x 2
     parts = [op.fixed(s) if fixed else op.free(s) for s in sizes]
     for part, size in zip(parts, raw, strict=True):
-        if isinstance(size, torch.SymInt):
+        if is_free(size):
             op.solver.mark(op.solver.symbolic, part)
     if not fixed:
         op.unify(axis, product(*parts))
@@ -142,7 +142,7 @@ def _expand(op: Op) -> Axes:
     for d, size in enumerate(op.out_shape):
         old = axes[d - new] if d >= new else ONE
         grown = op.free(size) if old.size == 1 else old
-        if old.size == 1 and isinstance(raw[d], torch.SymInt):
+        if old.size == 1 and is_free(raw[d]):
             op.solver.mark(op.solver.symbolic, grown)
         result.append(grown)
     return tuple(result)
@@ -162,7 +162,7 @@ def _repeat(op: Op) -> Axes:
     result = []
     for d, (a, c) in enumerate(zip(axes, counts, strict=True)):
         outer = op.fixed(number(c), "repeated") if number(c) != 1 else ONE
-        if isinstance(raw[d], torch.SymInt) and isinstance(c, fx.Node):
+        if is_free(raw[d]) and isinstance(c, fx.Node):
             op.solver.mark(op.solver.symbolic, outer)
         result.append(product(outer, a))
     return tuple(result)
@@ -238,42 +238,81 @@ def _slice(op: Op) -> Axes:
     if out == size and op["step"] == 1:
         return axes
     raw = value(op.node).shape[dim]
-    if op.solver.is_fixed(axes[dim]) or op["step"] != 1:
-        if not op.solver.is_fixed(axes[dim]):
-            op.narrow(op["self"], dim, "a slice with a step takes positions")
+    moving = any(isinstance(op[bound], fx.Node) for bound in ("start", "end")) or is_free(raw)
+    if op.solver.is_fixed(axes[dim]) or op["step"] != 1 or moving:
+        op.hold(op["self"], dim, "a slice with a step, or to a computed size, takes positions")
         new = op.fixed(out)
-        if isinstance(raw, torch.SymInt):
+        if is_free(raw):
             op.solver.mark(op.solver.symbolic, new)
         return axes[:dim] + (new,) + axes[dim + 1 :]
-    start = 0 if op["start"] is None else number(op["start"])
-    start = min(max(start + size if start < 0 else start, 0), size)
+    return _piece(op, dim, out)
+
+
+def _piece(op: Op, dim: int, out: int) -> Axes:
+    """``self[start : start + out]`` along an axis that may widen."""
+    size = op.axes("self")[dim].size
+    start = _start(op, size)
     sizes = [start, out, size - start - out]
     used = [s for s in sizes if s]
     return _pieces(op, dim, used)[sum(s > 0 for s in sizes[:1])]
 
 
-def _widen_slice(w: Writer) -> fx.Node:
+def _start(op: Op, size: int) -> int:
+    start = 0 if op["start"] is None else number(op["start"])
+    return min(max(start + size if start < 0 else start, 0), size)
+
+
+def _widen_slice(w: Writer, out: str = "") -> fx.Node:
+    """``out``: the argument that is as long as the slice; by default it is the result."""
     op = w.op
     dim = dim_of(op, op["dim"])
     axis = op.axes("self")[dim]
-    out = w.target.axes[op.node][dim]
-    if op.narrowed or not w.wide(axis) or axis.size == out.size:
+    piece = (op.axes(out) if out else w.target.axes[op.node])[dim]
+    if op.narrowed or not w.wide(axis) or axis.size == piece.size:
         return w.copy()
-    start = 0 if op["start"] is None else number(op["start"])
-    start = min(max(start + axis.size if start < 0 else start, 0), axis.size)
+    start = _start(op, axis.size)
     left = w.frozen(op.solver.cut(axis, start)[0]).teacher if start else 0
-    return w.copy(start=left, end=left + w.frozen(out).teacher)
+    return w.copy(start=left, end=left + w.frozen(piece).teacher)
 
 
 def _select(op: Op) -> Axes:
     axes, dim = op.axes("self"), dim_of(op, op["dim"])
     if axes[dim].size != 1:
-        op.narrow(op["self"], dim, "one position of this axis is taken")
+        op.hold(op["self"], dim, "one position of this axis is taken")
     return axes[:dim] + axes[dim + 1 :]
 
 
 def _unbind(op: Op) -> list[Axes]:
     return [_select(op)] * len(value(op.node))
+
+
+def _slice_scatter(op: Op) -> Axes:
+    """``self`` with ``src`` written over a slice of it."""
+    axes, source, dim = op.axes("self"), op.axes("src"), dim_of(op, op["dim"])
+    piece = axes[dim] if axes[dim].size == source[dim].size else None
+    moving = any(isinstance(op[bound], fx.Node) for bound in ("start", "end"))
+    if piece is None and op["step"] == 1 and not moving and not op.solver.is_fixed(axes[dim]):
+        piece = _piece(op, dim, source[dim].size)[dim]
+    if piece is None or op.narrowed:
+        op.hold(op["self"], dim, "a part of it is written over", out=dim)
+        op.hold(op["src"], dim, "it is written over a part of another")
+    else:
+        op.unify(piece, source[dim])
+    return _written(op, dim, source[:dim] + (ONE,) + source[dim + 1 :])
+
+
+def _select_scatter(op: Op) -> Axes:
+    """``self`` with ``src`` written over one position of a dimension."""
+    dim, source = dim_of(op, op["dim"]), op.axes("src")
+    op.hold(op["self"], dim, "one position of this axis is written over", out=dim)
+    return _written(op, dim, source[:dim] + (ONE,) + source[dim:])
+
+
+def _written(op: Op, dim: int, source: Axes) -> Axes:
+    for d, a in enumerate(op.axes("self")):
+        if d != dim:
+            op.unify(a, source[d])
+    return op.axes("self")
 
 
 def _getitem(op: Op) -> Any:
@@ -375,7 +414,9 @@ TABLE: dict[Any, Rule] = {
     aten.chunk.default: _CHUNK,
     aten.tensor_split.sections: _CHUNK,
     aten.slice.Tensor: Rule(_slice, _widen_slice),
+    aten.slice_scatter.default: Rule(_slice_scatter, partial(_widen_slice, out="src")),
     aten.select.int: Rule(_select),
+    aten.select_scatter.default: Rule(_select_scatter),
     aten.unbind.int: Rule(_unbind),
     operator.getitem: Rule(_getitem),
     aten.pixel_shuffle.default: Rule(_pixel_shuffle),

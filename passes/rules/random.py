@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ...kernels import copies
-from ..program import size_hint, value
+from ..program import is_free, size_hint, value
 from .base import Axes, Op, Rule, Writer, student_size
 
 aten = torch.ops.aten
@@ -27,7 +27,7 @@ def _dropout(w: Writer) -> fx.Node:
     x, name = w["input"], op.node.target._opname.rstrip("_")  # type: ignore[union-attr]
     raw, sizes = value(op["input"]).shape, []
     for d, axis in enumerate(axes):
-        size = w.call(aten.sym_size.int, x, d) if isinstance(raw[d], torch.SymInt) else axis.size
+        size = w.call(aten.sym_size.int, x, d) if is_free(raw[d]) else axis.size
         if isinstance(size, fx.Node) and w.wide(axis):
             frozen = w.frozen(axis)
             size = w.call(student_size, size, frozen.student, frozen.teacher)

@@ -1,0 +1,100 @@
+"""Recurrent layers. Gates are pointwise; what contracts are the weights, which get shares:
+
+weight_ih   (gates x hidden, inputs)        inputs: the features, then directions x hidden
+weight_hh   (gates x hidden, hidden)
+weight_hr   (projected, hidden)             LSTM with a projection: its state is the projected one
+output      directions x hidden
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...axes import Axis, product
+from ..program import shape
+from .base import Axes, Op, Rule, Writer
+from .signature import apply_share
+
+aten = torch.ops.aten
+
+
+def _weights(op: Op, gates: int, x: Axis, state: Axis, cell: Axis, group: list[fx.Node]) -> None:
+    """Unify the weights of one layer and direction; note by which axis each contracts."""
+    rows = product(op.fixed(gates, "stacked"), cell)
+    for weight in group:
+        if len(axes := op.axes(weight)) == 1:
+            op.unify(axes[0], rows)
+            continue
+        projects = weight is group[-1] and len(group) in (3, 5)
+        source = cell if projects else x if weight is group[0] else state
+        op.unify(axes[0], state if projects else rows)
+        op.env[weight.name] = op.unify(axes[1], source)
+        op.solver.mark(op.solver.contracted, op.env[weight.name])
+
+
+def _states(op: Op) -> list[Any]:
+    return list(op["hx"]) if isinstance(op["hx"], list | tuple) else [op["hx"]]
+
+
+def _layers(op: Op, gates: int) -> list[Axes]:
+    if op["dropout"] and op["train"] and op["num_layers"] > 1:
+        op.conflict("dropout between layers is drawn inside the op")
+    x, directions = op.axes("input"), 2 if op["bidirectional"] else 1
+    time = len(x) - 2 if op["batch_first"] else 0
+    op.hold(op["input"], time, "the op runs along it")
+    groups, count = op["num_layers"] * directions, len(op["params"])
+    state, cell = (op.free(shape(h)[-1]) for h in (_states(op)[0], _states(op)[-1]))
+    cell = cell if count // groups in (3, 5) else state
+    both = product(op.fixed(directions, "stacked"), state)
+    for k in range(groups):
+        group = op["params"][k * count // groups : (k + 1) * count // groups]
+        _weights(op, gates, x[-1] if k < directions else both, state, cell, group)
+    batch = [a for d, a in enumerate(x[:-1]) if d != time]
+    results = []
+    for h, hidden in zip(_states(op), (state, cell), strict=False):
+        axes = (op.fixed(groups, "stacked"), *batch, hidden)
+        for d, (a, b) in enumerate(zip(op.axes(h), axes, strict=True)):
+            op.hold(h, d, "layers") if d == 0 else op.unify(a, b)
+        results.append(axes)
+    out = [*x[:-1], both]
+    out[time] = x[time] if op.solver.is_fixed(x[time]) else op.fixed(x[time].size)
+    return [tuple(out), *results]
+
+
+def _cell(op: Op, gates: int) -> Any:
+    x, states = op.axes("input"), _states(op)
+    hidden = op.free(shape(states[0])[-1])
+    group = [op[n] for n in ("w_ih", "w_hh", "b_ih", "b_hh") if op[n] is not None]
+    _weights(op, gates, x[-1], hidden, hidden, group)
+    for h in states:
+        for a, b in zip(op.axes(h), (*x[:-1], hidden), strict=True):
+            op.unify(a, b)
+    result = (*x[:-1], hidden)
+    return [result] * len(states) if len(states) > 1 else result
+
+
+def _shared(w: Writer, weight: fx.Node) -> Any:
+    """A weight, with shares where it contracts a widened axis."""
+    axis = w.op.env.get(weight.name)
+    if axis is None or not w.wide(axis):
+        return w.map(weight)
+    rows = ("rows",)
+    return apply_share(w, w.map(weight), weight, (rows, (weight.name,)), weight.name, set(rows))
+
+
+def _widen_layers(w: Writer) -> fx.Node:
+    return w.copy(params=[_shared(w, p) for p in w.op["params"]])
+
+
+def _widen_cell(w: Writer) -> fx.Node:
+    return w.copy(**{name: _shared(w, w.op[name]) for name in ("w_ih", "w_hh")})
+
+
+TABLE: dict[Any, Rule] = {}
+for _name, _gates in (("lstm", 4), ("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1)):
+    TABLE[getattr(aten, _name).input] = Rule(partial(_layers, gates=_gates), _widen_layers)
+    TABLE[getattr(aten, f"{_name}_cell").default] = Rule(partial(_cell, gates=_gates), _widen_cell)

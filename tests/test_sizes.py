@@ -1,0 +1,112 @@
+"""Which input sizes may differ from the example's, and how others are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import gpdfx
+from gpdfx.passes import capture
+
+from .networks import NETWORKS
+
+
+def close(teacher: gpdfx.Teacher, model: nn.Module, *shape: int) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    want = model.double().eval()(x)
+    torch.testing.assert_close(teacher.double().eval()(x), want, rtol=1e-9, atol=1e-11)
+
+
+def test_height_and_width_are_free_where_the_model_leaves_them_free() -> None:
+    model = torchvision.models.resnet18(num_classes=5)
+    teacher = gpdfx.expand(model, 1.5, example_inputs=(torch.randn(2, 3, 64, 64),))
+    assert teacher.report().inputs == {"x": "batch x 3 x any x any"}
+    for shape in ((1, 3, 64, 64), (3, 3, 33, 80), (2, 3, 32, 32)):
+        close(teacher, model, *shape)
+
+
+def test_a_tokens_length_is_free() -> None:
+    case = NETWORKS["gpt"]
+    teacher = gpdfx.expand(case.model(), 2, example_inputs=case.inputs())
+    assert teacher.report().inputs == {"tokens": "batch x any"}
+    assert teacher(torch.randint(0, 50, (3, 7))).shape == (3, 7, 50)
+    with pytest.raises(gpdfx.InputError, match=r"tokens.shape\[1\] <= 16"):
+        teacher(torch.randint(0, 50, (3, 17)))
+
+
+def test_a_size_on_another_path_is_refused_by_name() -> None:
+    case = NETWORKS["branching"]
+    model = case.model()
+    teacher = gpdfx.expand(model, 2, example_inputs=case.inputs())
+    close(teacher, model, 3, 3, 20, 28)
+    for shape, named in (((2, 3, 18, 16), r"x.shape\[2\].*% 2"), ((2, 3, 300, 16), "<= 64")):
+        with pytest.raises(gpdfx.InputError, match=named):
+            teacher(torch.randn(shape, dtype=torch.float64))
+    with pytest.raises(gpdfx.InputError, match="size 4 in dimension 1"):
+        teacher(torch.randn(2, 4, 16, 16, dtype=torch.float64))
+
+
+class Tied(nn.Module):
+    """Two inputs of one length, and a length that is a multiple of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        z = self.a(x) + self.a(y)
+        return self.b(z.unflatten(1, (z.shape[1] // 3, 3)).sum(2).relu())
+
+
+def test_sizes_that_belong_together_are_compared() -> None:
+    model = Tied()
+    inputs = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
+    teacher = gpdfx.expand(model, 2, example_inputs=inputs)
+    x, y = torch.randn(3, 9, 4), torch.randn(3, 9, 4)
+    torch.testing.assert_close(teacher(x, y), model(x, y))
+    with pytest.raises(gpdfx.InputError, match=r"input y has size 12 in dimension 1"):
+        teacher(x, torch.randn(3, 12, 4))
+    with pytest.raises(gpdfx.InputError, match=r"x\.shape"):
+        teacher(torch.randn(3, 8, 4), torch.randn(3, 8, 4))
+
+
+@pytest.mark.parametrize("dynamic", ["batch", "none"])
+def test_lower_levels_bake_the_sizes(dynamic: str) -> None:
+    case = NETWORKS["unet"]
+    model = case.model()
+    teacher = gpdfx.expand(model, 2, example_inputs=case.inputs(), dynamic=dynamic)
+    first = {"batch": "batch", "none": "2"}[dynamic]
+    assert teacher.report().inputs == {"x": f"{first} x 3 x 16 x 16"}
+    with pytest.raises(gpdfx.InputError, match="size 20 in dimension 2"):
+        teacher(torch.randn(2, 3, 20, 16))
+
+
+def test_impatience_falls_back_to_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "PATIENCE", 0.01)
+    case = NETWORKS["unet"]
+    teacher = gpdfx.expand(case.model(), 2, example_inputs=case.inputs())
+    assert teacher.report().inputs == {"x": "batch x 3 x 16 x 16"}
+
+
+class Sly(nn.Module):
+    """Reads a size where no tracer can see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.seen: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = float(str(x.size(1))) if str(x.size(1)).isdigit() else 7.0
+        return self.b(self.a(x).mean(1) * length)
+
+
+def test_a_size_that_only_seems_free_is_pinned_by_the_check() -> None:
+    model = Sly()
+    teacher = gpdfx.expand(model, 2, example_inputs=(torch.randn(2, 7, 4),))
+    assert teacher.report().inputs == {"x": "batch x 7 x 4"}
+    torch.testing.assert_close(teacher(torch.ones(5, 7, 4)), model(torch.ones(5, 7, 4)))
+    with pytest.raises(gpdfx.InputError, match="size 8 in dimension 1"):
+        teacher(torch.randn(2, 8, 4))
