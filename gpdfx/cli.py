@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from torch import nn
 from .errors import GpdfxError, InputError
 from .expand import expand
 from .explain import explain, graph, suggest
+from .passes.capture import LEVELS
 from .teacher import Teacher
 
 
@@ -53,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("expand", _expand, "expand a network, check it, print the report")
     command.add_argument("--no-verify", action="store_true", help="skip the equality check")
+    text = "input sizes that may differ later: all (default), the batch, none; fewer are faster"
+    command.add_argument("--dynamic", choices=LEVELS, default=LEVELS[0], help=text)
     command = add("explain", _explain, "why a parameter widened or did not")
     command.add_argument("parameter")
     command = add("graph", _graph, "draw which layers widen together and where bridges stand")
@@ -60,15 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _teacher(options: argparse.Namespace, verify: bool) -> Teacher:
+def _teacher(options: argparse.Namespace, verify: bool, dynamic: str = "batch") -> Teacher:
     with _working(f"expanding {options.model}"):
         model = load(options.model)
         inputs = (torch.randn(2, 3, options.size, options.size),) if options.size else None
-        return expand(model, options.ratio, example_inputs=inputs, verify=verify)
+        return expand(model, options.ratio, example_inputs=inputs, verify=verify, dynamic=dynamic)
 
 
 def _expand(options: argparse.Namespace) -> tuple[str, Any]:
-    report = _teacher(options, not options.no_verify).report()
+    report = _teacher(options, not options.no_verify, options.dynamic).report()
     return str(report), report.to_dict()
 
 
@@ -97,7 +101,7 @@ def load(name: str) -> nn.Module:
             import torchvision
 
             known = torchvision.models.list_models()
-            create = torchvision.models.get_model
+            create = _from_torchvision
         else:
             return _own(library, model)
     except ImportError as error:
@@ -107,6 +111,16 @@ def load(name: str) -> nn.Module:
     torch.manual_seed(0)
     built: nn.Module = create(model)
     return built
+
+
+def _from_torchvision(name: str) -> nn.Module:
+    """Without weights, also where a backbone would bring its own."""
+    from torchvision.models import get_model_builder
+
+    builder = get_model_builder(name)
+    names = inspect.signature(builder).parameters
+    made: nn.Module = builder(**{k: None for k in ("weights", "weights_backbone") if k in names})
+    return made
 
 
 def _own(module: str, name: str) -> nn.Module:

@@ -93,24 +93,25 @@ def expand(
         except CaptureError as error:
             _check_forward(model, call)
             raise error
-        teacher = Teacher(widened, call)
-        clock.lap("transform")
-        teacher.find_caches(call.args, call.kwargs)
         check = None
         if verify:
+            checked = widened
+            if randomness == "independent":  # equal seeds say nothing: check the other form
+                checked = _widen(widened.program, widened.inference, ratio, shares, False, seed)
+            scratch = Teacher(checked, call)  # before the real one: both would not always fit
+            clock.lap("transform")
+            scratch.find_caches(call.args, call.kwargs)
             single = bakes_single(widened.program)
-            if randomness == "independent":
-                plain = _widen(widened.program, widened.inference, ratio, shares, False, seed)
-                reference = Teacher(plain, call)
-                check = oracle.verify(
-                    plain, reference, call.args, call.kwargs, seed=seed, single=single
-                )
-            else:
-                check = oracle.verify(
-                    widened, teacher, call.args, call.kwargs, seed=seed, single=single
-                )
-            teacher.pin(check.free)
+            check = oracle.verify(
+                checked, scratch, call.args, call.kwargs, seed=seed, single=single
+            )
+            del scratch
             clock.lap("verify")
+        teacher = Teacher(widened, call)
+        clock.lap("transform")
+        if check:
+            teacher.pin(check.free)
+        teacher.find_caches(call.args, call.kwargs)
         teacher._report = make_report(
             widened, teacher, float(ratio), (call.args, call.kwargs), clock.laps, check
         )

@@ -222,7 +222,8 @@ def verify(
     single: bool = False,
 ) -> Check:
     """Raise ``LossyError``, naming the first node that differs, unless student and teacher agree
-    on a probe and on the real weights, in eval and train mode.
+    on a probe and on the real weights, in eval and train mode. The teacher is used up: its dtype
+    and its weights are others afterwards.
 
     The tolerance is 1e-10 in float64. Where rounding itself is amplified it is 50 times the
     change that a change in the last bit of the weights makes, never above 1e-7; for networks that
@@ -231,7 +232,7 @@ def verify(
     original = widened.program.student
     dtype = torch.float64 if _runs(original, args, kwargs, torch.float64) else None
     inputs = _cast((args, kwargs), dtype)
-    twin = _convert(copy.deepcopy(teacher), dtype).requires_grad_(False)
+    twin = _convert(teacher, dtype).requires_grad_(False)
     error: dict[str, float] = {}
     moved: set[str] = set()
     vacuous: list[str] = []
@@ -242,8 +243,9 @@ def verify(
         student = _convert(randomize(student, seed) if probe else student, dtype)
         twin.load_student(student)
         for mode, training in _MODES:
-            own = copy.deepcopy(student)
-            errors, gradients, zero = compare(own, twin, inputs, training, seed, dead=probe)
+            errors, gradients, zero = compare(
+                copy.deepcopy(student), twin, inputs, training, seed, dead=probe
+            )
             twin.load_buffers(student)
             moved |= gradients
             vacuous += [f"{which}/{mode}: {z}" for z in zero]

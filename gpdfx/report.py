@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # A weight that stays for these reasons could not have widened (README, "The report").
 CANNOT = frozenset(
-    {"input", "output", "lookup", "kernel", "spatial", "stacked", "repeated", "positions"}
+    {"input", "output", "lookup", "kernel", "spatial", "stacked", "repeated", "positions", "unused"}
 )
 
 

@@ -8,6 +8,7 @@ assumes them everywhere, and the operations do not need them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class Sizes:
             for k, sizes in enumerate(self.inputs):
                 for d, want in enumerate(sizes or ()):
                     if isinstance(want, str):
-                        size = eval(_compiled(want), dict(values))
+                        size = int(_evaluate(want, values))
                         index = torch.arange(size) % moved[k].shape[d]
                         moved[k] = moved[k].index_select(d, index.to(moved[k].device))
             try:
@@ -120,7 +121,7 @@ class Sizes:
                 )
         for k, sizes in enumerate(self.inputs):
             for d, want in enumerate(sizes or ()):
-                if isinstance(want, str) and eval(_compiled(want), values) != flat[k].shape[d]:
+                if isinstance(want, str) and _evaluate(want, values) != flat[k].shape[d]:
                     place = self._readable(want, names)
                     raise InputError(
                         f"input {names[k]} has size {flat[k].shape[d]} in dimension {d}; the "
@@ -128,7 +129,7 @@ class Sizes:
                         remedy=_REMEDY,
                     )
         for condition in self.conditions:
-            if not eval(_compiled(condition), values):
+            if not _holds(condition, values):
                 raise InputError(
                     "the network was captured on a path that needs "
                     f"{self._readable(condition, names)}",
@@ -146,13 +147,24 @@ class Sizes:
 _REMEDY = "expand the model with example_inputs of this size"
 
 
+def _evaluate(text: str, values: dict[str, int]) -> Any:
+    return eval(_compiled(text), {"math": math}, values)
+
+
+def _holds(condition: str, values: dict[str, int]) -> bool:
+    try:
+        return bool(_evaluate(condition, values))
+    except ZeroDivisionError:  # a size of nothing
+        return False
+
+
 @lru_cache(maxsize=4096)
 def _compiled(text: str) -> CodeType:
     return compile(text, "<sizes>", "eval")
 
 
 def _names(text: str) -> set[str]:
-    return set(_compiled(text).co_names)
+    return set(_compiled(text).co_names) - {"math", "max", "min"}
 
 
 def input_sizes(graph: fx.Graph) -> Sizes:

@@ -64,9 +64,13 @@ def share(
     return product.flatten(dim, dim + len(split) - 1)
 
 
-def dropout_mask(like: Tensor, shape: list[int], draw: str, p: float, order: list[int]) -> Tensor:
+def dropout_mask(
+    like: Tensor, shape: list[int], draw: str, p: float, order: list[int] | None
+) -> Tensor:
     """One dropout mask (zeros and 1 / (1 - p)), drawn at the student's shape and in its memory
-    order (``order``: dimensions from the outermost), in which random numbers are dealt out."""
+    order (``order``: dimensions from the outermost; None: as they stand), in which random numbers
+    are dealt out."""
+    order = list(range(len(shape))) if order is None else order
     ones = torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device).fill_(1)
     return _DROPOUT[draw](ones, p, True)
 
@@ -105,6 +109,28 @@ def variance(
     result = biased * (n / (n - correction) if n > correction else math.nan)
     result = result.sqrt() if root else result
     return (result, center if keepdim else center.squeeze(dims)) if mean else result
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, gqa: bool, scale: float | None
+) -> Tensor:
+    """``softmax(q k^T scale + mask)``, (..., q, k), as ``scaled_dot_product_attention`` has it."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3) if gqa else k
+    scores = q @ k.transpose(-1, -2) * scale
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1)
+
+
+def attend(weights: Tensor, v: Tensor, gqa: bool) -> Tensor:
+    """``weights @ v``, heads of ``v`` repeated where several query heads share them."""
+    return weights @ (v.repeat_interleave(weights.shape[-3] // v.shape[-3], -3) if gqa else v)
 
 
 def log_share(x: Tensor, copies: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..axes import Reason, Solver, leaves
+from ..axes import Axis, Reason, Solver, leaves
 from ..errors import AxisConflict
 from .program import Program, describe, is_free, is_mutable, is_tensor, mutated, shape, value
 from .rules import rule_of
@@ -165,10 +165,10 @@ def bridge(result: Inference, op: Op, why: str) -> Any:
     result.bridges[op.node] = why
     op.reset({}, why)
     inputs = [n for n in op.node.all_input_nodes if n in result.axes and is_tensor(n)]
-    for n in inputs:
-        if n.op == "get_attr":
-            for axis in result.axes[n]:
-                solver.fix(axis, Reason("bridge", op.where))
+
+    def stays(axis: Axis) -> bool:  # for another reason than a bridge, perhaps in the other mode
+        reasons = [solver.reason.get(leaf) for leaf in leaves(solver.resolve(axis))]
+        return all(r is not None and r.kind != "bridge" for r in reasons)
 
     def fresh(val: Any) -> Any:
         if isinstance(val, list | tuple):
@@ -186,14 +186,19 @@ def bridge(result: Inference, op: Op, why: str) -> Any:
                 and is_free(value(n).shape[k]) == symbolic
             ]
             alike = alike or [a for n in inputs for a in result.axes[n]]
-            fixed = all(solver.is_fixed(a) for a in alike) and bool(alike or not inputs)
+            fixed = all(map(stays, alike)) and bool(alike or not inputs)
             axis = solver.leaf(size, Reason("spatial", op.where) if fixed else None)
             if symbolic:
                 solver.mark(solver.symbolic, axis)
             axes.append(axis)
         return tuple(axes)
 
-    return fresh(value(op.node))
+    outputs = fresh(value(op.node))
+    for n in inputs:  # a weight that the op sees stays; what is made of it may be spread
+        if n.op == "get_attr":
+            for axis in result.axes[n]:
+                solver.fix(axis, Reason("bridge", op.where))
+    return outputs
 
 
 def _fix_outputs(program: Program, result: Inference) -> None:

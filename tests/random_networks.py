@@ -184,6 +184,51 @@ def to_tokens(s: Source) -> None:
     s.kind, s.n = "tokens", s.n * s.n
 
 
+def scatter(s: Source) -> None:
+    k = max(1, s.c // 2)
+    s.add(
+        s.one(
+            f"x = torch.slice_scatter(x, x[:, -{k}:] * 2, 1, 0, {k})",
+            f"x = torch.select_scatter(x, x[:, {k - 1}] + 1, 1, {k - 1})",
+            "x = torch.slice_scatter(x, x[:, :, ::2] * 2, 2, 0, None, 2)",
+        )
+    )
+
+
+def resize(s: Source) -> None:
+    if s.n <= 8:
+        mode = s.one("'nearest'", "'bilinear', align_corners=False", "'bicubic'")
+        s.add(f"x = F.interpolate(x, scale_factor=2, mode={mode})")
+        s.n *= 2
+
+
+def windows(s: Source) -> None:
+    if s.n % 2 == 0 and s.c <= 12:
+        s.add("x = F.unfold(x, 2, stride=2)", f"x = x.unflatten(2, ({s.n // 2}, {s.n // 2}))")
+        s.c, s.n = s.c * 4, s.n // 2
+
+
+def volume(s: Source) -> None:
+    """A 3d convolution over groups of channels."""
+    if options := s.divisors():
+        g, out = s.one(*options), s.one(2, 3)
+        a = s.layer(f"nn.Conv3d({g}, {out}, 3, padding=1)")
+        s.add(f"x = {a}(x.unflatten(1, ({g}, {s.c // g}))).flatten(1, 2)")
+        s.c = out * (s.c // g)
+
+
+def without_rule(s: Source) -> None:
+    """Ops without a rule, on activations and on weights."""
+    a = s.layer(f"nn.Conv2d({s.c}, {s.c}, 1)")
+    s.add(
+        s.one(
+            "x = x.renorm(2, 0, 3.0)",
+            f"x = F.conv2d(x, {a}.weight.renorm(2, 0, 1.0), {a}.bias)",
+            "x = x + torch.cdist(x.flatten(2), x.flatten(2)).mean(2)[:, :, None, None]",
+        )
+    )
+
+
 # --------------------------------------------------------------------------- token steps
 def linear(s: Source) -> None:
     out = s.one(4, 6, 12)
@@ -223,6 +268,11 @@ def attention(s: Source) -> None:
         "y = torch.einsum('bhnm,bhmd->bhnd', torch.einsum('bhnd,bhmd->bhnm', q, k).softmax(-1), v)",
         "y = q @ (k.softmax(-2).transpose(-1, -2) @ v)",
     )
+    score += (
+        "y = F.scaled_dot_product_attention(q, k, v, is_causal=True)",
+        "y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.2 if self.training else 0.0)",
+        "y = F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)",
+    )
     s.add(f"y = {qkv}(x)", unpack[s.one(*unpack)], s.one(*score))
     s.add(f"x = x + {proj}(y.transpose(1, 2).flatten(2))")
 
@@ -244,8 +294,28 @@ def standardized(s: Source) -> None:
     s.add(f"x = F.linear(x, w, {a}.bias)")
 
 
+def recurrent(s: Source) -> None:
+    kind, both = s.one("LSTM", "GRU", "RNN"), s.one(True, False)
+    layers = s.one("num_layers=1", "num_layers=2", "num_layers=2, dropout=0.2")
+    out = s.one(2, 3)
+    options = f"{s.c}, {out}, batch_first=True, bidirectional={both}, {layers}"
+    s.add(f"x = {s.layer(f'nn.{kind}({options})')}(x[:, :8])[0]")
+    s.c, s.n = out * (1 + both), min(s.n, 8)
+
+
+def along(s: Source) -> None:
+    """A 1d convolution along the tokens."""
+    out = s.one(4, 6)
+    groups = s.one(*[g for g in (1, 2, 3) if s.c % g == 0 and out % g == 0])
+    a = s.layer(f"nn.Conv1d({s.c}, {out}, 3, padding=1, groups={groups})")
+    s.add(f"x = {a}(x.transpose(1, 2)).transpose(1, 2)")
+    s.c = out
+
+
 def to_image(s: Source) -> None:
     side = round(s.n**0.5)
+    if side**2 != s.n:
+        return
     s.add(f"x = x.transpose(1, 2).unflatten(2, ({side}, {side}))")
     s.kind, s.n = "image", side
 
@@ -265,9 +335,11 @@ def dropout(s: Source) -> None:
 IMAGE = (
     *(conv, depthwise, transposed, image_norm, residual, concat, gate, shuffle, halves, slices),
     *(write, positions, reduce, pool, pixel, twice, to_tokens, activation, dropout),
+    *(scatter, resize, windows, volume, without_rule),
 )
 TOKENS = (
     *(linear, token_norm, mlp, attention, mixer, tied, standardized, to_image, activation, dropout),
+    *(recurrent, along),
 )
 
 

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 
 import gpdfx
+from gpdfx.report import Report
 from gpdfx.teacher import take_first
 
 from .networks import tensors_equal
@@ -21,10 +22,9 @@ RATIOS = st.sampled_from([1.3, 1.5, 2, 2, 2.5, 3])
 SHARES = st.sampled_from(["random", "uniform"])
 
 
-def check(code: str, ratio: float, shares: str) -> None:
+def check(code: str, ratio: float, shares: str) -> Report:
     """Lossless in both modes; collapse is the identity; gradients are the student's own; explain
     agrees with the report."""
-    note(f"ratio {ratio}, shares {shares!r}\n{code}")
     model = build(code)
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     teacher = gpdfx.expand(model, ratio, example_inputs=(x,), shares=shares)
@@ -48,6 +48,7 @@ def check(code: str, ratio: float, shares: str) -> None:
             if d.student > 1:
                 assert ((name, dim) in stays) == bool(d.reason), (name, dim, d)
                 assert (d.teacher > d.student) == bool(d.group), (name, dim, d)
+    return report
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -61,6 +62,7 @@ def test_random_networks(part: int) -> None:
     )
     @given(networks(), RATIOS, SHARES)
     def run(code: str, ratio: float, shares: str) -> None:
+        note(f"ratio {ratio}, shares {shares!r}\n{code}")
         check(code, ratio, shares)
 
     run()

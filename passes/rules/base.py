@@ -17,7 +17,7 @@ from torch import fx
 from ...axes import ONE, Axis, Frozen, Product, Reason, Solver, leaves
 from ...errors import AxisConflict
 from ...kernels import copies
-from ..program import bind, describe, is_tensor, module_path, shape, value
+from ..program import bind, describe, is_free, is_tensor, module_path, shape, value
 
 aten = torch.ops.aten
 Axes = tuple[Axis, ...]
@@ -285,6 +285,17 @@ def student_size(size: int, student: int, teacher: int) -> int:
     return size * student // teacher
 
 
+def student_sizes(w: Writer, x: fx.Node, axes: Axes, raw: Sequence[Any]) -> list[Any]:
+    """The student's sizes of a teacher's tensor, read at run time where they are free."""
+    sizes: list[Any] = []
+    for d, axis in enumerate(axes):
+        size = w.call(aten.sym_size.int, x, d) if is_free(raw[d]) else axis.size
+        if isinstance(size, fx.Node) and w.wide(axis):
+            size = w.call(student_size, size, w.frozen(axis).student, w.frozen(axis).teacher)
+        sizes.append(size)
+    return sizes
+
+
 def _mul(a: int, b: int) -> int:
     return a * b
 
@@ -359,7 +370,7 @@ class Rule:
     """How one op treats axes. ``widen`` returns the teacher's node."""
 
     infer: Callable[[Op], Any]
-    widen: Callable[[Writer], fx.Node] = copy_op
+    widen: Callable[[Writer], Any] = copy_op
 
 
 def tensor_inputs(op: Op) -> list[fx.Node]:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...axes import Reason
-from .base import Op, Rule, Writer, broadcast
+from ...axes import Reason, product
+from ...kernels import copies
+from ..program import value
+from .base import Axes, Op, Rule, Writer, broadcast, student_sizes
 from .signature import Signature, apply_share, infer, parse, sig, widen
 
 aten = torch.ops.aten
@@ -100,17 +102,23 @@ _QKV = ("query", "key", "value")
 
 
 def _attention(op: Op) -> Any:
-    if op["enable_gqa"]:
-        op.conflict("grouped-query attention repeats heads inside the op")
-    if op["dropout_p"]:
-        op.conflict("attention dropout is drawn inside the op")
-    result = infer(_ATTENTION, _QKV, (), op)
-    for axis in result[:-2]:
+    env = op.env
+    q, k, v = (op.axes(x) for x in _QKV)
+    heads = broadcast(op, k[:-2], v[:-2])
+    if op["enable_gqa"]:  # every key and value head serves as many query heads in a row
+        times = op.fixed(q[-3].size // heads[-1].size, "repeated")
+        heads = (*heads[:-1], product(heads[-1], times))
+    heads = broadcast(op, q[:-2], heads)
+    env["q"], env["e"], env["v"] = q[-2], op.unify(q[-1], k[-1]), v[-1]
+    env["k"] = op.unify(k[-2], v[-2])
+    for axis in heads:
         op.solver.mark(op.solver.outer, axis)
-    op.solver.mark(op.solver.inner, op.env["k"], Reason("positions", op.where))
+    for name in ("e", "k"):
+        op.solver.mark(op.solver.contracted, env[name])
+    op.solver.mark(op.solver.inner, env["k"], Reason("positions", op.where))
     if op["attn_mask"] is not None:
-        broadcast(op, op.axes("attn_mask"), (*result[:-1], op.env["k"]))
-    return result
+        broadcast(op, op.axes("attn_mask"), (*heads, env["q"], env["k"]))
+    return (*heads, env["q"], env["v"])
 
 
 def _widen_attention(w: Writer) -> fx.Node:
@@ -125,7 +133,30 @@ def _widen_attention(w: Writer) -> fx.Node:
             x = op[name]
             if x is not None and (axes := op.axes(x))[-back].size != 1:
                 changes[name] = w.narrow(w[name], axes, [len(axes) - back])
+    result = w.target.axes[op.node]
+    weights = (*result[:-2], op.env["q"], op.env["k"])
+    if op["dropout_p"] and not w.target.independent and any(map(w.wide, weights)):
+        return _widen_attention_dropout(w, weights, changes)
     return w.copy(**changes)
+
+
+def _widen_attention_dropout(w: Writer, axes: Axes, changes: dict[str, Any]) -> fx.Node:
+    """Attention spelled out, its mask drawn at the student's shape."""
+    given = {name: changes.get(name, w[name]) for name in (*_QKV, "attn_mask", "scale")}
+    even = w.frozen(w.op.env["k"]).even
+    weights = w.call(
+        copies.attention_weights,
+        *(given[name] for name in ("query", "key", "attn_mask")),
+        *(bool(w.op[name]) for name in ("is_causal", "enable_gqa")),
+        given["scale"],
+    )
+    out = value(w.op.node).shape
+    free = [*out[:-1], value(w.op["key"]).shape[-2]]
+    sizes = student_sizes(w, weights, axes, free)
+    mask = w.call(copies.dropout_mask, weights, sizes, "dropout", w.op["dropout_p"], None)
+    spread = range(len(axes) if even else len(axes) - 1)
+    weights = w.call(aten.mul.Tensor, weights, w.spread(mask, axes, list(spread)))
+    return w.call(copies.attend, weights, given["value"], bool(w.op["enable_gqa"]))
 
 
 TABLE: dict[Any, Rule] = {

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from ...kernels import copies
-from ..program import is_free, size_hint, value
-from .base import Axes, Op, Rule, Writer, student_size
+from ..program import size_hint, value
+from .base import Axes, Op, Rule, Writer, student_sizes
 
 aten = torch.ops.aten
 
@@ -25,13 +25,7 @@ def _dropout(w: Writer) -> fx.Node:
     if w.target.independent or not any(w.wide(a) for a in axes):
         return w.copy()
     x, name = w["input"], op.node.target._opname.rstrip("_")  # type: ignore[union-attr]
-    raw, sizes = value(op["input"]).shape, []
-    for d, axis in enumerate(axes):
-        size = w.call(aten.sym_size.int, x, d) if is_free(raw[d]) else axis.size
-        if isinstance(size, fx.Node) and w.wide(axis):
-            frozen = w.frozen(axis)
-            size = w.call(student_size, size, frozen.student, frozen.teacher)
-        sizes.append(size)
+    sizes = student_sizes(w, x, axes, value(op["input"]).shape)
     mask = w.call(copies.dropout_mask, x, sizes, name, op["p"], _memory_order(op["input"]))
     return w.call(aten.mul.Tensor, x, w.spread(mask, axes))
 

@@ -8,6 +8,7 @@ output      directions x hidden
 
 from __future__ import annotations
 
+import operator
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch import fx
 
 from ...axes import Axis, product
-from ..program import shape
-from .base import Axes, Op, Rule, Writer
+from ...kernels import copies
+from ..program import shape, value
+from .base import Axes, Op, Rule, Writer, student_sizes
 from .signature import apply_share
 
 aten = torch.ops.aten
@@ -41,8 +43,6 @@ def _states(op: Op) -> list[Any]:
 
 
 def _layers(op: Op, gates: int) -> list[Axes]:
-    if op["dropout"] and op["train"] and op["num_layers"] > 1:
-        op.conflict("dropout between layers is drawn inside the op")
     x, directions = op.axes("input"), 2 if op["bidirectional"] else 1
     time = len(x) - 2 if op["batch_first"] else 0
     op.hold(op["input"], time, "the op runs along it")
@@ -86,8 +86,40 @@ def _shared(w: Writer, weight: fx.Node) -> Any:
     return apply_share(w, w.map(weight), weight, (rows, (weight.name,)), weight.name, set(rows))
 
 
-def _widen_layers(w: Writer) -> fx.Node:
-    return w.copy(params=[_shared(w, p) for p in w.op["params"]])
+def _widen_layers(w: Writer) -> Any:
+    op = w.op
+    params = [_shared(w, p) for p in op["params"]]
+    outputs = w.target.axes[op.node]
+    drops = op["dropout"] and op["train"] and op["num_layers"] > 1 and not w.target.independent
+    if drops and any(map(w.wide, outputs[0])):
+        return _widen_dropping(w, params)
+    return w.copy(params=params)
+
+
+def _widen_dropping(w: Writer, params: list[Any]) -> list[fx.Node]:
+    """Layer by layer, time first; the masks between them are drawn at the student's shape."""
+    op, layers = w.op, w.op["num_layers"]
+    directions = 2 if op["bidirectional"] else 1
+    several = isinstance(op["hx"], list | tuple)
+    axes, sizes = w.target.axes[op.node][0], list(value(op.node)[0].shape)
+    x, ends = w["input"], []
+    if op["batch_first"]:
+        axes, sizes = (axes[1], axes[0], axes[2]), [sizes[1], sizes[0], sizes[2]]
+        x = w.call(aten.transpose.int, x, 0, 1)
+    for k in range(layers):
+        own = params[k * len(params) // layers : (k + 1) * len(params) // layers]
+        bounds = 0, k * directions, (k + 1) * directions
+        states = [w.call(aten.slice.Tensor, w.map(h), *bounds) for h in _states(op)]
+        fixed = op["has_biases"], 1, 0.0, True, op["bidirectional"], False
+        done = w.call(op.node.target, x, states if several else states[0], own, *fixed)  # type: ignore[arg-type]
+        x, *last = (w.call(operator.getitem, done, n) for n in range(1 + len(states)))
+        ends.append(last)
+        if k + 1 < layers:
+            shape_ = student_sizes(w, x, axes, sizes)
+            mask = w.call(copies.dropout_mask, x, shape_, "dropout", op["dropout"], None)
+            x = w.call(aten.mul.Tensor, x, w.spread(mask, axes))
+    x = w.call(aten.transpose.int, x, 0, 1) if op["batch_first"] else x
+    return [x, *(w.call(aten.cat.default, list(parts)) for parts in zip(*ends, strict=True))]
 
 
 def _widen_cell(w: Writer) -> fx.Node:

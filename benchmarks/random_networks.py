@@ -1,0 +1,126 @@
+"""The laws of the random networks (tests/test_random_networks.py) on thousands of them.
+
+    python -m benchmarks.random_networks --count 1000
+    python -m benchmarks.random_networks --count 10000 --jobs 4
+    python -m benchmarks.random_networks summary
+
+A rerun goes on where the CSV ends. A failure is a row that holds the network's source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from rich.progress import track
+
+from benchmarks.networks import RESULTS
+from tests.random_networks import networks
+from tests.test_random_networks import RATIOS, SHARES, check
+
+CHUNK = 50  # networks drawn with one seed, in one go
+FIELDS = (
+    *("seed", "number", "ratio", "shares", "status", "error", "worst", "widened", "nodes"),
+    *("bridged", "seconds", "source"),
+)
+Row = dict[str, Any]
+
+
+def chunk(number: int) -> list[Row]:
+    """Draw one chunk of networks and check the laws on each."""
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+
+    @seed(number)
+    @settings(
+        max_examples=CHUNK,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(networks(), RATIOS, SHARES)
+    def run(code: str, ratio: float, shares: str) -> None:
+        start = time.perf_counter()
+        row: Row = {"seed": number, "number": len(rows), "ratio": ratio, "shares": shares}
+        try:
+            report = check(code, ratio, shares)
+        except Exception as error:  # a failure of any kind is a row
+            text = " ".join(str(error).split())[:300]
+            row |= {"status": "failed", "error": f"{type(error).__name__}: {text}", "source": code}
+        else:
+            row |= {
+                "status": "ok",
+                "worst": f"{max(report.error.values()):.1e}",
+                "widened": f"{report.widened:.3f}",
+                "nodes": report.nodes,
+                "bridged": len(report.bridged),
+            }
+        rows.append(row | {"seconds": f"{time.perf_counter() - start:.2f}"})
+
+    run()
+    return rows
+
+
+def sweep(out: Path, count: int, first: int, jobs: int) -> None:
+    """Check ``count`` networks from the seed ``first`` on, appending rows as they come."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done: set[int] = set()
+    if out.exists():
+        with out.open(newline="") as file:
+            done = {int(row["seed"]) for row in csv.DictReader(file)}
+    todo = [k for k in range(first, first + -(-count // CHUNK)) if k not in done]
+    context = multiprocessing.get_context("spawn")
+    with out.open("a", newline="") as file, context.Pool(jobs) as pool:
+        writer = csv.DictWriter(file, FIELDS)
+        if not done:
+            writer.writeheader()
+        for rows in track(pool.imap_unordered(chunk, todo), total=len(todo)):
+            writer.writerows(rows)
+            file.flush()
+        pool.close()
+        pool.join()
+
+
+def summary(path: Path) -> str:
+    """The CSV in a few lines of markdown."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    ok = [r for r in rows if r["status"] == "ok"]
+    ratios = Counter(r["ratio"] for r in rows)
+    bridged = sum(int(r["bridged"]) for r in ok) / max(sum(int(r["nodes"]) for r in ok), 1)
+    lines = [
+        f"{len(rows)} random networks (ratios {', '.join(sorted(ratios))}): {len(ok)} keep every "
+        f"law; largest error {max(float(r['worst']) for r in ok):.1e}; widened "
+        f"{fmean(float(r['widened']) for r in ok):.1%} on average; {bridged:.1%} of their nodes "
+        f"bridged; {fmean(float(r['seconds']) for r in rows):.1f} s each."
+    ]
+    lines += [f"- seed {r['seed']}, {r['number']}: {r['error']}" for r in rows if r not in ok]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.random_networks")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = __doc__
+    parser.add_argument("command", nargs="?", choices=("sweep", "summary"), default="sweep")
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0, help="of the first 50 networks")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS / "random_networks.csv")
+    given = parser.parse_args()
+    if given.command == "sweep":
+        sweep(given.out, given.count, given.seed, given.jobs)
+    print(summary(given.out))
+
+
+if __name__ == "__main__":
+    main()
