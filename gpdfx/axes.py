@@ -211,12 +211,15 @@ class Solver:
     def unify(self, a: Axis, b: Axis) -> Axis:
         """Make two axes one. Raises ``AxisConflict`` and leaves no trace if they cannot be."""
         point = self.checkpoint()
-        before = _repeats(self.resolve(a)) + _repeats(self.resolve(b))
+        whole = self.resolve(a), self.resolve(b)
         try:
             self._unify(a, b)
             result = self.resolve(a)
-            if _repeats(result) > before:  # 64 x 2 = 2 x 64 would make every factor the same
-                raise self._conflict(a, b)
+            if _repeats(result) > sum(map(_repeats, whole)):
+                raise self._conflict(a, b)  # 64 x 2 = 2 x 64 would make every factor the same
+            if _only_ones(result) and not any(map(_only_ones, whole)):
+                one, other = whole  # a shift by one
+                raise AxisConflict(f"{one} = {other}, shifted, would leave nothing to widen")
             return result
         except AxisConflict:
             self.rollback(point)

@@ -107,7 +107,9 @@ def variance(
     biased = average((x - center) ** 2, dims, copies, gain, keepdim)
     n = math.prod(x.shape[d] for d in dims) / gain
     result = biased * (n / (n - correction) if n > correction else math.nan)
-    result = result.sqrt() if root else result
+    if root:  # a deviation of zero has the gradient zero, as in torch.std, not infinity
+        zero = result == 0
+        result = result.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
     return (result, center if keepdim else center.squeeze(dims)) if mean else result
 
 

@@ -48,7 +48,7 @@ class NeedsFunctional(Exception):
 def infer(program: Program) -> Inference:
     result = Inference(Solver(), {}, {}, {})
     for mode in program.modes.values():
-        static: set[fx.Node] = set()
+        static: dict[fx.Node, bool] = {}  # what depends on no input: does it on parameters?
         for node in mode.graph.nodes:
             result.solver.at = describe(node) if node.op == "call_function" else str(node.target)
             _infer_node(program, result, node, static)
@@ -67,7 +67,9 @@ def _tensor_axes(solver: Solver, tensor: torch.Tensor) -> Axes:
     return tuple(solver.leaf(s) for s in tensor.shape)
 
 
-def _infer_node(program: Program, result: Inference, node: fx.Node, static: set[fx.Node]) -> None:
+def _infer_node(
+    program: Program, result: Inference, node: fx.Node, static: dict[fx.Node, bool]
+) -> None:
     solver = result.solver
     if node.op == "placeholder" and is_tensor(node):
         result.axes[node] = tuple(solver.leaf(s, Reason("input", node.name)) for s in shape(node))
@@ -75,8 +77,8 @@ def _infer_node(program: Program, result: Inference, node: fx.Node, static: set[
             if is_free(size):
                 solver.mark(solver.symbolic, axis)
     elif node.op == "get_attr" and node.target in program.tensors:
-        static.add(node)
         assert isinstance(node.target, str)
+        static[node] = isinstance(program.tensors[node.target], nn.Parameter)
         if node.target not in result.tensors:
             axes = _tensor_axes(solver, program.tensors[node.target])
             result.tensors[node.target] = axes
@@ -87,7 +89,7 @@ def _infer_node(program: Program, result: Inference, node: fx.Node, static: set[
             node.meta.setdefault("val", value(node.args[0]))
         tensors = [n for n in node.all_input_nodes if not _is_number(n)]
         if all(n in static for n in tensors) and not _random(node):
-            static.add(node)
+            static[node] = any(static[n] for n in tensors)
         kind = value(node)
         if isinstance(kind, torch.Tensor | list | tuple):
             op = result.ops[node] = Op(node, solver, result.axes, static)

@@ -252,7 +252,7 @@ class _GraphWriter:
         new = fx.node.map_arg(x, lambda n: self.env[n])
         if isinstance(x, fx.Node) and is_tensor(x):
             inference = self.inference
-            op = inference.ops.get(x) or Op(x, inference.solver, inference.axes, set())
+            op = inference.ops.get(x) or Op(x, inference.solver, inference.axes, {})
             new = Writer(op, self.target, self.mode, self.env).narrow(new, inference.axes[x])
         return new
 

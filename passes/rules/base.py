@@ -33,7 +33,7 @@ class Op:
     """
 
     def __init__(
-        self, node: fx.Node, solver: Solver, axes: dict[fx.Node, Any], static: set[fx.Node]
+        self, node: fx.Node, solver: Solver, axes: dict[fx.Node, Any], static: dict[fx.Node, bool]
     ) -> None:
         self.node, self.solver, self._axes, self._static = node, solver, axes, static
         has_schema = hasattr(node.target, "_schema")
@@ -75,6 +75,10 @@ class Op:
         """True if a tensor depends on parameters and constants only."""
         return x in self._static
 
+    def is_constant(self, x: fx.Node) -> bool:
+        """True if a tensor depends on constants only."""
+        return self._static.get(x) is False
+
     def fixed(self, size: int, kind: str = "spatial") -> Axis:
         return self.solver.leaf(size, Reason(kind, self.where))
 
@@ -99,6 +103,14 @@ class Op:
             return False
         self.narrow(x, dim, why, out)
         return True
+
+    def take(self, x: fx.Node, dim: int, why: str, out: int | None = None) -> None:
+        """``hold`` for ops that weights go through too (one of several packed ones is taken): only
+        an axis of constants is fixed."""
+        if self.is_constant(x):
+            self.fix(self.axes(x)[dim], "positions")
+        elif not self.solver.is_fixed(self.axes(x)[dim]):
+            self.narrow(x, dim, why, out)
 
     def narrow(self, x: fx.Node, dim: int, why: str, out: int | None = None) -> None:
         """See this dimension of an input at the student's width: positions matter to the op.

@@ -71,7 +71,7 @@ def _scatter(op: Op) -> Axes:
     axes, dim = op.axes("self"), dim_of(op, op["dim"])
     for name in ("self", "index", "src"):
         if isinstance(op[name], fx.Node) and is_tensor(op[name]):
-            op.hold(op[name], dim, "positions along it are written", out=dim)
+            op.take(op[name], dim, "positions along it are written", out=dim)
             for d, (a, b) in enumerate(zip(axes, op.axes(name), strict=True)):
                 if d != dim:
                     op.unify(a, b) if a.size == b.size else op.conflict("scatter takes a part")
@@ -85,7 +85,7 @@ def _index_put(op: Op) -> Axes:
         if index is not None and value(index).dtype == torch.bool:
             op.conflict("a boolean index keeps positions")
         if index is not None:
-            op.hold(op["self"], d, "it is indexed", out=d)
+            op.take(op["self"], d, "it is indexed", out=d)
     broadcast(op, _found(op, axes, indices), op.axes("values"))
     return op.axes("self")
 

@@ -278,7 +278,7 @@ def _widen_slice(w: Writer, out: str = "") -> fx.Node:
 def _select(op: Op) -> Axes:
     axes, dim = op.axes("self"), dim_of(op, op["dim"])
     if axes[dim].size != 1:
-        op.hold(op["self"], dim, "one position of this axis is taken")
+        op.take(op["self"], dim, "one position of this axis is taken")
     return axes[:dim] + axes[dim + 1 :]
 
 
@@ -294,8 +294,8 @@ def _slice_scatter(op: Op) -> Axes:
     if piece is None and op["step"] == 1 and not moving and not op.solver.is_fixed(axes[dim]):
         piece = _piece(op, dim, source[dim].size)[dim]
     if piece is None or op.narrowed:
-        op.hold(op["self"], dim, "a part of it is written over", out=dim)
-        op.hold(op["src"], dim, "it is written over a part of another")
+        op.take(op["self"], dim, "a part of it is written over", out=dim)
+        op.take(op["src"], dim, "it is written over a part of another")
     else:
         op.unify(piece, source[dim])
     return _written(op, dim, source[:dim] + (ONE,) + source[dim + 1 :])
@@ -304,7 +304,7 @@ def _slice_scatter(op: Op) -> Axes:
 def _select_scatter(op: Op) -> Axes:
     """``self`` with ``src`` written over one position of a dimension."""
     dim, source = dim_of(op, op["dim"]), op.axes("src")
-    op.hold(op["self"], dim, "one position of this axis is written over", out=dim)
+    op.take(op["self"], dim, "one position of this axis is written over", out=dim)
     return _written(op, dim, source[:dim] + (ONE,) + source[dim:])
 
 
@@ -313,6 +313,16 @@ def _written(op: Op, dim: int, source: Axes) -> Axes:
         if d != dim:
             op.unify(a, source[d])
     return op.axes("self")
+
+
+def _as_real(op: Op) -> Axes:
+    return (*op.axes("self"), op.fixed(2, "stacked"))
+
+
+def _as_complex(op: Op) -> Axes:
+    """The last dimension is the real and the imaginary part."""
+    op.take(op["self"], len(op.axes("self")) - 1, "real and imaginary parts")
+    return op.axes("self")[:-1]
 
 
 def _getitem(op: Op) -> Any:
@@ -413,6 +423,7 @@ TABLE: dict[Any, Rule] = {
     aten.split.sizes: _CHUNK,
     aten.chunk.default: _CHUNK,
     aten.tensor_split.sections: _CHUNK,
+    aten.tensor_split.indices: _CHUNK,
     aten.slice.Tensor: Rule(_slice, _widen_slice),
     aten.slice_scatter.default: Rule(_slice_scatter, partial(_widen_slice, out="src")),
     aten.select.int: Rule(_select),
@@ -426,5 +437,7 @@ TABLE: dict[Any, Rule] = {
     aten.im2col.default: Rule(_unfold),
     aten.col2im.default: Rule(_fold),
     aten.unfold.default: Rule(_window),
+    aten.view_as_real.default: Rule(_as_real),
+    aten.view_as_complex.default: Rule(_as_complex),
     aten.rot90.default: Rule(partial(along, why="rotates positions", dim="dims")),
 }
