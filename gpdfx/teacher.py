@@ -67,7 +67,9 @@ class Teacher(nn.Module):
     def _register(self, program: Program, widened: Widened) -> None:
         made: dict[str, Tensor] = {}
         for name, tensor in program.tensors.items():
-            wide = gather(tensor.detach(), widened.maps[name]).clone()
+            own = tensor.detach()
+            wide = gather(own, widened.maps[name])
+            wide = own.clone() if wide is own else wide
             if isinstance(tensor, nn.Parameter):
                 wide = nn.Parameter(wide, requires_grad=tensor.requires_grad)
             made[name] = wide
