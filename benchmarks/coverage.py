@@ -4,7 +4,7 @@
     python -m benchmarks.coverage timm-files
     python -m benchmarks.coverage timm-sample --count 250 --seed 0
     python -m benchmarks.coverage names timm:convnext_atto torchvision:resnet18
-    python -m benchmarks.coverage summary
+    python -m benchmarks.coverage summary --readme README.md
 
 Each network runs in a process of its own: a crash, a hang or a leak costs only its row. A rerun
 does what is missing in the CSV; ``--redo timeout error`` also repeats rows of those statuses.
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import gpdfx
 from benchmarks import networks
-from benchmarks.coverage_summary import summary
+from benchmarks.coverage_summary import summary, write
 
 Row = dict[str, Any]
 
@@ -295,11 +295,14 @@ def main() -> None:
     sample.add_argument("--seed", type=int, default=0)
     named = suites.add_parser("names", parents=[options])
     named.add_argument("names", nargs="+", help="timm:<model> or torchvision:<model>")
-    suites.add_parser("summary").add_argument("csv", type=Path, nargs="*")
+    tables = suites.add_parser("summary")
+    tables.add_argument("csv", type=Path, nargs="*", help="default: all of results")
+    tables.add_argument("--readme", type=Path, help="write it between the marks in this file")
     given = parser.parse_args()
     match given.suite:
         case "summary":
-            print(summary(given.csv or sorted(networks.RESULTS.glob("coverage_*.csv"))))
+            text = summary(given.csv or sorted(networks.RESULTS.glob("coverage_*.csv")))
+            write(given.readme, text) if given.readme else print(text)
         case "torchvision":
             run(given.suite, networks.torchvision_all(), given)
         case "timm-files":
