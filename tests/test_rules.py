@@ -59,7 +59,7 @@ FREE: dict[str, Step] = {
     "bicubic": lambda x: F.interpolate(x, (9, 7), mode="bicubic", align_corners=True),
     "antialias": lambda x: F.interpolate(x, (4, 3), mode="bilinear", antialias=True),
     "grid_sample": lambda x: F.grid_sample(
-        x, x.mean((1, 2, 3))[:, None, None, None].expand(-1, 3, 3, 2)
+        x, x.mean((1, 2, 3))[:, None, None, None].expand(-1, 3, 3, 2), align_corners=False
     ),
     "cat and stack": lambda x: torch.cat([torch.stack([x, -x], 2).flatten(1, 2), x], 1),
     "split sizes": lambda x: torch.cat(x.split([3, 5], 1)[::-1], 1),
@@ -158,15 +158,14 @@ class Around(nn.Module):
         return self.head(torch.cat([self.step(x).flatten(1), x.flatten(1)], 1))
 
 
-@pytest.mark.parametrize("ratio", [1.5, 2])
 @pytest.mark.parametrize("name", [*FREE, *(f"narrowed {n}" for n in NARROWED)])
-def test_op(name: str, ratio: float) -> None:
+def test_op(name: str) -> None:
     torch.manual_seed(0)
     narrowed = name.startswith("narrowed ")
     step = NARROWED[name.removeprefix("narrowed ")] if narrowed else FREE[name]
     model, x = Around(step), torch.randn(2, 3, 6, 6)
     model(x)
-    report = gpdfx.expand(model, ratio, example_inputs=(x,), dynamic="batch").report()
+    report = gpdfx.expand(model, 1.5, example_inputs=(x,), dynamic="batch").report()
     assert not [b for b in report.bridged if "rule failed" in b.reason]
     assert any("stem.weight" in group.parameters for group in report.groups), report
     assert bool(report.bridged) == narrowed, report
