@@ -35,6 +35,7 @@ from torch import Tensor, nn
 import gpdfx
 from benchmarks import networks
 from benchmarks.coverage_summary import summary, write
+from gpdfx.passes.capture import LEVELS
 
 Row = dict[str, Any]
 
@@ -280,8 +281,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, help="default: results/coverage_<suite>.csv")
     options.add_argument("--seconds", type=float, default=600, help="cap per network")
     options.add_argument("--size", type=int, default=64, help="smallest image; 0: as pretrained")
-    levels = ("sizes", "batch", "none")
-    options.add_argument("--dynamic", choices=levels, default="sizes", help="see gpdfx.expand")
+    options.add_argument("--dynamic", choices=LEVELS, default=LEVELS[0], help="see gpdfx.expand")
     options.add_argument("--jobs", type=int, default=1, help="networks at once")
     options.add_argument("--memory", type=float, default=16, help="cap per network in GiB")
     options.add_argument("--redo", nargs="+", default=[], choices=STATUSES, metavar="STATUS")

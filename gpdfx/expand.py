@@ -151,14 +151,14 @@ def _compile(
 
 
 def _capture(model: nn.Module, call: Call, functional: bool, dynamic: str) -> Program:
-    program = inline(capture(model, call.args, call.kwargs, functional=functional, dynamic=dynamic))
+    program = inline(capture(model, call.args, call.kwargs, functional, dynamic))
     if bakes_constants(program):
         args, kwargs = pytree.tree_map(
             lambda x: x.double() if oracle._floating(x) else x, (call.args, call.kwargs)
         )
         double = copy.deepcopy(model).double()
         with contextlib.suppress(CaptureError):  # one that only runs in its own dtype keeps them
-            twin = capture(double, args, kwargs, functional=functional, dynamic=program.dynamic)
+            twin = capture(double, args, kwargs, functional, program.dynamic, lower=False)
             program = follow(program, inline(twin))
     return follow_device(program)
 

@@ -33,15 +33,15 @@ def capture(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    *,
     functional: bool = False,
     dynamic: str = "sizes",
+    lower: bool = True,
 ) -> Program:
     """Trace a copy of the model in both modes.
 
     ``dynamic``: which input sizes stay free, one of ``LEVELS``; where that fails, or takes too
-    long, the next lower level is tried. ``functional``: every in-place op becomes a functional
-    one, with a final copy to the buffer that it writes.
+    long, the next lower level is tried, unless ``lower`` is false. ``functional``: every in-place
+    op becomes a functional one, with a final copy to the buffer that it writes.
     Raises ``CaptureError`` with the reason and the user's source line if it does not export.
     """
     student = copy.deepcopy(model)
@@ -56,9 +56,9 @@ def capture(
     tensors = {name: tensor for name, tensor in names.items() if name not in alias}
     children: dict[str, nn.Module] = {}
     modes = {}
-    for mode in ("train", "eval"):
-        traced = copy.deepcopy(student).train(mode == "train")
-        exported, dynamic = _export(traced, args, kwargs, mode, dynamic)
+    levels = LEVELS[LEVELS.index(dynamic) :] if lower else (dynamic,)
+    both, dynamic = _export(student, args, kwargs, levels)
+    for mode, exported in both.items():
         if functional:
             exported = exported.run_decompositions({})
         module = exported.module(check_guards=False)
@@ -127,28 +127,34 @@ PATIENCE = 10.0
 
 
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str, dynamic: str
-) -> tuple[ExportedProgram, str]:
-    """The exported model, and the level of free sizes that it was possible at."""
-    errors: list[BaseException] = []
-    for level in LEVELS[LEVELS.index(dynamic) :]:
-        shapes = dynamic_shapes(model, args, kwargs, level)
+    student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], levels: tuple[str, ...]
+) -> tuple[dict[str, ExportedProgram], str]:
+    """Both modes at the first level of free sizes that is possible for both, and that level."""
+    failed: dict[str, Exception] = {}
+    for level in levels:
+        shapes = dynamic_shapes(student, args, kwargs, level)
         if shapes is None and level != "none":
             continue
+        both = {}
+        patience = PATIENCE if level == "sizes" and len(levels) > 1 else None
         try:
-            with _quiet(), _patience(PATIENCE if level == "sizes" else None):
-                exported = torch.export.export(
-                    model, args, kwargs, dynamic_shapes=shapes, strict=False
-                )
-                _drop_replacements(exported.graph)
-                return exported, level
-        except (Exception, _TooSlowError) as error:  # export raises everything
-            errors.append(error)
-    first = next(e for e in errors if not isinstance(e, _TooSlowError))
+            for mode in ("train", "eval"):
+                model = copy.deepcopy(student).train(mode == "train")
+                with _quiet(), _patience(patience):
+                    both[mode] = torch.export.export(
+                        model, args, kwargs, dynamic_shapes=shapes, strict=False
+                    )
+                _drop_replacements(both[mode].graph)
+            return both, level
+        except _TooSlowError:
+            continue
+        except Exception as error:  # export raises everything
+            failed.setdefault(mode, error)
+    mode, first = next(iter(failed.items()))
     trace = "".join(traceback.format_exception(first))
     reason = str(first).strip().splitlines() or [type(first).__name__]
     raise CaptureError(
-        f"torch.export cannot capture {type(model).__name__} in {mode} mode: {reason[0][:300]}",
+        f"torch.export cannot capture {type(student).__name__} in {mode} mode: {reason[0][:300]}",
         source=source_line(trace) or None,
         remedy="remove control flow that depends on tensor values from forward (torch.where, "
         "torch.cond), or expand the sub-modules that do export one by one",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 import torchvision
@@ -88,6 +90,37 @@ def test_impatience_falls_back_to_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
     case = NETWORKS["unet"]
     teacher = gpdfx.expand(case.model(), 2, example_inputs=case.inputs())
     assert teacher.report().inputs == {"x": "batch x 3 x 16 x 16"}
+
+
+class Precise(nn.Module):
+    """Asks for its own dtype while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.training:
+            y = y * torch.full(y.shape[:1], 1 / 3, dtype=y.dtype)[:, None, None]
+        return self.b(y)
+
+
+def test_impatience_never_parts_the_modes_or_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph in float64, which tells baked dtypes, has the same free sizes as the other's."""
+    patient, calls = capture._patience, []
+
+    def third_time(seconds: float | None) -> AbstractContextManager[None]:
+        calls.append(seconds)
+        if seconds is not None and len(calls) > 2:
+            raise capture._TooSlowError
+        return patient(seconds)
+
+    monkeypatch.setattr(capture, "_patience", third_time)
+    teacher = gpdfx.expand(Precise(), 2, example_inputs=(torch.randn(2, 7, 4),))
+    assert len(calls) == 4
+    assert teacher.report().check.tolerance == 1e-10
+    assert teacher.report().inputs == {"x": "batch x any x 4"}
 
 
 class Sly(nn.Module):

@@ -27,7 +27,7 @@ def _index(op: Op) -> Axes:
         op.conflict("a boolean index keeps positions")
     used = [d for d, i in enumerate(indices) if i is not None]
     for d in used:
-        _look(op, op["self"], d)
+        op.hold(op["self"], d, "it is indexed")
     return _found(op, axes, indices)
 
 
@@ -41,17 +41,9 @@ def _found(op: Op, axes: Axes, indices: list[Any]) -> Axes:
     return (*rest[:at], *found, *rest[at:])
 
 
-def _look(op: Op, x: Any, dim: int) -> None:
-    """A table's own axis is fixed; a computed one is seen narrowed."""
-    if op.is_static(x):
-        op.fix(op.axes(x)[dim], "lookup")
-    else:
-        op.narrow(x, dim, "it is indexed")
-
-
 def _index_select(op: Op) -> Axes:
     axes, dim = list(op.axes("self")), dim_of(op, op["dim"])
-    _look(op, op["self"], dim)
+    op.hold(op["self"], dim, "it is indexed")
     axes[dim] = op.axes("index")[0] if shape(op["index"]) else op.fixed(1)
     return tuple(axes)
 
@@ -59,7 +51,7 @@ def _index_select(op: Op) -> Axes:
 def _gather(op: Op) -> Axes:
     """Along ``dim`` positions are taken; the other dimensions of input and index agree."""
     axes, index, dim = op.axes("self"), op.axes("index"), dim_of(op, op["dim"])
-    _look(op, op["self"], dim)
+    op.hold(op["self"], dim, "it is indexed")
     for d, (a, b) in enumerate(zip(axes, index, strict=True)):
         if d != dim:
             op.unify(a, b) if a.size == b.size else op.conflict("gather takes a part of an axis")
