@@ -144,7 +144,7 @@ class Solver:
         self.outer: dict[Leaf, bool] = {}  # groups and heads: widen these first in a product
         self.inner: dict[Leaf, Reason] = {}  # positions were taken along these: widen them last
         self.contracted: dict[Leaf, bool] = {}  # some weight contracts these
-        self.symbolic: dict[Leaf, bool] = {}  # sizes known only at run time (the batch)
+        self.symbolic: dict[Leaf, bool] = {}  # is the size known only at run time (the batch)?
         self.cause: dict[Leaf, bool] = {}
         self.edges: list[tuple[Leaf, Leaf, str]] = []
         self.at = ""
@@ -181,6 +181,10 @@ class Solver:
         """Set one of the solver's marks (``outer``, ``inner`` ...) on every leaf."""
         for leaf in leaves(self.resolve(axis)):
             self._set(marks, leaf, mark)
+
+    def is_symbolic(self, axis: Axis) -> bool:
+        """True if some leaf's size is known only at run time."""
+        return any(self.symbolic.get(leaf) for leaf in leaves(self.resolve(axis)))
 
     def fix(self, axis: Axis, reason: Reason) -> None:
         """Forbid every leaf of the axis to widen; the first reason stays."""
@@ -308,12 +312,14 @@ class Solver:
             self.outer,
             self.inner,
             self.contracted,
-            self.symbolic,
         )
         for marks in every:
-            known = marks is self.symbolic and any(x in marks for x in leaves(axis))
-            if leaf in marks and not known:
+            if leaf in marks:
                 self.mark(marks, axis, marks[leaf])
+        known = {x: self.symbolic.get(x) for x in leaves(axis)}
+        if self.symbolic.get(leaf) and not any(known.values()):
+            for target in (x for x, mark in known.items() if mark is None):
+                self._set(self.symbolic, target, True)
         for target in leaves(axis) if leaf in self.reason else ():
             if target not in self.reason:
                 self._set(self.reason, target, self.reason[leaf])

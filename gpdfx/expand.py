@@ -12,20 +12,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from . import oracle
+from . import oracle, tree
+from .call import Call
 from .errors import CaptureError, InputError
 from .inputs import infer_inputs
 from .passes.canonicalize import bakes_constants, canonicalize, follow, follow_device
-from .passes.capture import LEVELS, capture
+from .passes.capture import LEVELS, capture, whole
 from .passes.infer import Inference, NeedsFunctional, infer
 from .passes.inline import inline
+from .passes.parts import capture_parts, recapture
 from .passes.program import Program, source_line
 from .passes.rules.base import DynamicAxis
 from .passes.widen import Widened, assign, widen
 from .report import make_report
-from .teacher import Call, Teacher
+from .teacher import Teacher
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword inputs of an example call."""
 
 
 def expand(
@@ -86,41 +90,39 @@ def expand(
             raise InputError(f"{name} is {given!r}", remedy=f"pass one of {', '.join(known)}")
     with oracle.keep_rng():
         args, kwargs = _example(model, example_inputs, example_kwargs)
-        call = Call(model, args, kwargs)
+        inputs = args, kwargs
         clock = _Clock()
         try:
-            widened = _compile(model, call, float(ratio), shares, randomness, dynamic, seed, clock)
+            widened = _compile(
+                model, inputs, float(ratio), shares, randomness, dynamic, seed, clock
+            )
         except CaptureError as error:
-            _check_forward(model, call)
+            _check_forward(model, inputs)
             raise error
         check = None
         if verify:
             checked = widened
             if randomness == "independent":  # equal seeds say nothing: check the other form
                 checked = _widen(widened.program, widened.inference, ratio, shares, False, seed)
-            scratch = Teacher(checked, call)  # before the real one: both would not always fit
+            scratch = Teacher(checked)  # before the real one: both would not always fit
             clock.lap("transform")
-            scratch.find_caches(call.args, call.kwargs)
+            scratch.find_caches(args, kwargs)
             single = bakes_single(widened.program)
-            check = oracle.verify(
-                checked, scratch, call.args, call.kwargs, seed=seed, single=single
-            )
+            check = oracle.verify(checked, scratch, inputs, seed=seed, single=single)
             del scratch
             clock.lap("verify")
-        teacher = Teacher(widened, call)
+        teacher = Teacher(widened)
         clock.lap("transform")
         if check:
             teacher.pin(check.free)
-        teacher.find_caches(call.args, call.kwargs)
-        teacher._report = make_report(
-            widened, teacher, float(ratio), (call.args, call.kwargs), clock.laps, check
-        )
+        teacher.find_caches(args, kwargs)
+        teacher._report = make_report(widened, teacher, float(ratio), inputs, clock.laps, check)
     return teacher.train(model.training)
 
 
 def _compile(
     model: nn.Module,
-    call: Call,
+    inputs: Inputs,
     ratio: float,
     shares: str,
     randomness: str,
@@ -133,8 +135,8 @@ def _compile(
     functional = False
     while True:
         clock.skip()
-        program = _capture(model, call, functional, dynamic)
-        dynamic = program.dynamic
+        program = _capture(model, inputs, functional, dynamic)
+        dynamic = min((mode.level for mode in program.modes.values()), key=LEVELS.index)
         clock.lap("capture")
         program = canonicalize(program)
         try:
@@ -150,16 +152,18 @@ def _compile(
             dynamic = LEVELS[LEVELS.index(dynamic) + 1]
 
 
-def _capture(model: nn.Module, call: Call, functional: bool, dynamic: str) -> Program:
-    program = inline(capture(model, call.args, call.kwargs, functional, dynamic))
+def _capture(model: nn.Module, inputs: Inputs, functional: bool, dynamic: str) -> Program:
+    """The network as a program: in one piece if it exports, else in parts."""
+    student = copy.deepcopy(model)
+    try:
+        program = capture(student, whole(student, *inputs), functional, dynamic)
+    except CaptureError as why:
+        program = capture_parts(student, *inputs, functional, dynamic, why)
+    program = inline(program)
     if bakes_constants(program):
-        args, kwargs = pytree.tree_map(
-            lambda x: x.double() if oracle._floating(x) else x, (call.args, call.kwargs)
-        )
         double = copy.deepcopy(model).double()
         with contextlib.suppress(CaptureError):  # one that only runs in its own dtype keeps them
-            twin = capture(double, args, kwargs, functional, program.dynamic, lower=False)
-            program = follow(program, inline(twin))
+            program = follow(program, inline(recapture(program, double, torch.double, functional)))
     return follow_device(program)
 
 
@@ -270,22 +274,23 @@ def _two_samples(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A sample batch of one would be baked in: double it."""
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors = [x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     if not tensors or any(x.ndim == 0 or x.shape[0] != 1 for x in tensors):
         return args, kwargs
 
     def twice(x: Any) -> Any:
         return torch.cat([x, x.flip(tuple(range(1, x.ndim)))]) if isinstance(x, torch.Tensor) else x
 
-    result: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(twice, (args, kwargs))
+    result: tuple[tuple[Any, ...], dict[str, Any]] = tree.map_leaves(twice, (args, kwargs))
     return result
 
 
-def _check_forward(model: nn.Module, call: Call) -> None:
+def _check_forward(model: nn.Module, inputs: Inputs) -> None:
     """A capture that failed because the model itself fails on the example is the user's to fix."""
+    args, kwargs = inputs
     try:
         with torch.no_grad():
-            copy.deepcopy(model).eval()(*call.args, **call.kwargs)
+            copy.deepcopy(model).eval()(*args, **kwargs)
     except Exception as error:  # whatever the user's forward raises
         raise InputError(
             f"{type(model).__name__} fails on the example inputs: {error}",

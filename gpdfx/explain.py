@@ -188,14 +188,15 @@ def suggest(name: str, known: Any) -> str:
 def _layers(widened: Widened) -> nx.DiGraph:
     """Modules with weights (and bridges) as nodes, data flow between them as edges."""
     program, inference = widened.program, widened.inference
-    mode = program.modes["eval"]
+    modes = [m for m in program.modes.values() if not m.site.training]
     bridged = {b.node: b.reason for b in widened.bridges}
     graph = nx.DiGraph()
     reach: dict[fx.Node, set[str]] = {}
-    for node in mode.graph.nodes:
+    for path, node in [(m.site.path, node) for m in modes for node in m.nodes]:
         if node.op == "placeholder":
-            graph.add_node(node.name, kind="input", group=-1)
-            reach[node] = {node.name}
+            name = f"{path} {node.name}".lstrip()
+            graph.add_node(name, kind="input", group=-1)
+            reach[node] = {name}
             continue
         if isinstance(value(node), int | float | torch.SymInt):
             continue  # sizes are no data flow

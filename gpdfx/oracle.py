@@ -8,6 +8,7 @@ often vacuous (a zero-initialised last norm hides what stands before it), so ``v
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
@@ -17,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from . import tree
 from .errors import InputError, LossyError
+from .part import Section
 from .passes.capture import LEVELS
 from .passes.infer import Inference
-from .passes.program import Program, module_path, source
+from .passes.parts import recording
+from .passes.program import Program, Site, module_path, source
 from .passes.widen import Widened, gather
 from .teacher import Teacher, _attach, collapse
 
@@ -42,14 +45,15 @@ class Check:
     """A passed comparison. ``error``: ``{"probe/eval": 1e-15, ...}``, relative, the largest over
     everything observed; ``vacuous``: outputs that are zero on the real weights; ``dead``:
     parameters that move no output; ``tolerance``: the largest that was used; ``free``: the input
-    sizes (a level of ``LEVELS``) that were seen to hold at other values than the example's."""
+    sizes, part by part (a level of ``LEVELS``), that were seen to hold at other values than the
+    example's."""
 
     error: dict[str, float]
     tolerance: float
     dead: tuple[str, ...]
     vacuous: tuple[str, ...]
     dtype: torch.dtype
-    free: str
+    free: dict[str, str]
 
 
 # --------------------------------------------------------------------------- observing
@@ -59,18 +63,22 @@ def observe(
     kwargs: Any,
     seed: int,
     wrt: dict[str, Tensor] | None = None,
+    parts: dict[str, nn.Module] | None = None,
+    given: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Run ``call`` with a seeded RNG; its outputs and the gradients of a random projection of
-    them with respect to the floating inputs and to ``wrt``."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    """Run ``call`` with a seeded RNG; its outputs, those of ``parts`` on the way, and the
+    gradients of a random projection of them with respect to the floating inputs and to ``wrt``.
+    ``given``: what the parts of another run returned; the user's Python goes on with these."""
+    leaves, spec = tree.flatten((args, kwargs))
     leaves = [
         x.detach().clone().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x
         for x in leaves
     ]
     torch.manual_seed(seed)
-    again_args, again_kwargs = pytree.tree_unflatten(leaves, spec)
-    outputs = pytree.tree_leaves(call(*again_args, **again_kwargs))
-    seen = {f"output {k}": y for k, y in enumerate(outputs) if isinstance(y, Tensor)}
+    again_args, again_kwargs = tree.unflatten(leaves, spec)
+    with _watching(parts or {}, given) as seen:
+        outputs = tree.leaves(call(*again_args, **again_kwargs))
+    seen |= {f"output {k}": y for k, y in enumerate(outputs) if isinstance(y, Tensor)}
     draw = torch.Generator().manual_seed(seed + 1)
     total = torch.zeros((), dtype=torch.float64)
     for y in seen.values():
@@ -84,6 +92,50 @@ def observe(
             if grad is not None:
                 seen[f"gradient of {name}"] = grad
     return {name: y.detach() for name, y in seen.items()}
+
+
+@contextmanager
+def _watching(
+    parts: dict[str, nn.Module], given: dict[str, Tensor] | None
+) -> Iterator[dict[str, Tensor]]:
+    """Gather what modules return while they run. What follows them may hide it (a choice of
+    boxes), and may make much of a difference in the last bit (their order): so a second run goes on
+    with what the first was ``given``."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(path: str) -> Callable[..., Any]:
+        def write(_: nn.Module, __: Any, result: Any) -> Any:
+            def leaf(y: Any) -> Any:
+                if not isinstance(y, Tensor):
+                    return y
+                name = f"output {len(seen)} ({path})"
+                seen[name] = y.clone()  # a copy: it may be overwritten
+                other = given.get(name) if given else None
+                same = other is not None and other.shape == y.shape
+                return _Forced.apply(y, other) if same else y
+
+            return tree.map_leaves(leaf, result)
+
+        return write
+
+    handles = [m.register_forward_hook(hook(path)) for path, m in parts.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Forced(torch.autograd.Function):
+    """The second tensor's values with the first one's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, given: Tensor) -> Tensor:
+        return given.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def _floating(x: Any) -> bool:
@@ -139,8 +191,8 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
-    return pytree.tree_map(lambda x: x.to(dtype) if dtype and _floating(x) else x, tree)
+def _cast(structure: Any, dtype: torch.dtype | None) -> Any:
+    return tree.map_leaves(lambda x: x.to(dtype) if dtype and _floating(x) else x, structure)
 
 
 def _convert(module: Any, dtype: torch.dtype | None) -> Any:
@@ -165,7 +217,7 @@ def compare(
     wrt = {n: p.requires_grad_(dead) for n, p in parameters.items() if p.is_floating_point()}
     wrt = wrt if dead else {}
     try:
-        mine = observe(student, *inputs, seed, wrt)
+        mine = observe(student, *inputs, seed, wrt, teacher.parts_of(student))
     except RuntimeError as error:
         mode = "train" if training else "eval"
         raise InputError(
@@ -173,7 +225,8 @@ def compare(
             remedy="mend the model, or pass verify=False if it is never trained",
         ) from error
     try:
-        theirs = observe(teacher, *inputs, seed)
+        between = teacher.parts_of(teacher._between)
+        theirs = observe(teacher, *inputs, seed, parts=between, given=mine)
     except Exception as error:  # whatever torch raises when widths do not fit
         raise LossyError(
             f"the teacher fails where the student runs: {error}",
@@ -189,7 +242,8 @@ def compare(
         theirs[f"buffer {name}"] = wide[name]
     errors = {n: difference(x, theirs.get(n), _floor(n, mine, inputs)) for n, x in mine.items()}
     extra = {name: math.inf for name in theirs if name not in mine}
-    zero = tuple(n for n, x in mine.items() if n.startswith("output") and not x.any())
+    shown = {n: x for n, x in mine.items() if n.startswith("output") and x.numel()}
+    zero = tuple(n for n, x in shown.items() if not x.any()) if shown else ("every output",)
     return errors | extra, gradients, zero
 
 
@@ -201,7 +255,7 @@ def _floor(name: str, seen: dict[str, Tensor], inputs: tuple[Any, Any]) -> float
         return math.sqrt(float(variance.max()))
     if name.startswith("gradient of input"):
         outputs = [x for n, x in seen.items() if n.startswith("output") and _floating(x)]
-        x = pytree.tree_leaves(inputs)[int(name.rsplit(" ", 1)[1])]
+        x = tree.leaves(inputs)[int(name.rsplit(" ", 1)[1])]
         size = float(x.abs().max()) if x.numel() else 0.0
         largest = max((float(y.abs().max()) for y in outputs if y.numel()), default=0.0)
         return 1e-6 * largest / size if size else 0.0
@@ -215,8 +269,7 @@ def _moved(grad: Tensor | None) -> bool:
 def verify(
     widened: Widened,
     teacher: Teacher,
-    args: Any,
-    kwargs: Any,
+    inputs: tuple[Any, Any],
     *,
     seed: int = 0,
     single: bool = False,
@@ -230,13 +283,13 @@ def verify(
     cast to float32 on purpose (``single``) it is 1e-5.
     """
     original = widened.program.student
-    dtype = torch.float64 if _runs(original, args, kwargs, torch.float64) else None
-    inputs = _cast((args, kwargs), dtype)
+    dtype = torch.float64 if _runs(original, *inputs, torch.float64) else None
+    inputs = _cast(inputs, dtype)
     twin = _convert(teacher, dtype).requires_grad_(False)
     error: dict[str, float] = {}
     moved: set[str] = set()
     vacuous: list[str] = []
-    used, free = TOLERANCE, LEVELS[-1]
+    used, free = TOLERANCE, dict.fromkeys(twin._parts, LEVELS[-1])
     for which in ("probe", "real"):
         student = copy.deepcopy(original)
         probe = which == "probe"
@@ -276,28 +329,64 @@ def verify(
 
 def _free(
     student: nn.Module, twin: Teacher, inputs: tuple[Any, Any], seed: int, limit: float
-) -> str:
-    """At which level the teacher, in eval mode, follows the student to other input sizes."""
+) -> dict[str, str]:
+    """At which level the parts of the teacher, in eval mode, follow the student to other sizes."""
     student.eval()
     twin.eval()
-    sizes, call = twin._sizes["eval"], twin._call
-    flat = call.flatten(*inputs)
-    for level in LEVELS[:-1]:
-        for moved in sizes.elsewhere(flat, sizes.free(level), call.names):
-            args, kwargs = pytree.tree_unflatten(moved, call.spec)
+    found = {}
+    for path, part in twin._parts.items():
+        calls = _calls(student, path, inputs)
+        sections = [s for s in part.sections if not s.training] or part.sections
+        levels = [
+            _free_section(student.get_submodule(path), section, twin._net, call, seed, limit)
+            for section, call in ((s, _call_of(s, calls)) for s in sections)
+        ]
+        found[path] = max(levels, key=LEVELS.index)
+    return found
+
+
+def _free_section(
+    module: nn.Module, section: Section, net: nn.Module, flat: Any, seed: int, limit: float
+) -> str:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return section(net, section.flatten(args, kwargs))
+
+    sizes = section.sizes
+    for level in LEVELS[:-1] if flat else ():
+        for moved in sizes.elsewhere(flat, level, section.call.names):
+            args, kwargs = section.call.unflatten(moved)
             with torch.no_grad(), keep_rng():
                 try:
-                    mine = observe(student, args, kwargs, seed)
+                    mine = observe(module, args, kwargs, seed)
                 except Exception:  # a size that the student cannot have: try another
                     continue
                 try:
-                    theirs = observe(twin, args, kwargs, seed)
+                    theirs = observe(run, args, kwargs, seed)
                 except Exception:  # the graph is not free in this size, whatever capture said
                     break
             if all(difference(x, theirs.get(n)) <= 100 * limit for n, x in mine.items()):
                 return level
             break
     return LEVELS[-1]
+
+
+def _calls(student: nn.Module, path: str, inputs: tuple[Any, Any]) -> list[Site]:
+    """How a module is called when the student runs."""
+    calls: dict[str, list[Site]] = {}
+    with keep_rng(), contextlib.suppress(Exception), recording(student, calls, [path]):
+        student(*inputs[0], **inputs[1])
+    return calls.get(path, [])
+
+
+def _call_of(section: Section, calls: list[Site]) -> Any:
+    """The tensors of the first call that a section takes."""
+    for site in calls:
+        try:
+            args, kwargs = site.call.unflatten(list(site.tensors))
+            return section.flatten(args, kwargs)
+        except InputError:
+            continue
+    return None
 
 
 def _runs(student: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype) -> bool:
@@ -367,19 +456,25 @@ def first_difference(
 ) -> dict[str, Any]:
     """Node, module path and source line at which student and teacher part; empty if unknown."""
     program, inference = widened.program, widened.inference
-    try:
-        mine = _record(_root(program, student), program.modes[mode].graph, inputs, seed, "")
-        teacher.load_student(student)
-        theirs = _record(teacher._net, widened.graphs[mode], inputs, seed, "student")
-    except Exception as error:  # the message about the mismatch matters more than its place
-        return {"source": f"(the first differing node is unknown: {type(error).__name__})"}
-    for node in program.modes[mode].graph.nodes:
-        if (
-            node.name in mine
-            and node.name in theirs
-            and _differ(widened, inference, node, mine, theirs)
-        ):
-            return {"node": node.name, "module_path": module_path(node), "source": source(node)}
+    student.train(mode == "train")
+    for key, captured in program.modes.items():
+        site = captured.site
+        if site.mode != mode:
+            continue
+        try:
+            flat = _call_of(Section(captured, captured.graph), _calls(student, site.path, inputs))
+            mine = _record(_root(program, student), captured.graph, flat, seed, "")
+            teacher.load_student(student)
+            theirs = _record(teacher._net, widened.graphs[key], flat, seed, "student")
+        except Exception as error:  # the message about the mismatch matters more than its place
+            return {"source": f"(the first differing node is unknown: {type(error).__name__})"}
+        for node in captured.graph.nodes:
+            if (
+                node.name in mine
+                and node.name in theirs
+                and _differ(widened, inference, node, mine, theirs)
+            ):
+                return {"node": node.name, "module_path": module_path(node), "source": source(node)}
     return {}
 
 
@@ -407,7 +502,7 @@ def _root(program: Program, student: nn.Module) -> nn.Module:
     return root
 
 
-def _record(root: nn.Module, graph: fx.Graph, inputs: Any, seed: int, key: str) -> dict[str, Any]:
+def _record(root: nn.Module, graph: fx.Graph, flat: Any, seed: int, key: str) -> dict[str, Any]:
     """Every value of a run, by the name of the student's node."""
     found: dict[str, Any] = {}
 
@@ -420,5 +515,5 @@ def _record(root: nn.Module, graph: fx.Graph, inputs: Any, seed: int, key: str) 
             return result
 
     torch.manual_seed(seed)
-    Recorder(root, graph=graph).run(*pytree.tree_leaves(inputs))
+    Recorder(root, graph=graph).run(*flat)
     return found

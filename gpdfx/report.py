@@ -50,7 +50,8 @@ class Report:
     ``widened``: the fraction of the student's weight elements (tensors of two or more
     dimensions) in tensors where every channel axis widened or cannot widen. ``macs``:
     multiply-adds of one sample. ``seconds``: by stage. ``inputs``: input -> which of its sizes
-    may differ from the example's.
+    may differ from the example's. ``apart``: modules that could not be captured -> why; they stay
+    the user's Python, and the parts that were captured stand in ``inputs``.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Report:
     parameters: tuple[int, int]
     macs: tuple[int, int]
     inputs: dict[str, str]
+    apart: dict[str, str]
     seconds: dict[str, float]
     check: Check | None
 
@@ -97,6 +99,8 @@ class Report:
             ("exact to", self._exact()),
             ("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items())),
         ]
+        if self.apart:
+            rows.insert(4, ("in Python", ", ".join(path or self.name for path in self.apart)))
         rows += [("dead", f"{len(self.dead)}: {_some(self.dead)}")] if self.dead else []
         rows += [("grown", f"beyond the ratio: {_some(self.grown)}")] if self.grown else []
         width = max(len(k) for k, _ in rows)
@@ -106,6 +110,9 @@ class Report:
             lines.append("bridges (run at the student's width):")
             lines += [f"  {b.op}  {b.module}  {b.source}: {b.reason}" for b in self.bridged[:8]]
             lines += [f"  ... and {len(self.bridged) - 8} more"] if len(self.bridged) > 8 else []
+        if self.apart:
+            lines.append("not captured (runs as Python, at the student's width):")
+            lines += [f"  {path or self.name}: {why}" for path, why in self.apart.items()]
         held = [f for f in self.fixed if not f.cannot]
         if held:
             lines.append("held back:")
@@ -149,7 +156,12 @@ def make_report(
     sizes = {name: program.tensors[name].numel() for name in matrices}
     total = sum(sizes.values())
     share = sum(n for name, n in sizes.items() if name not in held) / total if total else 1.0
-    nodes = {n.name for _, n in program.each() if n.op == "call_function"}
+    nodes = {
+        (mode.site.path, node.name)
+        for mode in program.modes.values()
+        for node in mode.nodes
+        if node.op == "call_function"
+    }
     return Report(
         type(student).__name__,
         ratio,
@@ -161,10 +173,21 @@ def make_report(
         widths.grown,
         (_count(student), _count(teacher)),
         (_macs(student, example), _macs(teacher, example)),
-        teacher._sizes["eval"].describe(teacher._call.names),
+        _inputs(teacher),
+        program.apart,
         seconds,
         check,
     )
+
+
+def _inputs(teacher: Teacher) -> dict[str, str]:
+    """Input -> sizes; where the network was captured in parts, those of every part."""
+    found: dict[str, str] = {}
+    for path, part in teacher._parts.items():
+        section = next((s for s in part.sections if not s.training), part.sections[0])
+        described = section.sizes.describe(section.call.names)
+        found |= {f"{path}({k})" if path else k: v for k, v in described.items()}
+    return found
 
 
 def _groups(
@@ -208,6 +231,7 @@ def _macs(module: nn.Module, example: tuple[Any, Any]) -> int:
     batch = next((x.shape[0] for x in (*args, *kwargs.values()) if hasattr(x, "shape")), 1)
     training = module.training
     trained = [p for p in module.parameters() if p.requires_grad]
+    buffers = [(b, b.clone()) for b in module.buffers()]  # forward may write to them
     module.eval().requires_grad_(False)  # the counter cannot hook a parameter that is passed on
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -216,4 +240,7 @@ def _macs(module: nn.Module, example: tuple[Any, Any]) -> int:
         module.train(training)
         for p in trained:
             p.requires_grad_()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
     return int(counter.get_total_flops()) // 2 // max(batch, 1)

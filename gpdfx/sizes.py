@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType
@@ -38,7 +38,7 @@ class Sizes:
     symbols: dict[str, tuple[Place, int, int]]
     conditions: tuple[str, ...]
 
-    def check(self, flat: list[Any], names: list[str]) -> None:
+    def check(self, flat: Sequence[Any], names: list[str]) -> None:
         """Raise ``InputError`` unless the inputs have sizes that the graph holds for."""
         for k, (x, sizes) in enumerate(zip(flat, self.inputs, strict=True)):
             if sizes is None:
@@ -58,18 +58,25 @@ class Sizes:
         if not torch.compiler.is_compiling():
             self._check_symbols(flat, names)
 
-    def free(self, level: str) -> set[str]:
-        """The symbols of a level of ``LEVELS``: all, those that are a first dimension, none."""
-        batch = {name for name, ((_, d), _, _) in self.symbols.items() if d == 0}
-        return {"sizes": set(self.symbols), "batch": batch, "none": set()}[level]
+    def free(self, level: str, shapes: list[tuple[int, ...]]) -> set[str]:
+        """The symbols of a level of ``LEVELS``: all, the batch (first dimensions of the example's
+        shapes that are as large as the first one), none."""
+        if level != "batch":
+            return set(self.symbols) if level == "sizes" else set()
+        size = next((shape[0] for shape in shapes if shape), 0)
+        places = ((name, place) for name, (place, _, _) in self.symbols.items())
+        return {name for name, (k, d) in places if d == 0 and shapes[k][0] == size}
 
-    def elsewhere(self, flat: list[Any], free: set[str], names: list[str]) -> Iterator[list[Any]]:
-        """The example's values, repeated to other sizes that the graph claims to hold for."""
+    def elsewhere(self, flat: Sequence[Any], level: str, names: list[str]) -> Iterator[list[Any]]:
+        """The example's values, repeated to other sizes that the graph claims to hold for: one
+        sample more, and lengths that differ more, but equal ones equally."""
+        shapes = [tuple(x.shape) for x in flat]
+        free, batch = self.free(level, shapes), self.free("batch", shapes)
         for step in (32, 28, 24, 16, 12, 8, 4, 2, 1, 0):  # 0: twice the size
             values = {}
             for name, ((k, d), scale, offset) in self.symbols.items():
                 values[name] = (flat[k].shape[d] - offset) // scale
-                more = 1 if d == 0 else max(step // scale, 1) if step else values[name]
+                more = 1 if name in batch else max(step // scale, 1) if step else values[name]
                 values[name] += more if name in free else 0
             moved = list(flat)
             for k, sizes in enumerate(self.inputs):
@@ -84,16 +91,16 @@ class Sizes:
                 continue
             yield moved
 
-    def pinned(self, flat: list[Any], level: str) -> Sizes:
+    def pinned(self, shapes: list[tuple[int, ...]], level: str) -> Sizes:
         """As this, but only the symbols of a lower level are free; all else is the example's."""
-        free = self.free(level)
+        free = self.free(level, shapes)
         inputs = tuple(
             sizes
             and tuple(
-                want if isinstance(want, int) or _names(want) <= free else x.shape[d]
+                want if isinstance(want, int) or _names(want) <= free else shape[d]
                 for d, want in enumerate(sizes)
             )
-            for x, sizes in zip(flat, self.inputs, strict=True)
+            for shape, sizes in zip(shapes, self.inputs, strict=True)
         )
         symbols = {name: place for name, place in self.symbols.items() if name in free}
         conditions = tuple(c for c in self.conditions if _names(c) & set(self.symbols) <= free)
@@ -109,7 +116,7 @@ class Sizes:
                 words[names[k]] = " x ".join(text) or "number"
         return words
 
-    def _check_symbols(self, flat: list[Any], names: list[str]) -> None:
+    def _check_symbols(self, flat: Sequence[Any], names: list[str]) -> None:
         values = {}
         for name, ((k, d), scale, offset) in self.symbols.items():
             values[name], rest = divmod(flat[k].shape[d] - offset, scale)
@@ -165,6 +172,16 @@ def _compiled(text: str) -> CodeType:
 
 def _names(text: str) -> set[str]:
     return set(_compiled(text).co_names) - {"math", "max", "min"}
+
+
+def fits(graph: fx.Graph, tensors: Sequence[Tensor]) -> bool:
+    """True if a captured graph holds for tensors of these sizes."""
+    sizes = input_sizes(graph)
+    try:
+        sizes.check(tensors, [""] * len(tensors))
+    except InputError:
+        return False
+    return True
 
 
 def input_sizes(graph: fx.Graph) -> Sizes:

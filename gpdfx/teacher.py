@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import inspect
-import types
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from .axes import Frozen
 from .errors import InputError
 from .explain import make_story
+from .part import Part, Section
+from .passes.parts import slow_attention
 from .passes.program import Program
 from .passes.widen import Widened, gather
-from .sizes import input_sizes
 
 if TYPE_CHECKING:
     from .report import Report
@@ -36,20 +34,23 @@ class Teacher(nn.Module):
     (the first copy of every index): differentiable, so that one loss over both trains the shared
     parameters. The student's buffers (batch-norm statistics) are its own, under
     ``student_buffers`` in the state_dict.
+
+    Where the network was captured in parts, the user's Python runs between them, on the student's
+    view of the parameters.
     """
 
     _student: nn.Module  # the user's module; hidden from nn.Module's registries
     _net: nn.Module  # what generated code runs on
+    _between: nn.Module | None  # the user's Python between the parts, which it calls
 
-    def __init__(self, widened: Widened, call: Call) -> None:
+    def __init__(self, widened: Widened) -> None:
         super().__init__()
         program = widened.program
-        self._call = call
         self._maps = {n: widened.maps[n] for n in widened.maps}
         self._alias = dict(program.alias)
-        self._code = {mode: _Code(graph) for mode, graph in widened.graphs.items()}
-        self._out_specs = {mode: m.out_spec for mode, m in program.modes.items()}
-        self._sizes = {mode: input_sizes(m.graph) for mode, m in program.modes.items()}
+        self._parts = {path: Part(path) for path in program.parts}
+        for key, mode in program.modes.items():
+            self._parts[mode.site.path].sections.append(Section(mode, widened.graphs[key]))
         self._report: Report | None = None
         self._story = make_story(widened)
         self._caches: list[tuple[str, str, Any]] = []
@@ -62,6 +63,8 @@ class Teacher(nn.Module):
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             net.__dict__[registry] = self.__dict__[registry]
         object.__setattr__(self, "_net", net)
+        between = None if "" in self._parts else self._make_between()
+        object.__setattr__(self, "_between", between)
 
     # ---- construction
     def _register(self, program: Program, widened: Widened) -> None:
@@ -92,27 +95,42 @@ class Teacher(nn.Module):
             own = buffer.detach().clone()
             _attach(self, f"{self._buffers_name}.{name}", own, persistent=name in lasting)
 
+    def _make_between(self) -> nn.Module:
+        """The student's Python, whose parts run their graphs; its own tensors are not used."""
+        tensors = itertools.chain(self._student.parameters(), self._student.buffers())
+        between = copy.deepcopy(self._student, {id(t): t for t in tensors})
+        for path, part in self._parts.items():
+            part.take_over(between.get_submodule(path), self._net)
+        return between
+
     # ---- running
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the dynamic teacher. Raises ``InputError`` for inputs of another structure than the
         example's, or of another size where the network has that size baked in."""
-        mode = "train" if self.training else "eval"
-        flat = self._call.flatten(args, kwargs)
-        self._sizes[mode].check(flat, self._call.names)
-        results = self._code[mode](self._net, flat)
-        return pytree.tree_unflatten(results, self._out_specs[mode])
+        if self._between is None:
+            return self._parts[""](self._net, self.training, args, kwargs)
+        tensors = dict(self.student_parameters())
+        for name, wide in self._wide_buffers():
+            tensors[name] = take_first(wide, self._maps[self._alias.get(name, name)])
+        with slow_attention():
+            return self._run(self._between, tensors, args, kwargs)
 
     def student(self, *args: Any, **kwargs: Any) -> Any:
         """Run the student on the teacher's parameters; gradients flow into the teacher's."""
         self._student.train(self.training)
         tensors = dict(self.student_parameters())
         tensors |= dict(self._modules[self._buffers_name].named_buffers())  # type: ignore[union-attr]
+        return self._run(self._student, tensors, args, kwargs)
+
+    def _run(
+        self, module: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the user's module on other tensors; what it keeps of them is forgotten after."""
         try:
-            return functional_call(self._student, tensors, args, kwargs, tie_weights=True)
+            return functional_call(module, tensors, args, kwargs, tie_weights=True)
         finally:
             for path, attribute, pristine in self._caches:
-                module = self._student.get_submodule(path)
-                module.__dict__[attribute] = copy.copy(pristine)
+                module.get_submodule(path).__dict__[attribute] = copy.copy(pristine)
 
     def student_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """CBR: the student's parameters as views of (or gathers from) the teacher's."""
@@ -143,10 +161,22 @@ class Teacher(nn.Module):
             if changed:
                 self._caches.append((path, k, old))
 
-    def pin(self, level: str) -> None:
-        """Accept only the example's input sizes but for those of ``level`` (see ``LEVELS``)."""
-        flat = self._call.flatten(self._call.args, self._call.kwargs)
-        self._sizes = {mode: s.pinned(flat, level) for mode, s in self._sizes.items()}
+    def parts_of(self, module: nn.Module | None) -> dict[str, nn.Module]:
+        """The modules of a student that were captured one by one; none if it was in one piece."""
+        if self._between is None or module is None:
+            return {}
+        return {path: module.get_submodule(path) for path in self._parts}
+
+    def _wide_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        for name, _ in self._student.named_buffers():
+            yield name, operator_get(self._net, name)
+
+    def pin(self, levels: dict[str, str]) -> None:
+        """Accept, part by part, only the example's input sizes but for those of a level of
+        ``LEVELS``."""
+        for path, level in levels.items():
+            for section in self._parts[path].sections:
+                section.sizes = section.sizes.pinned(section.call.shapes, level)
 
     @torch.no_grad()
     def load_student(self, student: nn.Module) -> None:
@@ -179,6 +209,8 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> Teacher:
         super().train(mode)
         self._student.train(mode)
+        if self._between is not None:
+            self._between.train(mode)
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Teacher:
@@ -247,83 +279,3 @@ def _attach(root: nn.Module, name: str, tensor: Tensor, persistent: bool) -> Non
         root._buffers[leaf] = tensor
         if not persistent:
             root._non_persistent_buffers_set.add(leaf)
-
-
-# --------------------------------------------------------------------------- calling
-class Call:
-    """How the example called the model; flattens later calls of the same structure."""
-
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.signature = inspect.signature(model.forward)
-        self.args, self.kwargs = self._normal(args, kwargs)
-        leaves, self.spec = pytree.tree_flatten((self.args, self.kwargs))
-        self.constants = [None if isinstance(x, Tensor) else x for x in leaves]
-        self.tensors = [isinstance(x, Tensor) for x in leaves]
-        paths = pytree.tree_flatten_with_path((self.args, self.kwargs))[0]
-        parameters = list(self.signature.parameters)
-        self.names = [_name(path, parameters) for path, _ in paths]
-
-    def _normal(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        bound = self.signature.bind(*args, **kwargs)
-        for name, parameter in self.signature.parameters.items():
-            given = bound.arguments.get(name)
-            if name in bound.arguments and given is parameter.default:
-                del bound.arguments[name]
-        return bound.args, bound.kwargs
-
-    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        if not kwargs and len(args) == 1 == len(self.tensors) and isinstance(args[0], Tensor):
-            return [args[0]]
-        try:
-            leaves, spec = pytree.tree_flatten(self._normal(args, kwargs))
-        except TypeError as error:
-            raise InputError(f"the call does not fit the model's forward: {error}") from error
-        fits = spec == self.spec and all(
-            isinstance(x, Tensor) == tensor and (tensor or x == constant)
-            for x, tensor, constant in zip(leaves, self.tensors, self.constants, strict=True)
-        )
-        if not fits:
-            raise InputError(
-                "the call differs in structure, or in an argument that is no tensor, from the "
-                f"example that the model was expanded with ({', '.join(self.names)})",
-                remedy="expand the model with example_inputs and example_kwargs of this structure",
-            )
-        return leaves
-
-
-def _name(path: Any, parameters: list[str]) -> str:
-    first, second, *rest = path
-    root = parameters[min(second.idx, len(parameters) - 1)] if first.idx == 0 else second.key
-    return str(root) + pytree.keystr(tuple(rest))
-
-
-class _Code:
-    """A graph as Python source. fx graphs do not pickle across versions; source does."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        python = graph.python_code("self")
-        self.source = python.src
-        self.globals = {
-            k: ("module", v.__name__) if isinstance(v, types.ModuleType) else ("value", v)
-            for k, v in python.globals.items()
-        }
-        self.function: Callable[..., Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "function": None}
-
-    def __call__(self, net: nn.Module, flat: list[Any]) -> Any:
-        if self.function is None:
-            self.function = self._compile()
-        return self.function(net, *flat)
-
-    def _compile(self) -> Callable[..., Any]:
-        scope: dict[str, Any] = {
-            k: importlib.import_module(v) if kind == "module" else v
-            for k, (kind, v) in self.globals.items()
-        }
-        exec(compile(self.source, "<gpdfx teacher>", "exec"), scope)
-        function: Callable[..., Any] = scope["forward"]
-        return function

@@ -1,7 +1,8 @@
-"""Capture: the user's module -> ATen graphs, one for ``train()`` and one for ``eval()``.
+"""Capture: a module -> ATen graphs, one for ``train()`` and one for ``eval()``.
 
 ``torch.export`` bakes dropout, drop-path and batch norm, so each mode has its own graph; both name
-the same tensors, by the student's own names. The user's model is never touched: a copy is traced.
+the same tensors, by the student's own names. Arguments and results of any structure are flattened
+by us. The user's model is never touched: copies are traced.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import io
 import itertools
 import logging
 import operator
+import re
 import signal
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -25,26 +27,80 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from .. import tree
+from ..call import Call
 from ..errors import CaptureError
-from .program import Mode, Program, shape, source_line
+from ..tree import Pattern
+from .program import Mode, Program, Site, shape, source_line
+
+
+def whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Site]:
+    """The network as one piece, in both modes."""
+    call = Call(model, args, kwargs)
+    tensors = tuple(call.flatten(args, kwargs))
+    return [Site("", training, call, tensors) for training in (True, False)]
 
 
 def capture(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    student: nn.Module,
+    sites: list[Site],
     functional: bool = False,
     dynamic: str = "sizes",
+    *,
     lower: bool = True,
+    known: Collection[str] = (),
 ) -> Program:
-    """Trace a copy of the model in both modes.
+    """Trace copies of one module of the student (see ``Site``); its graphs name the student's own
+    tensors.
 
     ``dynamic``: which input sizes stay free, one of ``LEVELS``; where that fails, or takes too
     long, the next lower level is tried, unless ``lower`` is false. ``functional``: every in-place
     op becomes a functional one, with a final copy to the buffer that it writes.
     Raises ``CaptureError`` with the reason and the user's source line if it does not export.
     """
-    student = copy.deepcopy(model)
+    names, alias = _names(student)
+    tensors = {name: tensor for name, tensor in names.items() if name not in alias}
+    children: dict[str, nn.Module] = {}
+    modes: dict[str, Mode] = {}
+    levels = LEVELS[LEVELS.index(dynamic) :] if lower else (dynamic,)
+    exported, level = _export(student, sites, levels)
+    for site, (program, out) in zip(sites, exported, strict=True):
+        key = _key(site, (*known, *modes))
+        module = (program.run_decompositions({}) if functional else program).module(
+            check_guards=False
+        )
+        assert isinstance(module, fx.GraphModule)
+        graph = module.graph
+        graph.set_codegen(fx.graph.CodeGen())
+        graph.owning_module = None  # names are ours from here on, not its attributes
+        prefix = f"{site.path}." if site.path else ""
+        for node in graph.nodes:
+            if node.op == "get_attr" and (name := prefix + node.target) in names:
+                node.target = alias.get(name, name)
+            elif node.op == "get_attr":
+                node.target = _adopt(key, node.target, module, tensors, children, bool(prefix))
+            elif node.op == "output":
+                node.args = (tuple(pytree.tree_leaves(node.args[0])),)
+            if prefix and (stack := node.meta.get("nn_module_stack")):
+                node.meta["nn_module_stack"] = {
+                    k: (f"{site.path}.{path}".rstrip("."), kind)
+                    for k, (path, kind) in stack.items()
+                }
+        modes[key] = Mode(graph, site, out, level)
+    return Program(student, modes, tensors, alias, children)
+
+
+def _key(site: Site, known: Collection[str]) -> str:
+    """``train``, or ``backbone_train``, ``backbone_train_1`` for parts."""
+    key = base = f"{site.path}.{site.mode}".lstrip(".").replace(".", "_")
+    number = itertools.count(1)
+    while key in known:
+        key = f"{base}_{next(number)}"
+    return key
+
+
+def _names(student: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All parameters and buffers by name, and for tied ones: other name -> first name."""
     names = dict(
         itertools.chain(
             student.named_parameters(remove_duplicate=False),
@@ -53,45 +109,21 @@ def capture(
     )
     first: dict[int, str] = {}
     alias = {n: first[id(t)] for n, t in names.items() if first.setdefault(id(t), n) != n}
-    tensors = {name: tensor for name, tensor in names.items() if name not in alias}
-    children: dict[str, nn.Module] = {}
-    modes = {}
-    levels = LEVELS[LEVELS.index(dynamic) :] if lower else (dynamic,)
-    both, dynamic = _export(student, args, kwargs, levels)
-    for mode, exported in both.items():
-        if functional:
-            exported = exported.run_decompositions({})
-        module = exported.module(check_guards=False)
-        assert isinstance(module, fx.GraphModule)
-        graph = module.graph
-        graph.set_codegen(fx.graph.CodeGen())
-        graph.owning_module = None  # names are ours from here on, not its attributes
-        for node in graph.nodes:
-            if node.op == "get_attr" and node.target not in names:
-                node.target = _adopt(mode, node.target, module, tensors, children)
-            elif node.op == "get_attr":
-                node.target = alias.get(node.target, node.target)
-            elif node.op == "output":
-                node.args = (tuple(pytree.tree_leaves(node.args[0])),)
-        spec = exported.call_spec.out_spec
-        assert spec is not None
-        leaves = pytree.tree_leaves((args, kwargs))
-        constants = tuple(None if isinstance(x, torch.Tensor) else x for x in leaves)
-        modes[mode] = Mode(graph, spec, constants)
-    return Program(student, modes, tensors, alias, children, dynamic)
+    return names, alias
 
 
 def _adopt(
-    mode: str,
+    key: str,
     target: str,
     module: fx.GraphModule,
     tensors: dict[str, torch.Tensor],
     children: dict[str, nn.Module],
+    part: bool,
 ) -> str:
     """Name what export made itself: lifted constants, and sub-graphs of higher-order ops."""
     made = operator.attrgetter(target)(module)
-    prefix = "_constant_" if isinstance(made, torch.Tensor) else f"_{mode}_"
-    name = prefix + target.replace(".", "_")
+    shared = isinstance(made, torch.Tensor) and not part
+    name = ("_constant_" if shared else f"_{key}_") + target.replace(".", "_")
     if isinstance(made, nn.Module):
         children[name] = made
         return name
@@ -127,60 +159,78 @@ PATIENCE = 10.0
 
 
 def _export(
-    student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], levels: tuple[str, ...]
-) -> tuple[dict[str, ExportedProgram], str]:
-    """Both modes at the first level of free sizes that is possible for both, and that level."""
+    student: nn.Module, sites: list[Site], levels: tuple[str, ...]
+) -> tuple[list[tuple[ExportedProgram, Pattern]], str]:
+    """All sites at the first level of free sizes that is possible for all, and that level."""
     failed: dict[str, Exception] = {}
     for level in levels:
-        shapes = dynamic_shapes(student, args, kwargs, level)
-        if shapes is None and level != "none":
+        shapes = [dynamic_shapes(site.tensors, level) for site in sites]
+        if level != "none" and not any(shapes):
             continue
-        both = {}
         patience = PATIENCE if level == "sizes" and len(levels) > 1 else None
+        done = []
         try:
-            for mode in ("train", "eval"):
-                model = copy.deepcopy(student).train(mode == "train")
-                with _quiet(), _patience(patience):
-                    both[mode] = torch.export.export(
-                        model, args, kwargs, dynamic_shapes=shapes, strict=False
-                    )
-                _drop_replacements(both[mode].graph)
-            return both, level
+            for site, free in zip(sites, shapes, strict=True):
+                done.append(_export_site(student, site, free, patience))
+            return done, level
         except _TooSlowError:
             continue
         except Exception as error:  # export raises everything
-            failed.setdefault(mode, error)
+            failed.setdefault(site.mode, error)
     mode, first = next(iter(failed.items()))
     trace = "".join(traceback.format_exception(first))
     reason = str(first).strip().splitlines() or [type(first).__name__]
+    name = type(student.get_submodule(sites[0].path)).__name__
     raise CaptureError(
-        f"torch.export cannot capture {type(student).__name__} in {mode} mode: {reason[0][:300]}",
+        f"torch.export cannot capture {name} in {mode} mode: {reason[0][:300]}",
         source=source_line(trace) or None,
         remedy="remove control flow that depends on tensor values from forward (torch.where, "
         "torch.cond), or expand the sub-modules that do export one by one",
     ) from first
 
 
-def dynamic_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], level: str
-) -> dict[str, Any] | None:
+def _export_site(
+    student: nn.Module, site: Site, free: Any, patience: float | None
+) -> tuple[ExportedProgram, Pattern]:
+    """Export a copy of a module whose forward takes and returns flat tensors."""
+    module = copy.deepcopy(student.get_submodule(site.path)).train(site.training)
+    forward, returned = module.forward, list[Pattern]()
+
+    def flat(*tensors: Any) -> tuple[Any, ...]:
+        args, kwargs = site.call.unflatten(list(tensors))
+        out, values = tree.pattern(forward(*args, **kwargs))
+        returned[:] = [out]
+        return tuple(values)
+
+    names = [re.sub(r"\W+", "_", name).strip("_") for name in site.call.names]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    unique = [n if names.count(n) == 1 else f"{n}_{k}" for k, n in enumerate(names)]
+    flat.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in unique])  # type: ignore[attr-defined]
+    module.forward = flat
+    with _quiet(), _patience(patience):
+        shapes = dict(zip(unique, free, strict=True)) if free else None
+        exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
+    _drop_replacements(exported.graph)
+    return exported, returned[0]
+
+
+def dynamic_shapes(tensors: tuple[torch.Tensor, ...], level: str) -> list[Any] | None:
     """Dynamic shapes for ``torch.export``: dim 0 of every tensor that shares the batch size, and
     for ``sizes`` all dimensions of all tensors; export bakes those that the model does not leave
     free."""
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     sizes = [x.shape[0] for x in tensors if x.ndim]
-    if level == "none" or not sizes or sizes[0] < 2:
+    if level == "none" or not sizes or (level == "batch" and sizes[0] < 2):
         return None
 
-    def spec(x: Any) -> dict[int, Any] | None:
-        if not isinstance(x, torch.Tensor) or not x.ndim:
+    def spec(x: torch.Tensor) -> dict[int, Any] | None:
+        if not x.ndim:
             return None
         dims = range(1, x.ndim) if level == "sizes" else ()
-        batch = [0] if x.shape[0] == sizes[0] else []
+        batch = [0] if x.shape[0] == sizes[0] or level == "sizes" else []
         return {d: Dim.AUTO for d in (*batch, *dims) if x.shape[d] > 1} or None
 
-    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return {name: pytree.tree_map(spec, arg) for name, arg in bound.items()}
+    shapes = [spec(x) for x in tensors]
+    return shapes if any(shapes) else None
 
 
 class _TooSlowError(BaseException):

@@ -56,11 +56,23 @@ def infer(program: Program) -> Inference:
     _fix_outputs(program, result)
     _fix_positions(result.solver)
     used = {n.target for _, n in program.each() if n.op == "get_attr"}
+    apart = _apart(program)
     for name, tensor in program.tensors.items():
         axes = result.tensors.setdefault(name, _tensor_axes(result.solver, tensor))
-        for axis in axes if name not in used else ():
-            result.solver.fix(axis, Reason("unused", name))
+        kind = "uncaptured" if name in apart else "unused" if name not in used else ""
+        for axis in axes if kind else ():
+            result.solver.fix(axis, Reason(kind, name))
     return result
+
+
+def _apart(program: Program) -> set[str]:
+    """Tensors that Python between the parts may read, under any of their names."""
+    inside = tuple(f"{path}." for path in program.parts if path)
+    if "" in program.parts:
+        return set()
+    own = [n for n, _ in program.student.named_parameters(remove_duplicate=False)]
+    own += [n for n, _ in program.student.named_buffers(remove_duplicate=False)]
+    return {program.alias.get(n, n) for n in own if not n.startswith(inside)}
 
 
 def _tensor_axes(solver: Solver, tensor: torch.Tensor) -> Axes:
@@ -94,6 +106,21 @@ def _infer_node(
         if isinstance(kind, torch.Tensor | list | tuple):
             op = result.ops[node] = Op(node, solver, result.axes, static)
             result.axes[node] = _infer_op(result, op)
+            _mark_known(solver, kind, result.axes[node])
+
+
+def _mark_known(solver: Solver, val: Any, axes: Any) -> None:
+    """What a size known at capture is made of is known, whatever it was taken from (heads that
+    came out of batch times heads)."""
+    if isinstance(val, list | tuple):
+        for v, a in zip(val, axes, strict=True):
+            _mark_known(solver, v, a)
+    elif isinstance(val, torch.Tensor):
+        for size, axis in zip(val.shape, axes, strict=True):
+            if not is_free(size):
+                for leaf in leaves(solver.resolve(axis)):
+                    if solver.symbolic.get(leaf) is not False:
+                        solver.mark(solver.symbolic, leaf, False)
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -5,25 +5,46 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import TreeSpec
+
+from ..call import Call
+from ..tree import Pattern
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _HERE = str(Path(__file__).resolve().parent) + os.sep
 
 
 @dataclass(frozen=True)
+class Site:
+    """What is captured: a module of the student, in a mode, for a call of one structure.
+
+    ``path``: of the module, empty for the whole network; ``tensors``: those of the example call.
+    """
+
+    path: str
+    training: bool
+    call: Call
+    tensors: tuple[torch.Tensor, ...]
+
+    @property
+    def mode(self) -> str:
+        return "train" if self.training else "eval"
+
+
+@dataclass(frozen=True)
 class Mode:
-    """One captured graph (``train`` or ``eval``): flat tensor inputs to flat outputs."""
+    """One captured graph: flat tensor inputs to flat outputs. ``out``: the structure of what the
+    module returns; ``level``: which input sizes capture left free."""
 
     graph: fx.Graph
-    out_spec: TreeSpec
-    constants: tuple[Any, ...]  # leaves of the flattened call that are no tensors, else None
+    site: Site
+    out: Pattern
+    level: str
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -35,9 +56,10 @@ class Program:
     """A network as data.
 
     ``student``: a private copy of the user's module, with the tensors that the graphs name.
-    ``modes``: ``train`` and ``eval``. ``tensors``: what ``get_attr`` nodes name, by the student's
+    ``modes``: ``train`` and ``eval``; or, where the network was captured in parts, one for every
+    part, mode and structure of call. ``tensors``: what ``get_attr`` nodes name, by the student's
     own names; ``alias``: other name -> name, for tied tensors. ``children``: sub-graphs that
-    higher-order ops call. ``dynamic``: which input sizes capture left free.
+    higher-order ops call. ``apart``: modules that stay the user's Python -> why.
     """
 
     student: nn.Module
@@ -45,7 +67,12 @@ class Program:
     tensors: dict[str, torch.Tensor]
     alias: dict[str, str]
     children: dict[str, nn.Module]
-    dynamic: str = "none"
+    apart: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> list[str]:
+        """The paths of the modules that were captured; one empty path if it is all of it."""
+        return list(dict.fromkeys(mode.site.path for mode in self.modes.values()))
 
     def with_graphs(self, graphs: dict[str, fx.Graph]) -> Program:
         modes = {name: replace(self.modes[name], graph=graph) for name, graph in graphs.items()}

@@ -28,15 +28,17 @@ class TwoInputs(nn.Module):
         return self.fc(x + y)
 
 
-class Branching(nn.Module):
+class Hopeless(nn.Module):
+    """Does not export, and has no part that would."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(4, 3)
+        self.weight = nn.Parameter(torch.ones(4))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 0:
-            return self.fc(x)
-        return self.fc(-x)
+            return x * self.weight
+        return x
 
 
 class Empty(nn.Module):
@@ -77,7 +79,8 @@ def test_bad_ratio(ratio: Any) -> None:
 
 
 def test_a_model_that_does_not_export_names_the_line() -> None:
-    error = refused(Branching(), "cannot capture Branching")
+    inputs = (torch.ones(2, 4),)
+    error = refused(Hopeless(), "cannot capture Hopeless", example_inputs=inputs)
     assert isinstance(error, gpdfx.CaptureError)
     assert error.source is not None
     assert "if x.sum() > 0" in error.source

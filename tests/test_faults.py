@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from gpdfx import oracle
 from gpdfx.axes import Frozen
 from gpdfx.errors import LossyError
-from gpdfx.expand import _Clock, _compile
+from gpdfx.expand import Inputs, _Clock, _compile
 from gpdfx.kernels import copies
 from gpdfx.passes.program import is_mutable
 from gpdfx.passes.widen import Widened
-from gpdfx.teacher import Call, Teacher
+from gpdfx.teacher import Teacher
 
 aten = torch.ops.aten
 Tamper = Callable[[Widened], None]
@@ -66,13 +66,13 @@ class Heads(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def compiled(model: nn.Module, *inputs: Tensor, ratio: float = 2.0) -> tuple[Widened, Call]:
-    call = Call(model, inputs, {})
+def compiled(model: nn.Module, *inputs: Tensor, ratio: float = 2.0) -> tuple[Widened, Inputs]:
+    call = inputs, {}
     return _compile(model, call, ratio, "random", "shared", "sizes", 0, _Clock()), call
 
 
-def check(widened: Widened, call: Call) -> None:
-    oracle.verify(widened, Teacher(widened, call), call.args, call.kwargs)
+def check(widened: Widened, call: Inputs) -> None:
+    oracle.verify(widened, Teacher(widened), call)
 
 
 def image() -> Tensor:
@@ -268,7 +268,7 @@ def test_a_fault_behind_a_zero_norm_is_invisible_on_the_real_weights() -> None:
     model, x = Hidden(), torch.randn(3, 4)
     widened, call = compiled(model, x)
     widened.maps["b.bias"] = (Frozen(6, np.roll(widened.maps["b.bias"][0].map, 1)),)
-    teacher = Teacher(widened, call)
+    teacher = Teacher(widened)
     torch.testing.assert_close(teacher(x), model(x))
     with pytest.raises(LossyError, match="probe"):
         check(widened, call)
@@ -294,10 +294,10 @@ def test_a_stale_cache_in_the_student_is_cleared_or_caught() -> None:
     model = Cached().eval()
     widened, call = compiled(model, torch.randn(2, 5))
     with pytest.raises(LossyError, match=r"teacher\.student"):
-        oracle.verify(widened, Teacher(widened, call), call.args, call.kwargs)
-    teacher = Teacher(widened, call)
-    teacher.find_caches(call.args, call.kwargs)
-    oracle.verify(widened, teacher, call.args, call.kwargs)
+        oracle.verify(widened, Teacher(widened), call)
+    teacher = Teacher(widened)
+    teacher.find_caches(*call)
+    oracle.verify(widened, teacher, call)
     assert not model.cache
 
 
@@ -325,5 +325,5 @@ def test_dead_parameters_are_listed() -> None:
             return self.used(x)
 
     widened, call = compiled(Dead(), torch.randn(2, 4))
-    result = oracle.verify(widened, Teacher(widened, call), call.args, call.kwargs)
+    result = oracle.verify(widened, Teacher(widened), call)
     assert set(result.dead) == {"unused.weight", "unused.bias"}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from ...axes import ONE, Axis, Frozen, Product, Reason, Solver, leaves
+from ...axes import ONE, Axis, Frozen, Product, Reason, Solver
 from ...errors import AxisConflict
 from ...kernels import copies
 from ..program import bind, describe, is_free, is_tensor, module_path, shape, value
@@ -247,15 +247,14 @@ class Writer:
         known at run time; else the axis itself."""
         solver = self.op.solver
         axis = solver.resolve(axis)
-        symbolic = [leaf in solver.symbolic for leaf in leaves(axis)]
-        if not any(symbolic):
+        if not solver.is_symbolic(axis):
             return [axis.size], axis
         wide = [f for f in axis.factors if self.wide(f)] if isinstance(axis, Product) else []
         if len(wide) == 1 and isinstance(axis, Product):
             k = axis.factors.index(wide[0])
             sizes = []
             for part in (axis.factors[:k], axis.factors[k + 1 :]):
-                unknown = any(leaf in solver.symbolic for f in part for leaf in leaves(f))
+                unknown = any(map(solver.is_symbolic, part))
                 sizes.append(-1 if unknown else int(np.prod([f.size for f in part], dtype=int)))
             frozen = self.frozen(wide[0])
             if sizes.count(-1) == 1:
@@ -265,7 +264,7 @@ class Writer:
 
     def static(self, axis: Axis) -> Frozen:
         """The frozen axis; raises ``DynamicAxis`` if its maps would depend on the batch size."""
-        if any(leaf in self.op.solver.symbolic for leaf in leaves(self.op.solver.resolve(axis))):
+        if self.op.solver.is_symbolic(axis):
             raise DynamicAxis(f"{axis} has a size known only at run time")
         return self.frozen(axis)
 

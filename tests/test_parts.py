@@ -1,0 +1,240 @@
+"""Networks that do not export as a whole: captured in parts, the user's Python between them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+
+import gpdfx
+from gpdfx import oracle
+from gpdfx.expand import Inputs, _Clock, _compile
+from gpdfx.passes.widen import Widened
+from gpdfx.teacher import Teacher
+
+from .networks import tensors_equal
+
+
+class Loop(nn.Module):
+    """Goes round a layer as often as the values say; one parameter is Python's own, one is tied to
+    a part's, one module is called with two kinds of arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU())
+        self.step = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Dropout(0.2), nn.Linear(12, 8))
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.scale = nn.Parameter(torch.ones(8))
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.last.weight = self.first.weight
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        self.calls += 1
+        y = self.stem(x).transpose(1, 2)
+        rounds = 2 + int(y.detach().mean() > 1e9)
+        for _ in range(rounds):
+            y = y + self.step(y)
+        y = y + self.attend(y, y, y, need_weights=False)[0]
+        z, weights = self.attend(y, y, y)
+        z = nn.functional.linear(z.sum(1) * self.scale, self.last.weight)
+        return {"logits": self.first(z), "weights": weights, "rounds": rounds}
+
+
+def example(model: nn.Module, *inputs: Tensor) -> Inputs:
+    return inputs, {}
+
+
+def loop() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Loop(), torch.randn(4, 3, 9)
+
+
+def test_parts_are_captured_and_the_rest_stays_python() -> None:
+    model, x = loop()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,))
+    report = teacher.report()
+    assert set(report.apart) == {""}
+    assert "data-dependent" in report.apart[""]
+    assert "rounds = 2 + int(" in report.apart[""]  # the user's line
+    assert max(report.error.values()) <= 1e-10
+    assert set(teacher._parts) == {"stem", "step", "attend", "first"}
+    assert len(teacher._parts["attend"].sections) == 4  # two kinds of calls in each mode
+    wide = teacher.state_dict()
+    assert wide["stem.0.weight"].shape == (8, 3, 3)  # its outputs go to Python
+    assert wide["step.0.weight"].shape == (24, 8)
+    assert wide["first.weight"].shape == (8, 8)
+    assert teacher.first.weight is teacher.last.weight
+    held = {f.parameter: f.reason for f in report.fixed if not f.cannot}
+    assert held["scale"].startswith("uncaptured")
+    assert tensors_equal(gpdfx.collapse(teacher).state_dict(), before)
+    assert "not captured" in str(report)
+    assert "4" in gpdfx.explain(teacher, "step.0.weight").dimensions[0].axis
+
+
+def test_parts_train_move_copy_and_follow_other_sizes() -> None:
+    model, x = loop()
+    teacher = gpdfx.expand(model, 1.5, example_inputs=(x,))
+    model.double(), teacher.double()
+    x = x.double()
+    for training in (True, False):
+        model.train(training), teacher.train(training)
+        torch.manual_seed(1)
+        mine = model(x[:3, :, :7])
+        torch.manual_seed(1)
+        theirs = teacher(x[:3, :, :7])
+        assert list(mine) == list(theirs)
+        assert mine["rounds"] == theirs["rounds"]
+        torch.testing.assert_close(theirs["logits"], mine["logits"], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(teacher(x)["weights"].shape, model(x)["weights"].shape)
+    assert torch.equal(teacher.calls, model.calls)
+    twin = copy.deepcopy(teacher)
+    teacher.train()
+    sgd = torch.optim.SGD(teacher.parameters(), 0.1)
+    loss = teacher(x)["logits"].square().mean() + teacher.student(x)["logits"].square().mean()
+    loss.backward()
+    sgd.step()
+    teacher.eval(), twin.eval()
+    assert not torch.equal(teacher(x)["logits"], twin(x)["logits"])  # a copy shares nothing
+    plain = gpdfx.collapse(teacher).eval()
+    torch.testing.assert_close(plain(x)["logits"], teacher.student(x)["logits"])
+
+
+def test_a_call_of_another_kind_is_refused() -> None:
+    model, x = loop()
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,)).eval()
+    part = teacher._between.get_submodule("step")
+    with pytest.raises(gpdfx.InputError, match="size 9 in dimension 2"):
+        part(torch.randn(2, 5, 9))
+
+
+def _tamper(widened: Widened, key: str) -> None:
+    graph: fx.Graph = widened.graphs[key]
+    node = graph.output_node()
+    with graph.inserting_before(node):
+        other = graph.call_function(torch.ops.aten.mul.Tensor, (node.args[0][0], 1 + 1e-6))
+    node.args = ((other, *node.args[0][1:]),)
+
+
+@pytest.mark.parametrize("key", ["stem_train", "step_eval", "attend_eval_1", "first_train"])
+def test_the_oracle_catches_a_fault_in_any_part(key: str) -> None:
+    model, x = loop()
+    call = example(model, x)
+    widened = _compile(model, call, 2.0, "random", "shared", "batch", 0, _Clock())
+    _tamper(widened, key)
+    with pytest.raises(gpdfx.LossyError, match=r"differs by 1\.\d+e-06"):
+        oracle.verify(widened, Teacher(widened), call)
+
+
+class TokenModel(nn.Module):
+    """An encoder whose forward looks at the values of its mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+        self.embed = nn.Embedding(20, 16)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(16, 20)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.head(self.encoder(self.embed(tokens), mask=mask))
+
+
+def test_transformer_encoder_with_a_mask() -> None:
+    torch.manual_seed(0)
+    model = TokenModel()
+    mask = nn.Transformer.generate_square_subsequent_mask(7)
+    inputs = {"example_inputs": (torch.randint(0, 20, (3, 7)),), "example_kwargs": {"mask": mask}}
+    teacher = gpdfx.expand(model, 2, **inputs).eval()
+    assert teacher.report().widened == 1.0
+    assert set(teacher._parts) == {"embed", "encoder.layers.0", "encoder.layers.1", "head"}
+    model.eval()
+    tokens = torch.randint(0, 20, (6, 7))
+    with torch.no_grad():  # where PyTorch would take its fused path past the layers
+        torch.testing.assert_close(
+            teacher(tokens, mask=mask), model(tokens, mask=mask), rtol=1e-4, atol=1e-5
+        )
+
+
+# --------------------------------------------------------------------------- structures
+@dataclass
+class Pair:
+    x: Tensor
+    y: Tensor
+    scale: float = 2.0
+
+
+class Both(NamedTuple):
+    logits: Tensor
+    hidden: tuple[Tensor, Pair] | None
+    loss: float | None
+
+
+class Structured(nn.Module):
+    """Takes and returns what no container of PyTorch's knows; more of it while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, pair: Pair, extra: dict[str, Tensor] | None = None, *, k: int = 1) -> Both:
+        h = self.a(pair.x * pair.scale + pair.y) * k
+        h = h + extra["bias"] if extra else h
+        g = self.b(h.relu())
+        return Both(self.c(g), (h, Pair(g, h, 0.5)) if self.training else None, None)
+
+
+def test_structures_of_any_kind_go_in_and_out() -> None:
+    torch.manual_seed(0)
+    model = Structured()
+    pair, extra = Pair(torch.randn(4, 4), torch.randn(4, 4)), {"bias": torch.randn(4, 1)}
+    teacher = gpdfx.expand(
+        model, 2, example_inputs=(pair,), example_kwargs={"extra": extra, "k": 3}
+    )
+    assert teacher.report().widened == 1.0
+    assert teacher.a.weight.shape == (16, 4)
+    assert teacher.report().inputs == {
+        "pair.x": "batch x 4",
+        "pair.y": "batch x 4",
+        "extra['bias']": "batch x 1",
+    }
+    out, want = teacher(pair, extra=extra, k=3), model(pair, extra=extra, k=3)
+    assert type(out) is Both
+    assert out.hidden is not None
+    assert type(out.hidden[1]) is Pair
+    assert out.hidden[1].scale == 0.5
+    torch.testing.assert_close(out.hidden[1].x, want.hidden[1].x)  # at the student's width
+    assert teacher.eval()(pair, extra, k=3).hidden is None
+    for bad in ((pair, extra, 2), (Pair(pair.x, pair.y, 3.0), extra, 3), (pair, None, 3)):
+        with pytest.raises(gpdfx.InputError, match=r"pair\.x"):
+            teacher(bad[0], extra=bad[1], k=bad[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"]
+)
+def test_detection_gives_identical_boxes(name: str) -> None:
+    torch.manual_seed(0)
+    small = {"min_size": 96, "max_size": 128} if "rcnn" in name else {}
+    model = torchvision.models.get_model(
+        name, weights=None, weights_backbone=None, num_classes=4, **small
+    )
+    oracle.randomize(model, 0)
+    images = [torch.rand(3, 96, 128), torch.rand(3, 96, 120)]
+    boxes = torch.tensor([[5.0, 5.0, 50.0, 60.0], [20.0, 20.0, 90.0, 80.0]])
+    targets = [{"boxes": boxes, "labels": torch.tensor([1, 2])} for _ in images]
+    teacher = gpdfx.expand(model, 2, example_inputs=(images, targets), dynamic="batch")
+    assert teacher.report().widened > 0.95
+    model.double().eval(), teacher.double().eval()
+    images = [x.double() for x in images]
+    for mine, theirs in zip(model(images, targets), teacher(images, targets), strict=True):
+        assert len(mine["boxes"]) > 0
+        assert torch.equal(mine["labels"], theirs["labels"])
+        torch.testing.assert_close(theirs["boxes"], mine["boxes"], rtol=1e-10, atol=1e-8)
