@@ -3,6 +3,8 @@
     python -m benchmarks.coverage torchvision --ratio 2 1.5
     python -m benchmarks.coverage timm-files
     python -m benchmarks.coverage timm-sample --count 250 --seed 0
+    python -m benchmarks.coverage transformers --dynamic batch
+    python -m benchmarks.coverage tasks
     python -m benchmarks.coverage names timm:convnext_atto torchvision:resnet18
     python -m benchmarks.coverage summary --readme README.md
 
@@ -31,6 +33,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import gpdfx
 from benchmarks import networks
@@ -75,27 +78,30 @@ def work(
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
-        model, x = networks.build(name, size)
+        model, *call = networks.build(name, size)
         state = {k: v.clone() for k, v in model.state_dict().items()}
     except Exception as error:  # a constructor may raise anything
         for ratio in ratios:
             rows.send({"ratio": ratio} | failure(error))
         return
     for k, ratio in enumerate(ratios):
-        row: Row = {"ratio": ratio, "size": x.shape[-1]}
+        row: Row = {"ratio": ratio, "size": pytree.tree_leaves(call)[0].shape[-1]}
         level = "batch" if k and dynamic == "sizes" else dynamic  # free sizes cost most of capture
         try:
-            row |= measure(model, state, x, ratio, level)
+            row |= measure(model, state, call, ratio, level)
         except Exception as error:  # a failure of any kind is a row
             row |= failure(error)
         rows.send(row)
 
 
 def measure(
-    model: nn.Module, state: dict[str, Tensor], x: Tensor, ratio: float, dynamic: str
+    model: nn.Module, state: dict[str, Tensor], call: list[Any], ratio: float, dynamic: str
 ) -> Row:
     """What ``expand`` reports about one network, and whether ``collapse`` gives it back."""
-    teacher = gpdfx.expand(model, ratio, example_inputs=(x,), dynamic=dynamic)
+    args, kwargs = call
+    teacher = gpdfx.expand(
+        model, ratio, example_inputs=args, example_kwargs=kwargs, dynamic=dynamic
+    )
     report = teacher.report()
     assert report.check is not None
     plain = gpdfx.collapse(teacher)
@@ -288,13 +294,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     suites = parser.add_subparsers(dest="suite", required=True)
-    for suite in ("torchvision", "timm-files", "timm-all"):
+    for suite in ("torchvision", "timm-files", "timm-all", *networks.ZOOS):
         suites.add_parser(suite, parents=[options])
     sample = suites.add_parser("timm-sample", parents=[options])
     sample.add_argument("--count", type=int, default=250)
     sample.add_argument("--seed", type=int, default=0)
     named = suites.add_parser("names", parents=[options])
-    named.add_argument("names", nargs="+", help="timm:<model> or torchvision:<model>")
+    named.add_argument("names", nargs="+", help="<suite>:<model>, timm and torchvision included")
     tables = suites.add_parser("summary")
     tables.add_argument("csv", type=Path, nargs="*", help="default: all of results")
     tables.add_argument("--readme", type=Path, help="write it between the marks in this file")
@@ -313,6 +319,8 @@ def main() -> None:
             run(given.suite, networks.timm_all(), given)
         case "names":
             run(given.suite, given.names, given)
+        case zoo:
+            run(zoo, networks.zoo(zoo), given)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Which networks the benchmarks measure, and how one is built at its smallest input.
 
-A network is named ``library:model``, for example ``timm:convnext_atto``; weights are random.
+A network is named ``library:model``, for example ``timm:convnext_atto``; weights are random. The
+networks of ``ZOOS`` are rows of a table, which says how to build and what to feed them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from benchmarks import zoo_tasks, zoo_transformers
 from gpdfx.inputs import infer_inputs
 
 RESULTS = Path(__file__).parent / "results"
@@ -27,12 +29,18 @@ SIZES = (64, 96, 128, 160, 192, 224, 256)
 # small image ends as one pixel a batch of two has no more values than that.
 BATCH = 4
 SIZE_KEYWORD = {"timm": "img_size", "torchvision": "image_size"}
+ZOOS = {"tasks": zoo_tasks, "transformers": zoo_transformers}
 
 
 # --------------------------------------------------------------------------- lists
 def torchvision_all() -> list[str]:
     """All classification networks of torchvision."""
     return [f"torchvision:{n}" for n in torchvision.models.list_models(module=torchvision.models)]
+
+
+def zoo(suite: str) -> list[str]:
+    """All rows of a table."""
+    return [f"{suite}:{n}" for n in ZOOS[suite].TABLE]
 
 
 def timm_all() -> list[str]:
@@ -100,7 +108,16 @@ def construct(name: str, **keywords: Any) -> nn.Module:
     return network
 
 
-def build(name: str, size: int) -> tuple[nn.Module, Tensor]:
+def build(name: str, size: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """The network, and its positional and keyword inputs: from a table, or a batch of images."""
+    suite, _, model = name.partition(":")
+    if suite in ZOOS:
+        return ZOOS[suite].build(model)
+    network, x = _smallest(name, size)
+    return network, (x,), {}
+
+
+def _smallest(name: str, size: int) -> tuple[nn.Module, Tensor]:
     """The network and a batch of square images, the smallest from ``size`` upwards that it runs on
     in eval and train mode: as it is, or constructed for that size. 0 is its own size."""
     trial = construct(name)
