@@ -390,15 +390,18 @@ def _call_of(section: Section, calls: list[Site]) -> Any:
 
 
 def _runs(student: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype) -> bool:
-    """Some networks bake float32 tensors and do not run in float64."""
-    twin = copy.deepcopy(student).to(dtype).eval()
-    args, kwargs = _cast((args, kwargs), dtype)
-    try:
-        with torch.no_grad(), keep_rng():
-            twin(*args, **kwargs)
-    except Exception:  # whatever the user's code raises in a dtype it was not written for
-        return False
-    return True
+    """Some networks bake float32 tensors and do not run in float64, or not without overflow."""
+    finite = []
+    for to in (None, dtype):
+        twin = _convert(copy.deepcopy(student), to).eval()
+        some_args, some_kwargs = _cast((args, kwargs), to)
+        try:
+            with torch.no_grad(), keep_rng():
+                outputs = tree.leaves(twin(*some_args, **some_kwargs))
+        except Exception:  # whatever the user's code raises in a dtype it was not written for
+            return False
+        finite.append(all(bool(y.isfinite().all()) for y in outputs if _floating(y)))
+    return finite[1] or not finite[0]
 
 
 def _sensitivity(student: nn.Module, inputs: tuple[Any, Any], training: bool, seed: int) -> float:

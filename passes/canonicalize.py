@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .inline import REGION
+from .effects import has_effect
 from .program import Program, bind, check, is_tensor, mutated, value
 
 aten = torch.ops.aten
@@ -33,14 +33,8 @@ def canonicalize(program: Program) -> Program:
             _drop_identity(node)
         _functionalize(mode.graph)
         _protect_buffers(mode.graph)
-        mode.graph.eliminate_dead_code(is_impure_node=_impure)
+        mode.graph.eliminate_dead_code(is_impure_node=has_effect)
     return check(program)
-
-
-def _impure(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    random = torch.Tag.nondeterministic_seeded in tags  # erasing one would shift later draws
-    return node.is_impure() or bool(mutated(node)) or random or node.target in REGION
 
 
 def follow(program: Program, double: Program) -> Program:
@@ -51,34 +45,35 @@ def follow(program: Program, double: Program) -> Program:
     ``double`` has did nothing in this dtype (capture drops those): it is put in.
     """
     for name, mode in program.modes.items():
-        pairs = _align(program, mode.nodes, double.modes[name].nodes)
-        for node, twin in pairs:
-            _follow_node(program, node, twin)
+        same = _align(program, mode.nodes, double.modes[name].nodes)
+        casts = {node for node in same.values() if node.target in _CASTS}
+        for twin, node in same.items():
+            if node.op == "call_function" and node.target == twin.target:
+                _follow_node(program, node, twin, same, casts)
     return check(program)
 
 
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten._to_copy.default}
+Same = dict[fx.Node, fx.Node]
+"""The float64 twin's node -> the program's."""
 
 
-def _align(
-    program: Program, nodes: list[fx.Node], twins: list[fx.Node]
-) -> list[tuple[fx.Node, fx.Node]]:
-    """Calls that are the same in both, but for conversions; empty if the graphs differ more."""
+def _align(program: Program, nodes: list[fx.Node], twins: list[fx.Node]) -> Same:
+    """Which nodes are the same in both, but for conversions; empty if the graphs differ more."""
     named = {n.target: n for n in nodes if n.op != "call_function"}
-    same: dict[fx.Node, fx.Node] = {n: named[n.target] for n in twins if n.target in named}
+    same: Same = {n: named[n.target] for n in twins if n.target in named}
     own = [n for n in nodes if n.op == "call_function"]
-    pairs, missing = [], []
+    missing = []
     for twin in (n for n in twins if n.op == "call_function"):
         while own and own[0].target in _CASTS and twin.target not in _CASTS:
             own.pop(0)
         if own and own[0].target == twin.target:
             same[twin] = own.pop(0)
-            pairs.append((same[twin], twin))
         elif own and twin.target in _CASTS and twin.args[0] in same:
             missing.append((twin, own[0]))
             same[twin] = same[twin.args[0]]  # type: ignore[index]
         else:
-            return []
+            return {}
     for twin, place in missing:
         source = same[twin.args[0]]  # type: ignore[index]
         dtype = _attribute(program, place, "dtype")
@@ -89,26 +84,58 @@ def _align(
             if user in same and same[user] is not source:
                 same[user].replace_input_with(source, cast)
         same[twin] = cast
-    return pairs if not own else []
+    return {} if own else same
 
 
 def bakes_constants(program: Program) -> bool:
-    """True if some call names a floating dtype or a device."""
-    return any(
-        isinstance(x, torch.dtype) and x.is_floating_point
-        for _, node in program.each()
-        for x in (*node.args, *node.kwargs.values())
-    )
+    """True if some call names a floating dtype or one of its limits, or makes floating numbers
+    of none (and by that may name the default dtype)."""
+    return any(node.op == "call_function" and _bakes(node) for _, node in program.each())
 
 
-def _follow_node(program: Program, node: fx.Node, twin: fx.Node) -> None:
+def _bakes(node: fx.Node) -> bool:
+    constants = [*node.args, *node.kwargs.values()]
+    if any(isinstance(x, torch.dtype) and x.is_floating_point for x in constants):
+        return True
+    if any(isinstance(x, float) and _limit(x) for x in constants):
+        return True
+    made = value(node)
+    floating = isinstance(made, torch.Tensor) and made.is_floating_point()
+    sources = [value(n) for n in node.all_input_nodes if is_tensor(n)]
+    return floating and not any(x.is_floating_point() for x in sources)
+
+
+def _follow_node(
+    program: Program, node: fx.Node, twin: fx.Node, same: Same, casts: set[fx.Node]
+) -> None:
     def replaced(mine: Any, other: Any) -> Any:
-        differs = isinstance(mine, torch.dtype) and mine != other
-        return _attribute(program, node, "dtype") if differs else mine
+        if isinstance(mine, list | tuple) and isinstance(other, list | tuple):
+            return [replaced(a, b) for a, b in zip(mine, other, strict=False)]
+        if isinstance(mine, torch.dtype) and mine != other:
+            return _attribute(program, node, "dtype")
+        if isinstance(mine, float) and mine != other and (limit := _limit(mine)):
+            dtype = _attribute(program, node, "dtype")
+            with node.graph.inserting_before(node):
+                return node.graph.call_function(dtype_limit, (dtype, limit))
+        if isinstance(mine, fx.Node) and mine in casts:
+            return same.get(other, mine)  # a cast that did nothing was taken for what it casts
+        return mine
 
     args = tuple(map(replaced, node.args, twin.args))
     kwargs = {k: replaced(v, twin.kwargs.get(k)) for k, v in node.kwargs.items()}
     node.args, node.kwargs = args, kwargs
+
+
+def dtype_limit(dtype: torch.dtype, name: str) -> float:
+    """``torch.finfo(dtype).min`` and so on, for the dtype that the parameters have by then."""
+    return float(getattr(torch.finfo(dtype), name))
+
+
+def _limit(number: float) -> str | None:
+    """Which limit of its dtype a baked number is (masks are filled with the smallest one)."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    limits = ((name, getattr(torch.finfo(d), name)) for d in dtypes for name in ("min", "max"))
+    return next((name for name, limit in limits if limit == number), None)
 
 
 def follow_device(program: Program) -> Program:

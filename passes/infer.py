@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from ..axes import Axis, Reason, Solver, leaves
 from ..errors import AxisConflict
+from .effects import draws
 from .program import Program, describe, is_free, is_mutable, is_tensor, mutated, shape, value
 from .rules import rule_of
 from .rules.base import Axes, Op
@@ -100,7 +101,7 @@ def _infer_node(
         if is_mutable(node) and node.args:  # the final copies of a functional capture
             node.meta.setdefault("val", value(node.args[0]))
         tensors = [n for n in node.all_input_nodes if not _is_number(n)]
-        if all(n in static for n in tensors) and not _random(node):
+        if all(n in static for n in tensors) and not draws(node):
             static[node] = any(static[n] for n in tensors)
         kind = value(node)
         if isinstance(kind, torch.Tensor | list | tuple):
@@ -125,10 +126,6 @@ def _mark_known(solver: Solver, val: Any, axes: Any) -> None:
 
 def _is_number(node: fx.Node) -> bool:
     return isinstance(value(node), int | float | bool | torch.SymInt | torch.SymFloat)
-
-
-def _random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _infer_op(result: Inference, op: Op) -> Any:

@@ -16,10 +16,9 @@ import torch
 from torch import fx
 
 from ..axes import Axis, Frozen, Widths, choose_widths, freeze
-from ..kernels import copies
+from .effects import has_effect
 from .infer import Inference
-from .inline import REGION
-from .program import Program, is_mutable, is_tensor, module_path, mutated, source
+from .program import Program, is_tensor, module_path, mutated, source
 from .rules import rule_of
 from .rules.base import Axes, DynamicAxis, Op, Target, Writer, student_size
 
@@ -100,7 +99,7 @@ def widen(
     bridges: dict[Bridge, None] = {}
     for mode, graph in graphs.items():
         _GraphWriter(program, inference, target, mode, bridges).run()
-        graph.eliminate_dead_code(is_impure_node=_keep)
+        graph.eliminate_dead_code(is_impure_node=has_effect)
         graph.lint()
     maps = {n: tuple(frozen(a) for a in axes) for n, axes in inference.tensors.items()}
     return Widened(
@@ -115,13 +114,6 @@ def gather(tensor: torch.Tensor, maps: tuple[Frozen, ...]) -> torch.Tensor:
             index = torch.from_numpy(frozen.map).to(tensor.device)
             tensor = tensor.index_select(dim, index)
     return tensor
-
-
-def _keep(node: fx.Node) -> bool:
-    """Ops that write, or that move the random state, stay although nobody reads them."""
-    draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    stays = node.target in REGION or node.target is copies.dropout_mask
-    return node.is_impure() or is_mutable(node) or draws or stays
 
 
 def _parts(axes: Any) -> list[Axes]:
