@@ -46,7 +46,7 @@ class Check:
     everything observed; ``vacuous``: outputs that are zero on the real weights; ``dead``:
     parameters that move no output; ``tolerance``: the largest that was used; ``free``: the input
     sizes, part by part (a level of ``LEVELS``), that were seen to hold at other values than the
-    example's."""
+    example's; ``unseen``: mode -> which gradients the student itself does not have."""
 
     error: dict[str, float]
     tolerance: float
@@ -54,6 +54,12 @@ class Check:
     vacuous: tuple[str, ...]
     dtype: torch.dtype
     free: dict[str, str]
+    unseen: dict[str, str]
+
+
+GRADIENTS = ("all", "parameters", "none")
+"""What a student can be differentiated by; some forbid inputs that take gradients, or overwrite in
+eval mode what a gradient would need."""
 
 
 # --------------------------------------------------------------------------- observing
@@ -65,27 +71,32 @@ def observe(
     wrt: dict[str, Tensor] | None = None,
     parts: dict[str, nn.Module] | None = None,
     given: dict[str, Tensor] | None = None,
+    gradients: str = "all",
 ) -> dict[str, Tensor]:
     """Run ``call`` with a seeded RNG; its outputs, those of ``parts`` on the way, and the
     gradients of a random projection of them with respect to the floating inputs and to ``wrt``.
     ``given``: what the parts of another run returned; the user's Python goes on with these."""
     leaves, spec = tree.flatten((args, kwargs))
     leaves = [
-        x.detach().clone().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x
+        x.detach().clone().requires_grad_(x.is_floating_point() and gradients == "all")
+        if isinstance(x, Tensor)
+        else x
         for x in leaves
     ]
     torch.manual_seed(seed)
     again_args, again_kwargs = tree.unflatten(leaves, spec)
-    with _watching(parts or {}, given) as seen:
+    differentiable = torch.is_grad_enabled() and gradients != "none"
+    with _watching(parts or {}, given) as seen, torch.set_grad_enabled(differentiable):
         outputs = tree.leaves(call(*again_args, **again_kwargs))
     seen |= {f"output {k}": y for k, y in enumerate(outputs) if isinstance(y, Tensor)}
     draw = torch.Generator().manual_seed(seed + 1)
     total = torch.zeros((), dtype=torch.float64)
-    for y in seen.values():
+    for y in seen.values():  # drawn for all: only some may depend on what takes gradients
+        cotangent = torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y.device)
         if y.requires_grad:
-            cotangent = torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y.device)
             total = total + (y.real.double() * cotangent).sum().cpu()
-    sources = {f"input {k}": x for k, x in enumerate(leaves) if _floating(x)} | (wrt or {})
+    sources = {f"input {k}": x for k, x in enumerate(leaves) if _floating(x)}
+    sources = (sources if gradients == "all" else {}) | (wrt or {})
     if total.requires_grad and sources:
         grads = torch.autograd.grad(total, list(sources.values()), allow_unused=True)
         for name, grad in zip(sources, grads, strict=True):
@@ -142,6 +153,10 @@ def _floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
+HUGE = 1e30
+"""Larger values stand for infinity (masked logits); each is compared with itself."""
+
+
 def difference(reference: Tensor, other: Tensor | None, floor: float = 0.0) -> float:
     """``max |a - b| / max(max |a|, floor)``; infinite if shapes differ or values are not finite."""
     if other is None or reference.shape != other.shape:
@@ -150,7 +165,13 @@ def difference(reference: Tensor, other: Tensor | None, floor: float = 0.0) -> f
         return 0.0 if torch.equal(reference, other) else math.inf
     if reference.numel() == 0:
         return 0.0
-    scale = max(float(reference.abs().max()), floor)
+    size = reference.abs()
+    huge = size > HUGE
+    if huge.any():
+        ratio = other[huge] / reference[huge] - 1
+        rest = difference(reference[~huge], other[~huge], floor)
+        return max(rest, difference(torch.ones_like(ratio), 1 + ratio))
+    scale = max(float(size.max()), floor)
     gap = float((reference - other).abs().max())
     if not math.isfinite(gap) or not math.isfinite(scale):
         return math.inf
@@ -208,31 +229,37 @@ def compare(
     seed: int,
     *,
     dead: bool = True,
-) -> tuple[dict[str, float], set[str], tuple[str, ...]]:
+) -> tuple[dict[str, float], set[str], tuple[str, ...], str]:
     """Errors of everything observed in one mode; parameters that moved an output (only with
-    ``dead``: their gradients are most of the cost); zero outputs."""
-    student.train(training)
+    ``dead``: their gradients are most of the cost); zero outputs; which of ``GRADIENTS`` the
+    student has."""
     teacher.train(training)
-    parameters = dict(student.named_parameters())
-    wrt = {n: p.requires_grad_(dead) for n, p in parameters.items() if p.is_floating_point()}
-    wrt = wrt if dead else {}
-    try:
-        mine = observe(student, *inputs, seed, wrt, teacher.parts_of(student))
-    except RuntimeError as error:
-        mode = "train" if training else "eval"
-        raise InputError(
-            f"the model itself fails in {mode} mode, forward or backward: {error}",
-            remedy="mend the model, or pass verify=False if it is never trained",
-        ) from error
+    mode = "train" if training else "eval"
+    for gradients in GRADIENTS:
+        run = copy.deepcopy(student).train(training)
+        named = run.named_parameters()
+        wrt = {n: p.requires_grad_(dead) for n, p in named if p.is_floating_point()}
+        wrt = wrt if dead else {}
+        try:
+            mine = observe(run, *inputs, seed, wrt, teacher.parts_of(run), gradients=gradients)
+            break
+        except RuntimeError as error:
+            if gradients == GRADIENTS[-1]:
+                raise InputError(
+                    f"the model itself fails in {mode} mode: {error}",
+                    remedy="mend the model, or pass verify=False if it is never used in this mode",
+                ) from error
+    student = run
     try:
         between = teacher.parts_of(teacher._between)
-        theirs = observe(teacher, *inputs, seed, parts=between, given=mine)
+        theirs = observe(teacher, *inputs, seed, parts=between, given=mine, gradients=gradients)
     except Exception as error:  # whatever torch raises when widths do not fit
         raise LossyError(
             f"the teacher fails where the student runs: {error}",
             remedy=_BUG,
         ) from error
-    gradients = {n for n in wrt if _moved(mine.pop(f"gradient of {n}", None))}
+    moved = {n for n in wrt if _moved(mine.pop(f"gradient of {n}", None))}
+    moved |= set(wrt) if gradients == "none" else set()  # unknown
     wide = dict(teacher.named_buffers())
     for name, buffer in student.named_buffers():
         maps = teacher._maps[teacher._alias.get(name, name)]
@@ -243,8 +270,9 @@ def compare(
     errors = {n: difference(x, theirs.get(n), _floor(n, mine, inputs)) for n, x in mine.items()}
     extra = {name: math.inf for name in theirs if name not in mine}
     shown = {n: x for n, x in mine.items() if n.startswith("output") and x.numel()}
-    zero = tuple(n for n, x in shown.items() if not x.any()) if shown else ("every output",)
-    return errors | extra, gradients, zero
+    zero = tuple(n for n, x in shown.items() if _floating(x) and not x.any())
+    zero = zero if shown else ("every output",)
+    return errors | extra, moved, zero, gradients
 
 
 def _floor(name: str, seen: dict[str, Tensor], inputs: tuple[Any, Any]) -> float:
@@ -257,7 +285,8 @@ def _floor(name: str, seen: dict[str, Tensor], inputs: tuple[Any, Any]) -> float
         outputs = [x for n, x in seen.items() if n.startswith("output") and _floating(x)]
         x = tree.leaves(inputs)[int(name.rsplit(" ", 1)[1])]
         size = float(x.abs().max()) if x.numel() else 0.0
-        largest = max((float(y.abs().max()) for y in outputs if y.numel()), default=0.0)
+        finite = (y.abs()[y.abs() < HUGE] for y in outputs)
+        largest = max((float(y.max()) for y in finite if y.numel()), default=0.0)
         return 1e-6 * largest / size if size else 0.0
     return 0.0
 
@@ -289,6 +318,7 @@ def verify(
     error: dict[str, float] = {}
     moved: set[str] = set()
     vacuous: list[str] = []
+    unseen: dict[str, str] = {}
     used, free = TOLERANCE, dict.fromkeys(twin._parts, LEVELS[-1])
     for which in ("probe", "real"):
         student = copy.deepcopy(original)
@@ -296,16 +326,18 @@ def verify(
         student = _convert(randomize(student, seed) if probe else student, dtype)
         twin.load_student(student)
         for mode, training in _MODES:
-            errors, gradients, zero = compare(
-                copy.deepcopy(student), twin, inputs, training, seed, dead=probe
+            errors, reached, zero, gradients = compare(
+                student, twin, inputs, training, seed, dead=probe
             )
             twin.load_buffers(student)
-            moved |= gradients
+            moved |= reached
+            if gradients != "all":
+                unseen[mode] = "of inputs" if gradients == "parameters" else "of anything"
             vacuous += [f"{which}/{mode}: {z}" for z in zero]
             worst = max(errors, key=lambda k: errors[k], default="")
             limit, noise = TOLERANCE, 0.0
             if worst and errors[worst] > limit:
-                noise = 50 * _sensitivity(student, inputs, training, seed)
+                noise = 50 * _sensitivity(student, inputs, training, seed, gradients)
                 limit = max(limit, min(noise, CEILING))
                 limit = max(limit, SINGLE) if single or dtype is None else limit
             if (worst and not errors[worst] <= limit) or (zero and probe):
@@ -320,11 +352,11 @@ def verify(
             error[f"{which}/{mode}"] = errors.get(worst, 0.0)
         if probe:
             free = _free(copy.deepcopy(student), twin, inputs, seed, used)
-    _check_student(twin, inputs, seed)
+    _check_student(twin, inputs, seed, used)
     named = dict(original.named_parameters())
     dead = tuple(n for n, p in named.items() if n not in moved and p.is_floating_point())
     dtype = dtype or torch.get_default_dtype()
-    return Check(error, used, dead, tuple(vacuous), dtype, free)
+    return Check(error, used, dead, tuple(vacuous), dtype, free, unseen)
 
 
 def _free(
@@ -404,7 +436,9 @@ def _runs(student: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype) -> boo
     return finite[1] or not finite[0]
 
 
-def _sensitivity(student: nn.Module, inputs: tuple[Any, Any], training: bool, seed: int) -> float:
+def _sensitivity(
+    student: nn.Module, inputs: tuple[Any, Any], training: bool, seed: int, gradients: str
+) -> float:
     """The largest relative change of anything observed when each weight changes its last bit."""
     results = []
     for bump in (False, True):
@@ -413,13 +447,13 @@ def _sensitivity(student: nn.Module, inputs: tuple[Any, Any], training: bool, se
             for p in twin.parameters() if bump else ():
                 if p.is_floating_point():
                     p.mul_(1 + torch.finfo(p.dtype).eps * torch.randint(-1, 2, p.shape).to(p))
-        results.append(observe(twin, *inputs, seed))
+        results.append(observe(twin, *inputs, seed, gradients=gradients))
     first, second = results
     floors = {n: _floor(n, first, inputs) for n in first}
     return max(difference(x, second.get(n), floors[n]) for n, x in first.items())
 
 
-def _check_student(twin: Teacher, inputs: tuple[Any, Any], seed: int) -> None:
+def _check_student(twin: Teacher, inputs: tuple[Any, Any], seed: int, limit: float) -> None:
     """The student's view must follow every derived parameter: compare with a fresh module.
     Changes the teacher."""
     args, kwargs = inputs
@@ -438,7 +472,7 @@ def _check_student(twin: Teacher, inputs: tuple[Any, Any], seed: int) -> None:
         got = observe(twin.student, args, kwargs, seed)
         want = observe(plain, args, kwargs, seed)
     for name, x in want.items():
-        if name.startswith("output") and not difference(x, got.get(name)) <= 1e-12:
+        if name.startswith("output") and not difference(x, got.get(name)) <= limit:
             raise LossyError(
                 f"teacher.student ignores a changed parameter: {name} is not the collapsed one's",
                 remedy="the model caches tensors outside its parameters; clear the cache in "

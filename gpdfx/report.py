@@ -86,6 +86,7 @@ class Report:
         if self.check:
             plain["tolerance"] = self.check.tolerance
             plain["vacuous"] = list(self.check.vacuous)
+            plain["unseen"] = dict(self.check.unseen)
             plain["checked_in"] = str(self.check.dtype).removeprefix("torch.")
         return plain
 
@@ -128,6 +129,10 @@ class Report:
         text += " (" + ", ".join(f"{k} {v:.1e}" for k, v in self.error.items()) + ")"
         if self.check.tolerance > 1e-10:
             text += f"; rounding is amplified, allowed {self.check.tolerance:.1e}"
+        text += "".join(
+            f"; no gradients {of} in {mode} mode: the model has none"
+            for mode, of in self.check.unseen.items()
+        )
         return text
 
 

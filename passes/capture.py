@@ -199,6 +199,9 @@ def _export_site(
     def flat(*tensors: Any) -> tuple[Any, ...]:
         args, kwargs = site.call.unflatten(list(tensors))
         out, values = tree.pattern(forward(*args, **kwargs))
+        held = [x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if {id(x) for x in held} - {id(x) for x in tensors}:
+            raise TypeError("it puts tensors into an object that it is called with")
         returned[:] = [out]
         return tuple(values)
 
@@ -210,8 +213,16 @@ def _export_site(
     with _quiet(), _patience(patience):
         shapes = dict(zip(unique, free, strict=True)) if free else None
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
+    if any(_unknown(node.meta.get("val")) for node in exported.graph.nodes):
+        raise TypeError("a size in it depends on values")
     _drop_replacements(exported.graph)
     return exported, returned[0]
+
+
+def _unknown(val: Any) -> bool:
+    """True for a tensor with a size that not even the example has."""
+    sizes = val.shape if isinstance(val, torch.Tensor) else [val]
+    return any(isinstance(s, torch.SymInt) and s.node.hint is None for s in sizes)
 
 
 def dynamic_shapes(tensors: tuple[torch.Tensor, ...], level: str) -> list[Any] | None:

@@ -86,10 +86,31 @@ def _part(program: Program, sites: list[Site], functional: bool, dynamic: str) -
             continue
         if len(graphs) == GRAPHS:
             raise CaptureError(f"it is called in more than {GRAPHS} ways")
-        new = capture(program.student, [site], functional, dynamic, known=program.modes)
+        student, known = program.student, program.modes
+        try:
+            new = capture(student, [_enlarged(site)], functional, dynamic, known=known)
+        except CaptureError:
+            if _enlarged(site) is site:
+                raise
+            new = capture(student, [site], functional, dynamic, known=known)
         graphs += new.modes.values()
         program = merge(program, new)
     return program
+
+
+def _enlarged(site: Site) -> Site:
+    """A call with fewer than two samples (tokens of an expert, boxes of an image) would be baked:
+    the same with three."""
+    first = next((x.shape[0] for x in site.tensors if x.ndim), 2)
+    if first > 1:
+        return site
+
+    def three(x: torch.Tensor) -> torch.Tensor:
+        if not x.ndim or x.shape[0] != first:
+            return x
+        return x.expand(3, *x.shape[1:]).clone() if first else x.new_zeros((3, *x.shape[1:]))
+
+    return replace(site, tensors=tuple(map(three, site.tensors)))
 
 
 def _takes(mode: Mode, site: Site) -> bool:
