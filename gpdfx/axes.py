@@ -16,7 +16,8 @@ and by concatenation for sums.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -337,11 +338,15 @@ def _repeats(axis: Axis) -> int:
 @dataclass(frozen=True)
 class Widths:
     """The global choice. ``held``: leaves that stay because another factor of a product widens.
-    ``grown``: axes that grow by more than the ratio because a leaf recurs in a product."""
+    ``grown``: axes that grow by more than the ratio because a leaf recurs in a product.
+    ``stays``: leaves that the user wants to stay. ``disputed``: leaf -> parameter -> the ratio
+    that the user asked for, where they differ; the first was taken."""
 
     size: dict[Leaf, int]
     held: dict[Leaf, Leaf]
     grown: tuple[str, ...] = ()
+    stays: Mapping[Leaf, Reason] = field(default_factory=dict)
+    disputed: Mapping[Leaf, dict[str, float]] = field(default_factory=dict)
 
     def __call__(self, leaf: Leaf) -> int:
         return self.size.get(leaf, leaf.size)
@@ -352,6 +357,8 @@ def choose_widths(
     weights: Iterable[Axis],
     others: Iterable[Axis],
     ratio: float | Callable[[Leaf], float],
+    stays: Mapping[Leaf, Reason] | None = None,
+    round_to: int = 1,
 ) -> Widths:
     """Give each candidate leaf (free, part of a weight) ``round(size * ratio)`` indices.
 
@@ -359,13 +366,15 @@ def choose_widths(
     positions taken along an axis last, ties by first use. A product with one candidate left takes
     it at once; where products of weights contradict each other one of them keeps its width (the
     inner factor of a grouped weight, whose groups widen).
-    ``others``: axes of activations, in which at most one leaf may widen.
+    ``others``: axes of activations, in which at most one leaf may widen; ``stays``: leaves that
+    are no candidates; ``round_to``: the widths of whole weight axes become multiples of it.
     """
     ratio_of = ratio if callable(ratio) else lambda leaf: ratio
+    stays = stays or {}
     weights, others = list(weights), list(others)
-    clauses = _clauses(solver, weights)
+    clauses = _clauses(solver, weights, stays)
     candidates = {leaf for clause in clauses for leaf in clause}
-    limits = clauses | {c & candidates for c in _clauses(solver, others)} - {frozenset()}
+    limits = clauses | {c & candidates for c in _clauses(solver, others, stays)} - {frozenset()}
     near: dict[Leaf, list[frozenset[Leaf]]] = {}
     for clause in sorted(limits, key=_clause_order):
         for leaf in clause:
@@ -400,22 +409,68 @@ def choose_widths(
     for leaf in ordered:
         if leaf not in size and leaf not in held:
             widen(leaf)
+    if round_to > 1:
+        whole = dict.fromkeys(solver.resolve(a) for a in weights)
+        _round_up(size, set(held.values()), whole, round_to)
     grown = {
         str(axis)
         for axis in (solver.resolve(a) for a in itertools.chain(weights, others))
         for path in paths(axis)
         if any(path.count(leaf) > 1 for leaf in path if leaf in size)
     }
-    return Widths(size, held, tuple(sorted(grown)))
+    return Widths(size, held, tuple(sorted(grown)), stays)
 
 
-def _clauses(solver: Solver, axes: Iterable[Axis]) -> set[frozenset[Leaf]]:
+def _clauses(
+    solver: Solver, axes: Iterable[Axis], stays: Mapping[Leaf, Reason]
+) -> set[frozenset[Leaf]]:
     found = set()
     for axis in {solver.resolve(a) for a in axes}:
         for path in paths(axis):
-            if free := frozenset(leaf for leaf in path if leaf not in solver.reason):
-                found.add(free)
+            free = (leaf for leaf in path if leaf not in solver.reason and leaf not in stays)
+            if clause := frozenset(free):
+                found.add(clause)
     return found
+
+
+def _round_up(size: dict[Leaf, int], holders: set[Leaf], axes: Iterable[Axis], unit: int) -> None:
+    """Let leaves grow on, by as little as may be, until whole axes are multiples of ``unit``.
+
+    Axes with one wide leaf come first: 25->38 becomes 40; heads 3->6 of 3 x 5 become 8, the axis
+    40. Where several are wide (a concatenation) one of them takes what is missing, and what was
+    a multiple stays one. Heads and groups count as factors only: a table with one entry per head
+    needs no 8 of them. An axis for which there is no such width stays as it is (24 + 1).
+    """
+    wide = {
+        axis: [leaf for leaf in dict.fromkeys(leaves(axis)) if leaf in size]
+        for axis in axes
+        if not (isinstance(axis, Leaf) and axis in holders)
+    }
+
+    def order(axis: Axis) -> tuple[int, bool, list[int]]:
+        return len(wide[axis]), isinstance(axis, Sum), [leaf.order for leaf in leaves(axis)]
+
+    done: list[Axis] = []
+    for axis in sorted((a for a in wide if wide[a]), key=order):
+        options = []
+        for leaf in wide[axis]:
+            bound = [a for a in done if leaf in wide[a]] + [axis]
+            for width in range(size[leaf], size[leaf] + unit):
+                if not any(width_of(a, {**size, leaf: width}) % unit for a in bound):
+                    options.append((width_of(axis, {**size, leaf: width}), leaf.order, leaf, width))
+                    break
+        if options:
+            *_, leaf, size[leaf] = min(options)
+            done.append(axis)
+
+
+def width_of(axis: Axis, size: Mapping[Leaf, int]) -> int:
+    """The width of a resolved axis, given those of its leaves that widen."""
+    if isinstance(axis, Leaf):
+        return size.get(axis, axis.size)
+    if isinstance(axis, Product):
+        return math.prod(width_of(f, size) for f in axis.factors)
+    return sum(width_of(t, size) for t in axis.terms)
 
 
 def _clause_order(clause: frozenset[Leaf]) -> list[int]:

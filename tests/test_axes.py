@@ -413,6 +413,38 @@ def test_widths_of_anything(weights: list[Spec], others: list[Spec], ratio: floa
     assert ratio > 1 or all(freeze(a, widths).teacher == a.size for a in build.axes)
 
 
+@law
+@given(st.lists(specs(60), min_size=1, max_size=4), ratios, st.integers(2, 16))
+def test_round_widths(weights: list[Spec], ratio: float, unit: int) -> None:
+    """The same leaves widen, by little more; leaves and products become multiples, by as little
+    as may be; a bare leaf that stands for heads (another factor is held by it) need not."""
+    build = Build(*weights)
+    plain, rounded = (
+        ax.choose_widths(build.solver, build.axes, [], ratio, round_to=n) for n in (1, unit)
+    )
+    assert rounded.held == plain.held
+    assert list(rounded.size) == list(plain.size)
+    holders, every = set(plain.held.values()), {*map(build.solver.resolve, build.axes)}
+    for leaf, width in plain.size.items():
+        own = [a for a in every if leaf in ax.leaves(a)]
+        assert width <= rounded.size[leaf] < width + unit * max(1, len(own))
+        if not any(isinstance(x, Sum) or leaf in holders for x in (*own, *sums_in(own))):
+            widths = [{leaf: w} for w in range(width, rounded.size[leaf] + 1)]
+            fits = [not any(ax.width_of(a, w) % unit for a in own) for w in widths]
+            assert fits.index(True) == len(fits) - 1
+    for axis in every:
+        assert ax.width_of(axis, rounded.size) == freeze(axis, rounded).teacher
+        wide = rounded.size.keys() & set(ax.leaves(axis))
+        if wide and not sums_in([axis]) and not (isinstance(axis, Leaf) and axis in holders):
+            assert ax.width_of(axis, rounded.size) % unit == 0
+
+
+def sums_in(these: list[Axis]) -> list[Axis]:
+    """The sums among some axes and their factors."""
+    parts = [x for a in these for x in (a, *(a.factors if isinstance(a, Product) else ()))]
+    return [x for x in parts if isinstance(x, Sum)]
+
+
 # --------------------------------------------------------------------------- shares
 @law
 @given(surjections, st.sampled_from([(), (9,), (3, 4)]), st.integers(0, 99))
@@ -497,6 +529,18 @@ def test_conflicts() -> None:
     inner = s.leaf(4)
     s.unify(sum_(s.leaf(3), s.leaf(5)), product(two, inner))
     assert [x.size for x in s.resolve(inner).terms] == [3, 1]
+
+
+def test_round_to() -> None:
+    """Heads make whole rows a multiple, alone they need not be one; of a concatenation one part
+    takes what is missing; 12 + 1 with 12 a multiple itself is none."""
+    s = Solver()
+    heads, dim, a, b, c = map(s.leaf, (3, 20, 5, 7, 12))
+    s.mark(s.outer, heads)
+    weights = [product(heads, dim), heads, sum_(a, b, b), c, sum_(c, ONE)]
+    widths = ax.choose_widths(s, weights, [], 1.5, round_to=8)
+    assert widths.size == {heads: 4, a: 12, b: 10, c: 24}
+    assert widths.held == {dim: heads}
 
 
 def test_fractional_ratio() -> None:
