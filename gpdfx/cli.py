@@ -44,7 +44,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("model", help="timm:NAME, torchvision:NAME or package.module:CALLABLE")
-    common.add_argument("--ratio", type=float, default=2.0, help="width (default 2)")
+    text = "width (default 2), of everything or of what matches a pattern; repeat, the last counts"
+    common.add_argument(
+        "--ratio", type=_ratio, action="append", metavar="[PATTERN=]NUMBER", help=text
+    )
+    text = "modules or parameters that stay at the student's size"
+    common.add_argument(
+        "--keep", nargs="+", action="extend", default=[], metavar="PATTERN", help=text
+    )
+    text = "make widened axes multiples of this"
+    common.add_argument("--round-to", type=int, default=1, metavar="NUMBER", help=text)
     common.add_argument("--size", type=int, help="height and width of the example image")
     common.add_argument("--json", action="store_true", help="print JSON")
 
@@ -64,11 +73,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _ratio(text: str) -> tuple[str, float]:
+    """``"1.5"`` -> ``("*", 1.5)``, ``"layer4=1.5"`` -> ``("layer4", 1.5)``."""
+    pattern, _, number = text.rpartition("=")
+    try:
+        return pattern or "*", float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither NUMBER nor PATTERN=NUMBER") from None
+
+
+def _ratios(given: list[tuple[str, float]] | None) -> float | dict[str, float]:
+    """What ``expand`` takes: the number if there is one for all; where a pattern recurs, its last
+    place counts."""
+    ratios: dict[str, float] = {}
+    for pattern, number in given or [("*", 2.0)]:
+        ratios.pop(pattern, None)
+        ratios[pattern] = number
+    return ratios["*"] if [*ratios] == ["*"] else ratios
+
+
 def _teacher(options: argparse.Namespace, verify: bool, dynamic: str = "batch") -> Teacher:
     with _working(f"expanding {options.model}"):
         model = load(options.model)
         inputs = (torch.randn(2, 3, options.size, options.size),) if options.size else None
-        return expand(model, options.ratio, example_inputs=inputs, verify=verify, dynamic=dynamic)
+        return expand(
+            model,
+            _ratios(options.ratio),
+            keep=options.keep,
+            round_to=options.round_to,
+            example_inputs=inputs,
+            verify=verify,
+            dynamic=dynamic,
+        )
 
 
 def _expand(options: argparse.Namespace) -> tuple[str, Any]:

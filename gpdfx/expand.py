@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
-import numbers
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +14,10 @@ from torch import nn
 
 from . import oracle, tree
 from .call import Call
+from .control import Control, make_control
 from .errors import CaptureError, InputError
 from .inputs import infer_inputs
+from .passes.assign import assign
 from .passes.canonicalize import bakes_constants, canonicalize, follow, follow_device
 from .passes.capture import LEVELS, capture, whole
 from .passes.infer import Inference, NeedsFunctional, infer
@@ -24,7 +25,7 @@ from .passes.inline import inline
 from .passes.parts import capture_parts, recapture
 from .passes.program import Program, source_line
 from .passes.rules.base import DynamicAxis
-from .passes.widen import Widened, assign, widen
+from .passes.widen import Widened, widen
 from .report import make_report
 from .teacher import Teacher
 
@@ -34,8 +35,10 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 def expand(
     model: nn.Module,
-    ratio: float = 2,
+    ratio: float | Mapping[str, float] = 2,
     *,
+    keep: str | Sequence[str] = (),
+    round_to: int = 1,
     example_inputs: tuple[Any, ...] | None = None,
     example_kwargs: dict[str, Any] | None = None,
     branches: None = None,
@@ -54,6 +57,14 @@ def expand(
     Args:
         model: the student, any ``nn.Module`` that ``torch.export`` can capture.
         ratio: width of the teacher relative to the student, a real number >= 1; 1 is the identity.
+            Or a mapping from patterns (see ``gpdfx.control``) to such numbers, of which the last
+            that covers a parameter counts, and 1 where none does: ``{"*": 2, "layer4": 1.5}``.
+            A parameter's ratio speaks for the axes that it brings (a layer's output channels);
+            ``report().conflicts`` lists those that were given several.
+        keep: patterns of modules and parameters all of whose axes stay at the student's size,
+            and with them whatever meets these axes.
+        round_to: widened axes of parameters become multiples of this number, rounded up, where
+            there is such a width; ``report().unrounded`` lists the others.
         example_inputs: a tuple of positional inputs, batch first, a batch of two or more; inferred
             for timm and torchvision models and for models that begin with a conv, linear or
             embedding layer.
@@ -80,7 +91,8 @@ def expand(
         CaptureError: the model does not export; names the reason and the source line.
         LossyError: the check failed: a bug in gpdfx, with the first node that differs.
     """
-    _check_arguments(model, ratio, branches)
+    _check_arguments(model, branches)
+    control = make_control(model, ratio, keep, round_to)
     for name, given, known in (
         ("shares", shares, ("random", "uniform")),
         ("randomness", randomness, ("shared", "independent")),
@@ -93,9 +105,7 @@ def expand(
         inputs = args, kwargs
         clock = _Clock()
         try:
-            widened = _compile(
-                model, inputs, float(ratio), shares, randomness, dynamic, seed, clock
-            )
+            widened = _compile(model, inputs, control, shares, randomness, dynamic, seed, clock)
         except CaptureError as error:
             _check_forward(model, inputs)
             raise error
@@ -103,7 +113,7 @@ def expand(
         if verify:
             checked = widened
             if randomness == "independent":  # equal seeds say nothing: check the other form
-                checked = _widen(widened.program, widened.inference, ratio, shares, False, seed)
+                checked = _widen(widened.program, widened.inference, control, shares, False, seed)
             scratch = Teacher(checked)  # before the real one: both would not always fit
             clock.lap("transform")
             scratch.find_caches(args, kwargs)
@@ -116,14 +126,14 @@ def expand(
         if check:
             teacher.pin(check.free)
         teacher.find_caches(args, kwargs)
-        teacher._report = make_report(widened, teacher, float(ratio), inputs, clock.laps, check)
+        teacher._report = make_report(widened, teacher, control, inputs, clock.laps, check)
     return teacher.train(model.training)
 
 
 def _compile(
     model: nn.Module,
     inputs: Inputs,
-    ratio: float,
+    control: Control,
     shares: str,
     randomness: str,
     dynamic: str,
@@ -141,7 +151,7 @@ def _compile(
         program = canonicalize(program)
         try:
             inference = infer(program)
-            return _widen(program, inference, ratio, shares, randomness == "independent", seed)
+            return _widen(program, inference, control, shares, randomness == "independent", seed)
         except NeedsFunctional:
             if functional:
                 raise
@@ -168,9 +178,14 @@ def _capture(model: nn.Module, inputs: Inputs, functional: bool, dynamic: str) -
 
 
 def _widen(
-    program: Program, inference: Inference, ratio: float, shares: str, independent: bool, seed: int
+    program: Program,
+    inference: Inference,
+    control: Control,
+    shares: str,
+    independent: bool,
+    seed: int,
 ) -> Widened:
-    widths = assign(program, inference, ratio)
+    widths = assign(program, inference, control)
     return widen(program, inference, widths, shares=shares, independent=independent, seed=seed)
 
 
@@ -196,7 +211,7 @@ class _Clock:
 
 
 # --------------------------------------------------------------------------- bad input
-def _check_arguments(model: Any, ratio: Any, branches: Any) -> None:
+def _check_arguments(model: Any, branches: Any) -> None:
     if isinstance(model, Teacher):
         raise InputError(
             "this is a teacher already", remedy="expand the student, or gpdfx.collapse(teacher)"
@@ -205,11 +220,6 @@ def _check_arguments(model: Any, ratio: Any, branches: Any) -> None:
         raise InputError(
             f"expand takes an nn.Module, not {type(model).__name__}",
             remedy="pass a constructed model, not its class or its state_dict",
-        )
-    bad_ratio = not isinstance(ratio, numbers.Real) or isinstance(ratio, bool)
-    if bad_ratio or not math.isfinite(ratio) or ratio < 1:
-        raise InputError(
-            f"ratio is {ratio!r}", remedy="pass a finite number of at least 1, for example 2 or 1.5"
         )
     if branches is not None:
         raise InputError(f"unknown branch set {branches!r}", remedy="pass branches=None")

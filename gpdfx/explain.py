@@ -87,13 +87,18 @@ def make_story(widened: Widened) -> Story:
     known |= set(solver.reason) | {
         x for axes in parameters.values() for a in axes for x in leaves(a)
     }
+    why = {**solver.reason, **widths.stays}
     for leaf in known:
         held = widths.held.get(leaf)
-        reason = str(solver.reason[leaf]) if leaf in solver.reason else ""
+        reason = str(why[leaf]) if leaf in why else ""
         if held is not None:
             reason = f"factor {held.size} -> {widths(held)} of its product widens instead"
         cause = leaf in solver.cause
         graph.add_node(leaf.order, size=leaf.size, width=widths(leaf), reason=reason, cause=cause)
+    for leaf, wish in widths.stays.items():  # it begins at the parameter that the user named
+        for root in inference.tensors[wish.where]:
+            if isinstance(root, Leaf) and leaf in leaves(solver.resolve(root)):
+                graph.nodes[root.order].update(reason=str(wish), cause=True)
     axes = {
         name: [
             (

@@ -11,16 +11,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .axes import Axis, Leaf, Solver, Widths, leaves, paths
+from .control import Control
 from .passes.widen import Bridge, Widened
 
 if TYPE_CHECKING:
     from .oracle import Check
     from .teacher import Teacher
 
-# A weight that stays for these reasons could not have widened (README, "The report").
+ASKED = ("kept", "ratio 1")
+# A weight that stays for these reasons could not have widened, or was not to (README).
 CANNOT = frozenset(
     {"input", "output", "lookup", "kernel", "spatial", "stacked", "repeated", "positions", "unused"}
-)
+).union(ASKED)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,23 @@ class Group:
     before: int
     after: int
     parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Axes that widen together and were given different ratios. ``asked``: parameter -> ratio, of
+    those whose ratio speaks for the group; the first one's was ``taken``."""
+
+    group: Group
+    asked: dict[str, float]
+    taken: float
+
+    def __str__(self) -> str:
+        each = {
+            r: [n for n, other in self.asked.items() if other == r] for r in self.asked.values()
+        }
+        text = "; ".join(f"{r:g} by {_some(tuple(names))}" for r, names in each.items())
+        return f"{self.group.before} -> {self.group.after}: {text}; took {self.taken:g}"
 
 
 @dataclass(frozen=True)
@@ -51,23 +70,32 @@ class Report:
     dimensions) in tensors where every channel axis widened or cannot widen. ``macs``:
     multiply-adds of one sample. ``seconds``: by stage. ``inputs``: input -> which of its sizes
     may differ from the example's. ``apart``: modules that could not be captured -> why; they stay
-    the user's Python, and the parts that were captured stand in ``inputs``.
+    the user's Python, and the parts that were captured stand in ``inputs``. ``conflicts``: where
+    the ratios asked for differ; ``unrounded``: widened dimensions of parameters that could not be
+    made a multiple of ``round_to``.
     """
 
     name: str
-    ratio: float
+    control: Control
     widened: float
     bridged: tuple[Bridge, ...]
     nodes: int
     groups: tuple[Group, ...]
     fixed: tuple[Fixed, ...]
     grown: tuple[str, ...]
+    conflicts: tuple[Conflict, ...]
+    unrounded: tuple[str, ...]
     parameters: tuple[int, int]
     macs: tuple[int, int]
     inputs: dict[str, str]
     apart: dict[str, str]
     seconds: dict[str, float]
     check: Check | None
+
+    @property
+    def ratio(self) -> float | dict[str, float]:
+        """As asked for: one number, or by pattern."""
+        return self.control.ratio
 
     @property
     def error(self) -> dict[str, float]:
@@ -82,7 +110,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         plain = dataclasses.asdict(self)
         plain["error"], plain["dead"] = self.error, list(self.dead)
-        plain.pop("check")
+        plain |= {"ratio": self.ratio, "keep": self.control.keep, "round_to": self.control.round_to}
+        for name in ("check", "control"):
+            plain.pop(name)
         if self.check:
             plain["tolerance"] = self.check.tolerance
             plain["vacuous"] = list(self.check.vacuous)
@@ -103,9 +133,14 @@ class Report:
         if self.apart:
             rows.insert(4, ("in Python", ", ".join(path or self.name for path in self.apart)))
         rows += [("dead", f"{len(self.dead)}: {_some(self.dead)}")] if self.dead else []
+        kept = tuple(dict.fromkeys(f.parameter for f in self.fixed if f.reason.startswith(ASKED)))
+        rows += [("kept", f"as asked, {len(kept)}: {_some(kept)}")] if kept else []
         rows += [("grown", f"beyond the ratio: {_some(self.grown)}")] if self.grown else []
+        unit = self.control.round_to
+        if self.unrounded:
+            rows.append(("unrounded", f"no multiple of {unit}: {_some(self.unrounded)}"))
         width = max(len(k) for k, _ in rows)
-        lines = [f"{self.name}, ratio {self.ratio:g}", "-" * 60]
+        lines = [f"{self.name}, {self.control}", "-" * 60]
         lines += [f"{k:<{width}}  {v}" for k, v in rows]
         if self.bridged:
             lines.append("bridges (run at the student's width):")
@@ -114,6 +149,11 @@ class Report:
         if self.apart:
             lines.append("not captured (runs as Python, at the student's width):")
             lines += [f"  {path or self.name}: {why}" for path, why in self.apart.items()]
+        if self.conflicts:
+            lines.append("ratios that differ for axes that widen together:")
+            lines += [f"  {conflict}" for conflict in self.conflicts[:8]]
+            more = len(self.conflicts) - 8
+            lines += [f"  ... and {more} more"] if more > 0 else []
         held = [f for f in self.fixed if not f.cannot]
         if held:
             lines.append("held back:")
@@ -148,7 +188,7 @@ def _some(names: tuple[str, ...]) -> str:
 def make_report(
     widened: Widened,
     teacher: Teacher,
-    ratio: float,
+    control: Control,
     example: tuple[Any, Any],
     seconds: dict[str, float],
     check: Check | None,
@@ -161,6 +201,7 @@ def make_report(
     sizes = {name: program.tensors[name].numel() for name in matrices}
     total = sum(sizes.values())
     share = sum(n for name, n in sizes.items() if name not in held) / total if total else 1.0
+    groups = _groups(inference.solver, widths, inference.parameters(program))
     nodes = {
         (mode.site.path, node.name)
         for mode in program.modes.values()
@@ -169,13 +210,18 @@ def make_report(
     }
     return Report(
         type(student).__name__,
-        ratio,
+        control,
         share,
         widened.bridges,
         len(nodes),
-        _groups(inference.solver, widths, inference.parameters(program)),
+        tuple(group for leaf, group in groups.items() if widths(leaf) != leaf.size),
         fixed,
         widths.grown,
+        tuple(
+            Conflict(groups[leaf], asked, next(iter(asked.values())))
+            for leaf, asked in widths.disputed.items()
+        ),
+        _unrounded(widened, control.round_to),
         (_count(student), _count(teacher)),
         (_macs(student, example), _macs(teacher, example)),
         _inputs(teacher),
@@ -197,27 +243,36 @@ def _inputs(teacher: Teacher) -> dict[str, str]:
 
 def _groups(
     solver: Solver, widths: Widths, parameters: dict[str, tuple[Axis, ...]]
-) -> tuple[Group, ...]:
+) -> dict[Leaf, Group]:
     members: dict[Leaf, list[str]] = {}
     for name, axes in parameters.items():
         for leaf in dict.fromkeys(x for a in axes for x in leaves(solver.resolve(a))):
-            if widths(leaf) != leaf.size:
-                members.setdefault(leaf, []).append(name)
+            members.setdefault(leaf, []).append(name)
     ordered = sorted(members.items(), key=lambda item: item[0].order)
-    return tuple(Group(leaf.size, widths(leaf), tuple(names)) for leaf, names in ordered)
+    return {leaf: Group(leaf.size, widths(leaf), tuple(names)) for leaf, names in ordered}
+
+
+def _unrounded(widened: Widened, unit: int) -> tuple[str, ...]:
+    return tuple(
+        f"{name} dim {dim} ({frozen.student} -> {frozen.teacher})"
+        for name in widened.inference.parameters(widened.program)
+        for dim, frozen in enumerate(widened.maps[name])
+        if frozen.wide and frozen.teacher % unit
+    )
 
 
 def _fixed(
     solver: Solver, widths: Widths, parameters: dict[str, tuple[Axis, ...]]
 ) -> tuple[Fixed, ...]:
     found = []
+    why = {**solver.reason, **widths.stays}
     for name, axes in parameters.items():
         for dim, axis in enumerate(axes):
             axis = solver.resolve(axis)
             for path in paths(axis):
                 if not path or any(leaf in widths.size for leaf in path):
                     continue
-                reasons = [solver.reason[leaf] for leaf in path if leaf in solver.reason]
+                reasons = [why[leaf] for leaf in path if leaf in why]
                 inner = any(leaf in widths.held for leaf in path)
                 bad = [r for r in reasons if r.kind not in CANNOT]
                 text = "another factor of its product widens" if inner else ""

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..axes import Axis, Frozen, Widths, choose_widths, freeze
+from ..axes import Axis, Frozen, Widths, freeze
 from .effects import has_effect
 from .infer import Inference
 from .program import Program, is_tensor, module_path, mutated, source
 from .rules import rule_of
-from .rules.base import Axes, DynamicAxis, Op, Target, Writer, student_size
+from .rules.base import Axes, DynamicAxis, Op, Target, Writer, parts, student_size
 
 aten = torch.ops.aten
 
@@ -55,13 +55,6 @@ class Widened:
 
     def frozen(self, axis: Axis) -> Frozen:
         return freeze(self.inference.solver.resolve(axis), self.widths)
-
-
-def assign(program: Program, inference: Inference, ratio: float) -> Widths:
-    """One width for every leaf (see ``choose_widths``)."""
-    weights = [a for axes in inference.parameters(program).values() for a in axes]
-    others = [a for axes in inference.axes.values() for part in _parts(axes) for a in part]
-    return choose_widths(inference.solver, weights, others, ratio)
 
 
 def widen(
@@ -114,11 +107,6 @@ def gather(tensor: torch.Tensor, maps: tuple[Frozen, ...]) -> torch.Tensor:
             index = torch.from_numpy(frozen.map).to(tensor.device)
             tensor = tensor.index_select(dim, index)
     return tensor
-
-
-def _parts(axes: Any) -> list[Axes]:
-    """The outputs of an op, one or several, as a list of axes."""
-    return axes if isinstance(axes, list) else [axes]
 
 
 @dataclass
@@ -213,7 +201,7 @@ class _GraphWriter:
         axes = self.inference.axes[w.op.node]
         wide = any(
             w.wide(a)
-            for part in _parts(axes)
+            for part in parts(axes)
             for d, a in enumerate(part)
             if dims is None or d in dims
         )

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from gpdfx import oracle
 from gpdfx.axes import Frozen
+from gpdfx.control import make_control
 from gpdfx.errors import LossyError
 from gpdfx.expand import Inputs, _Clock, _compile
 from gpdfx.kernels import copies
@@ -67,8 +68,8 @@ class Heads(nn.Module):
 
 
 def compiled(model: nn.Module, *inputs: Tensor, ratio: float = 2.0) -> tuple[Widened, Inputs]:
-    call = inputs, {}
-    return _compile(model, call, ratio, "random", "shared", "sizes", 0, _Clock()), call
+    call, control = (inputs, {}), make_control(model, ratio)
+    return _compile(model, call, control, "random", "shared", "sizes", 0, _Clock()), call
 
 
 def check(widened: Widened, call: Inputs) -> None:

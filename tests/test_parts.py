@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 import gpdfx
 from gpdfx import oracle
+from gpdfx.control import make_control
 from gpdfx.expand import Inputs, _Clock, _compile
 from gpdfx.passes.widen import Widened
 from gpdfx.teacher import Teacher
@@ -126,7 +127,9 @@ def _tamper(widened: Widened, key: str) -> None:
 def test_the_oracle_catches_a_fault_in_any_part(key: str) -> None:
     model, x = loop()
     call = example(model, x)
-    widened = _compile(model, call, 2.0, "random", "shared", "batch", 0, _Clock())
+    widened = _compile(
+        model, call, make_control(model, 2), "random", "shared", "batch", 0, _Clock()
+    )
     _tamper(widened, key)
     with pytest.raises(gpdfx.LossyError, match=r"differs by 1\.\d+e-06"):
         oracle.verify(widened, Teacher(widened), call)

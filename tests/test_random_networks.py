@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -22,12 +23,12 @@ RATIOS = st.sampled_from([1.3, 1.5, 2, 2, 2.5, 3])
 SHARES = st.sampled_from(["random", "uniform"])
 
 
-def check(code: str, ratio: float, shares: str) -> Report:
+def check(code: str, ratio: Any, shares: str, **options: Any) -> Report:
     """Lossless in both modes; collapse is the identity; gradients are the student's own; explain
     agrees with the report."""
     model = build(code)
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    teacher = gpdfx.expand(model, ratio, example_inputs=(x,), shares=shares)
+    teacher = gpdfx.expand(model, ratio, example_inputs=(x,), shares=shares, **options)
     report = teacher.report()
     assert not [b for b in report.bridged if "rule" in b.reason and "no rule" not in b.reason]
     assert tensors_equal(model.state_dict(), gpdfx.collapse(teacher).state_dict())

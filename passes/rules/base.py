@@ -24,6 +24,11 @@ Axes = tuple[Axis, ...]
 """One axis per dimension of a tensor. Ops with several outputs have a list of them."""
 
 
+def parts(axes: Any) -> list[Axes]:
+    """The outputs of an op, one or several, as a list of axes."""
+    return axes if isinstance(axes, list) else [axes]
+
+
 class Op:
     """One node as ``infer`` sees it.
 

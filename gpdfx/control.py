@@ -1,0 +1,119 @@
+"""What a user asks for beyond one width: ratios by module, what to keep, round numbers.
+
+A pattern is matched as ``fnmatch`` does, case and all (``*`` crosses dots too), against names of
+parameters and paths of modules; one that matches a module covers everything in it:
+
+    "layer4"         layer4.0.conv1.weight, layer4.1.bn2.bias ...
+    "*.bias"         every bias
+    "blocks.[01]"    the first two blocks
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from .errors import InputError
+from .explain import suggest
+
+
+@dataclass(frozen=True)
+class Control:
+    """``ratios``: pattern -> ratio, of which the last that covers a parameter counts; ``keep``:
+    patterns of what stays; ``round_to``: what widened axes are multiples of.
+
+    Parameters are asked for by all their names: a tied one has several.
+    """
+
+    ratios: dict[str, float]
+    keep: tuple[str, ...] = ()
+    round_to: int = 1
+
+    def entry(self, names: Sequence[str]) -> str:
+        """The pattern whose ratio is a parameter's; ``"*"``, and ratio 1, if none covers it."""
+        return next((p for p in reversed(self.ratios) if covers(p, names)), "*")
+
+    def ratio_of(self, names: Sequence[str]) -> float:
+        """The ratio asked for a parameter."""
+        return self.ratios.get(self.entry(names), 1.0)
+
+    def keeps(self, names: Sequence[str]) -> bool:
+        """True if a parameter has to stay."""
+        return any(covers(pattern, names) for pattern in self.keep)
+
+    @property
+    def ratio(self) -> float | dict[str, float]:
+        """One number for the whole network, or by pattern."""
+        return self.ratios["*"] if [*self.ratios] == ["*"] else self.ratios
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{pattern}: {r:g}" for pattern, r in self.ratios.items())
+        one = isinstance(self.ratio, float)
+        text = f"ratio {self.ratio:g}" if one else f"ratio {{{each}}}"
+        text += f", keep {', '.join(self.keep)}" if self.keep else ""
+        return text + (f", round to {self.round_to}" if self.round_to > 1 else "")
+
+
+def covers(pattern: str, names: Iterable[str]) -> bool:
+    """True if a pattern matches one of these names, or a module that it lies in."""
+    return any(fnmatchcase(path, pattern) for name in names for path in _paths(name))
+
+
+def _paths(name: str) -> list[str]:
+    """``"a.b.weight"`` -> ``"a"``, ``"a.b"``, ``"a.b.weight"``."""
+    parts = name.split(".")
+    return [".".join(parts[: k + 1]) for k in range(len(parts))]
+
+
+# --------------------------------------------------------------------------- checking arguments
+def make_control(model: nn.Module, ratio: Any, keep: Any = (), round_to: Any = 1) -> Control:
+    """The arguments of ``expand`` as a value. Raises ``InputError``, with near names for a
+    pattern that matches nothing in the model."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    known = dict.fromkeys(path for name in names for path in _paths(name))
+    if isinstance(ratio, Mapping) and ratio:
+        for pattern in ratio:
+            _check_pattern(f"ratio[{pattern!r}]", pattern, known)
+        ratios = {pattern: _number(f"ratio[{pattern!r}]", r) for pattern, r in ratio.items()}
+    else:
+        ratios = {"*": _number("ratio", ratio)}
+    patterns = (keep,) if isinstance(keep, str) else keep
+    if not isinstance(patterns, Sequence):
+        raise InputError(f"keep is {keep!r}", remedy='pass patterns: keep="head", keep=["a", "b"]')
+    for pattern in patterns:
+        _check_pattern("keep", pattern, known)
+    whole = isinstance(round_to, numbers.Integral) and not isinstance(round_to, bool)
+    if not whole or round_to < 1:
+        raise InputError(
+            f"round_to is {round_to!r}", remedy="pass a whole number of at least 1, for example 8"
+        )
+    return Control(ratios, tuple(patterns), int(round_to))
+
+
+def _number(what: str, given: Any) -> float:
+    bad = not isinstance(given, numbers.Real) or isinstance(given, bool)
+    if bad or not math.isfinite(given) or given < 1:
+        raise InputError(
+            f"{what} is {given!r}",
+            remedy="pass a finite number of at least 1, for example 2 or 1.5, or a mapping from "
+            'patterns to such numbers: {"*": 2, "layer4": 1.5}',
+        )
+    return float(given)
+
+
+def _check_pattern(argument: str, pattern: Any, known: Iterable[str]) -> None:
+    if not isinstance(pattern, str):
+        raise InputError(
+            f"{argument}: {pattern!r} is no pattern", remedy="pass names of modules or parameters"
+        )
+    if not covers(pattern, known):
+        raise InputError(
+            f"{argument}: {pattern!r} matches no parameter, and no module that has one",
+            remedy=suggest(pattern, known),
+        )

@@ -1,0 +1,100 @@
+"""Assign widths: one global choice, from what the user asked for each parameter.
+
+An axis belongs to the parameter that brings it: the first, in graph order, of which an op's
+result has it (a layer's output channels; its norm and the layers that are added to it bring them
+again, the next layer contracts them). That one's ratio counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import fx
+
+from ..axes import Leaf, Reason, Widths, choose_widths, leaves
+from ..control import Control, covers
+from .infer import Inference
+from .program import Program
+from .rules.base import parts
+
+
+def assign(program: Program, inference: Inference, control: Control) -> Widths:
+    """One width for every leaf (see ``choose_widths``)."""
+    solver, parameters = inference.solver, inference.parameters(program)
+    names = {name: [name] for name in parameters}
+    for other, name in program.alias.items():
+        names.setdefault(name, [name]).append(other)
+    free = {
+        name: dict.fromkeys(x for a in axes for x in leaves(a) if x not in solver.reason)
+        for name, axes in parameters.items()
+    }
+    stays: dict[Leaf, Reason] = {}
+    for name in parameters:
+        for leaf in free[name] if control.keeps(names[name]) else ():
+            stays.setdefault(leaf, Reason("kept", name))
+    free = {name: {x: None for x in own if x not in stays} for name, own in free.items()}
+    asked = _asked(program, inference, free, names, control)
+    taken = {leaf: next(iter(by.items())) for leaf, by in asked.items()}
+    stays |= {leaf: Reason("ratio 1", owner) for leaf, (owner, r) in taken.items() if r == 1}
+    widths = choose_widths(
+        solver,
+        [a for axes in parameters.values() for a in axes],
+        [a for axes in inference.axes.values() for part in parts(axes) for a in part],
+        lambda leaf: taken[leaf][1],
+        stays,
+        control.round_to,
+    )
+    differ = {leaf: by for leaf, by in asked.items() if len(set(by.values())) > 1}
+    return replace(widths, disputed={x: by for x, by in differ.items() if x not in widths.held})
+
+
+def _asked(
+    program: Program,
+    inference: Inference,
+    free: dict[str, dict[Leaf, None]],
+    names: dict[str, list[str]],
+    control: Control,
+) -> dict[Leaf, dict[str, float]]:
+    """Leaf -> parameter -> the ratio asked for it, the owner's first.
+
+    Those that bring the leaf have a say. So has a parameter that brings nothing (a head, whose
+    rows are the network's output), if it has an entry of its own: one that is not the owner's too.
+    """
+    bring: dict[Leaf, dict[str, None]] = {}
+    for name, leaf in _brought(program, inference, free):
+        bring.setdefault(leaf, {})[name] = None
+    bringing = {name for some in bring.values() for name in some}
+    readers: dict[Leaf, list[str]] = {}
+    for name, own in free.items():
+        for leaf in own:
+            readers.setdefault(leaf, []).append(name)
+    asked = {}
+    for leaf, some in readers.items():
+        first = bring.get(leaf) or some  # behind a bridge an axis begins with those that read it
+        owner = names[next(iter(first))]
+        heads = [n for n in some if n not in bringing]
+        heads = [n for n in heads if not covers(control.entry(names[n]), owner)]
+        asked[leaf] = {n: control.ratio_of(names[n]) for n in (*first, *heads)}
+    return asked
+
+
+def _brought(
+    program: Program, inference: Inference, free: dict[str, dict[Leaf, None]]
+) -> Iterator[tuple[str, Leaf]]:
+    """In graph order: a parameter that an op reads, and a leaf of it that the op's result has.
+    Ops on weights alone (a transpose) hand their parameters on."""
+    read: dict[fx.Node, list[str]] = {}
+    for _, node in program.each():
+        if node.op == "get_attr" and node.target in free:
+            read[node] = [str(node.target)]
+        names = [name for x in node.all_input_nodes for name in read.get(x, ())]
+        op = inference.ops.get(node)
+        if not names or op is None:
+            continue
+        if op.is_static(node):
+            read[node] = names
+            continue
+        axes = [a for part in parts(inference.axes[node]) for a in part]
+        result = {leaf for a in axes for leaf in leaves(inference.solver.resolve(a))}
+        yield from ((name, leaf) for name in names for leaf in free[name] if leaf in result)
