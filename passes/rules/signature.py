@@ -11,12 +11,14 @@ Left of the arrow one pattern per tensor argument (``?``: may be None), right of
 A name that stands only on the left is contracted: one operand (the last that holds it, a weight
 if there is one) is multiplied by shares. A name only on the right is fresh and fixed. A name bound
 to an integer argument (``g="groups"``) has that argument's size and is recomputed when it widens.
-Where an axis under ``*`` or ``!`` would widen, the op sees it at the student's width.
+Where an axis under ``*`` or ``!`` would widen, the op sees it at the student's width, and what
+comes out along it is copied again.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,32 +51,45 @@ class Signature:
         return [n for n in names if n[0] not in "*."]
 
 
+class SignatureError(ValueError):
+    """A signature that cannot be read; shows the place."""
+
+    def __init__(self, message: str, text: str, at: int) -> None:
+        super().__init__(f"{message}\n    {text}\n    {' ' * at}^")
+
+
 def parse(text: str) -> Signature:
-    """Parse a signature; raises ``ValueError`` that shows the offending part."""
+    """Parse a signature; raises ``SignatureError`` that shows the offending part."""
+    arrow = text.find("->")
     if text.count("->") != 1:
-        raise ValueError(f"a signature has one arrow: {text!r}")
-    left, right = text.split("->")
+        raise SignatureError("a signature has one ->", text, text.rfind("->") % (len(text) + 1))
     fixed: set[str] = set()
 
-    def dims(pattern: str) -> tuple[Dim, ...]:
-        found = []
-        for group, single in _TOKEN.findall(pattern):
-            names = tuple(group.split()) if group else (single,)
+    def dims(start: int, end: int) -> tuple[Dim, ...]:
+        found: list[Dim] = []
+        for token in _TOKEN.finditer(text, start, end):
+            group, single = token.groups()
+            names = (single,) if group is None else tuple(group.split())
             fixed.update(n.rstrip("!") for n in names if n.endswith("!"))
             names = tuple(n.rstrip("!") for n in names)
             bad = [n for n in names if not re.fullmatch(r"\.\.\.|\*?[A-Za-z_]\w*", n)]
-            if bad or (len(names) > 1 and any(n[0] in "*." for n in names)):
-                raise ValueError(f"cannot read {(bad or names)} in the signature {text!r}")
+            if bad or not names or (len(names) > 1 and any(n[0] in "*." for n in names)):
+                raise SignatureError(f"cannot read {token.group()!r}", text, token.start())
+            if names[0][0] in "*." and any(dim[0][0] in "*." for dim in found):
+                raise SignatureError("one ... or *name per operand", text, token.start())
             found.append(names)
-        if sum(dim[0][0] in "*." for dim in found) > 1:
-            raise ValueError(f"one ... or *name per operand: {pattern.strip()!r} in {text!r}")
         return tuple(found)
 
-    operands = [p.strip() for p in left.split(",")]
+    def operands(start: int, end: int) -> Iterator[tuple[int, int]]:
+        for pattern in text[start:end].split(","):
+            yield start, start + len(pattern.rstrip())
+            start += len(pattern) + 1
+
+    left = [(a, b, text[a:b].endswith("?")) for a, b in operands(0, arrow)]
     return Signature(
-        tuple(dims(p.rstrip("?")) for p in operands),
-        tuple(p.endswith("?") for p in operands),
-        tuple(dims(p) for p in right.split(",")),
+        tuple(dims(a, b - optional) for a, b, optional in left),
+        tuple(optional for *_, optional in left),
+        tuple(dims(a, b) for a, b in operands(arrow + 2, len(text))),
         frozenset(fixed),
     )
 
@@ -112,9 +127,14 @@ def infer(
         env[name] = op.free(int(op[argument]))
         op.solver.mark(op.solver.outer, env[name])
     moving: set[int] = set()  # which starred dimensions may widen, counted from the first
-    for x, dims in zip(_operands(op, signature, names), signature.inputs, strict=False):
-        if x is not None:
-            _match(op, x, dims, rest, moving)
+    given = list(zip(_operands(op, signature, names), signature.inputs, strict=False))
+    free = {
+        n for x, dims in given if x is not None and not op.is_static(x) for dim in dims for n in dim
+    }
+    for x, dims in given:
+        if x is not None:  # a weight's own axis under ! stays, the one that it meets need not
+            apart = free & signature.fixed if op.is_static(x) else set()
+            _match(op, x, dims, rest, moving, apart)
             _hold(op, signature, x, dims)
     for name in signature.contracted:
         if name in env:
@@ -150,9 +170,14 @@ def _hold(op: Op, signature: Signature, x: fx.Node, dims: tuple[Dim, ...]) -> No
 
 
 def _match(
-    op: Op, x: fx.Node, dims: tuple[Dim, ...], rest: dict[str, Axes], moving: set[int]
+    op: Op,
+    x: fx.Node,
+    dims: tuple[Dim, ...],
+    rest: dict[str, Axes],
+    moving: set[int],
+    apart: set[str],
 ) -> None:
-    """Bind the names of one operand."""
+    """Bind the names of one operand, but for those that it has ``apart`` from the others."""
     axes = op.axes(x)
     layout = _layout(dims, len(axes))
     for name in {dim[0] for dim in dims if dim[0][0] in "*."}:
@@ -167,7 +192,7 @@ def _match(
             elif dim[0] == name and op.hold(x, d, "the op slides along it"):
                 moving.add(right)
     for axis, (dim, _) in zip(axes, layout, strict=True):
-        if dim[0][0] not in "*.":
+        if dim[0][0] not in "*." and not apart.intersection(dim):
             _bind_product(op, axis, dim)
 
 
@@ -197,6 +222,7 @@ def _output(
         name = dim[0]
         if name in rest:
             result.append(rest[name][-1 - right])
+            op.spread |= {d} if name[0] == "*" and right in moving else set()
         elif name[0] == "*":
             result.append(op.free(sizes[d]) if right in moving else op.fixed(sizes[d]))
             op.spread |= {d} if right in moving else set()
