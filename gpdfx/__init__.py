@@ -14,6 +14,8 @@ from .expand import expand as expand
 from .explain import explain as explain
 from .explain import graph as graph
 from .report import Report as Report
+from .rule import rule as rule
+from .rule import unrule as unrule
 from .teacher import Teacher as Teacher
 from .teacher import collapse as collapse
 

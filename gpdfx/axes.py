@@ -566,15 +566,21 @@ class Frozen:
 
 
 def freeze(axis: Axis, width: Callable[[Leaf], int]) -> Frozen:
-    """The map of a resolved axis: Kronecker for products, concatenation for sums."""
+    """The map of a resolved axis whose leaves have copies in turn: 0, 1, 2, 0, 1, ..."""
+    return compose(axis, lambda leaf: np.arange(width(leaf)) % leaf.size)
+
+
+def compose(axis: Axis, map_of: Callable[[Leaf], np.ndarray]) -> Frozen:
+    """The map of a resolved axis from those of its leaves: Kronecker for products, concatenation
+    for sums."""
     if isinstance(axis, Leaf):
-        return Frozen(axis.size, np.arange(width(axis)) % axis.size)
+        return Frozen(axis.size, map_of(axis))
     if isinstance(axis, Product):
         index = np.zeros(1, dtype=np.int64)
-        for part in (freeze(f, width) for f in axis.factors):
+        for part in (compose(f, map_of) for f in axis.factors):
             index = (index[:, None] * part.student + part.map[None, :]).reshape(-1)
         return Frozen(axis.size, index)
-    parts = [freeze(t, width) for t in axis.terms]
+    parts = [compose(t, map_of) for t in axis.terms]
     starts = np.cumsum([0, *(p.student for p in parts)])
     maps = [p.map + start for p, start in zip(parts, starts[:-1], strict=True)]
     return Frozen(axis.size, np.concatenate(maps) if maps else np.zeros(0, dtype=np.int64))

@@ -27,6 +27,7 @@ from .passes.program import Program, source_line
 from .passes.rules.base import DynamicAxis
 from .passes.widen import Widened, widen
 from .report import make_report
+from .rule import check_rules
 from .teacher import Teacher
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -185,6 +186,7 @@ def _widen(
     independent: bool,
     seed: int,
 ) -> Widened:
+    check_rules(inference)
     widths = assign(program, inference, control)
     return widen(program, inference, widths, shares=shares, independent=independent, seed=seed)
 

@@ -91,7 +91,7 @@ def widen(
         target.prefix += "_"
     bridges: dict[Bridge, None] = {}
     for mode, graph in graphs.items():
-        _GraphWriter(program, inference, target, mode, bridges).run()
+        GraphWriter(program.modes[mode].nodes, inference, target, mode, bridges).run()
         graph.eliminate_dead_code(is_impure_node=has_effect)
         graph.lint()
     maps = {n: tuple(frozen(a) for a in axes) for n, axes in inference.tensors.items()}
@@ -110,11 +110,11 @@ def gather(tensor: torch.Tensor, maps: tuple[Frozen, ...]) -> torch.Tensor:
 
 
 @dataclass
-class _GraphWriter:
+class GraphWriter:
     """Writes the teacher's graph of one mode, node by node; ``env``: student's node -> teacher's
     (a list for an op with several outputs that had to be spread)."""
 
-    program: Program
+    nodes: list[fx.Node]
     inference: Inference
     target: Target
     mode: str
@@ -122,7 +122,7 @@ class _GraphWriter:
     env: dict[fx.Node, Any] = field(default_factory=dict)
 
     def run(self) -> None:
-        graph, nodes = self.target.graphs[self.mode], self.program.modes[self.mode].nodes
+        graph, nodes = self.target.graphs[self.mode], self.nodes
         for node in nodes:
             if node.op == "placeholder":
                 self.env[node] = graph.placeholder(node.name)

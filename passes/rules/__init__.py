@@ -25,11 +25,15 @@ FAMILIES = (
 )  # fmt: skip
 TABLE: dict[Any, Rule] = {op: rule for family in FAMILIES for op, rule in family.TABLE.items()}
 
+CUSTOM: dict[Any, Rule] = {}
+"""The user's own rows: see ``gpdfx.rule``."""
+
 
 def rule_of(op: Any) -> Rule | None:
     """The rule of an overload: its row, or the one for every pointwise op, or none (a bridge)."""
-    if op in TABLE:
-        return TABLE[op]
+    for table in (TABLE, CUSTOM):
+        if op in table:
+            return table[op]
     tags = getattr(op, "tags", ())
     random_ = torch.Tag.nondeterministic_seeded in tags
     return pointwise.POINTWISE if torch.Tag.pointwise in tags and not random_ else None
