@@ -453,14 +453,16 @@ def _round_up(size: dict[Leaf, int], holders: set[Leaf], axes: Iterable[Axis], u
     done: list[Axis] = []
     for axis in sorted((a for a in wide if wide[a]), key=order):
         options = []
-        for leaf in wide[axis]:
-            bound = [a for a in done if leaf in wide[a]] + [axis]
-            for width in range(size[leaf], size[leaf] + unit):
-                if not any(width_of(a, {**size, leaf: width}) % unit for a in bound):
-                    options.append((width_of(axis, {**size, leaf: width}), leaf.order, leaf, width))
+        for leaf in wide[axis] if width_of(axis, size) % unit else ():
+            bound = [axis, *(a for a in done if leaf in wide[a])]
+            for width in range(size[leaf] + 1, size[leaf] + unit):
+                trial = {**size, leaf: width}
+                if not any(width_of(a, trial) % unit for a in bound):
+                    options.append((width_of(axis, trial), leaf.order, leaf, width))
                     break
         if options:
             *_, leaf, size[leaf] = min(options)
+        if not width_of(axis, size) % unit:
             done.append(axis)
 
 

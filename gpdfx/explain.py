@@ -63,9 +63,10 @@ class Story:
     """What ``explain`` and ``graph`` need, as plain data that pickles with the teacher.
 
     ``leaves``: the constraint graph, leaves as numbers with ``size``, ``width``, ``reason``,
-    ``cause``; its edges carry the op that unified them. ``axes``: parameter -> per dimension the
-    text, the sizes and, per path, its leaves. ``roots``: parameter -> the leaf that each dimension
-    began as. ``layers``: the layers with weights, in data-flow order.
+    ``cause``, ``asked`` (the user wants it to stay); its edges carry the op that unified them.
+    ``axes``: parameter -> per dimension the text, the sizes and, per path, its leaves. ``roots``:
+    parameter -> the leaf that each dimension began as. ``layers``: the layers with weights, in
+    data-flow order.
     """
 
     leaves: nx.Graph
@@ -93,8 +94,8 @@ def make_story(widened: Widened) -> Story:
         reason = str(why[leaf]) if leaf in why else ""
         if held is not None:
             reason = f"factor {held.size} -> {widths(held)} of its product widens instead"
-        cause = leaf in solver.cause
-        graph.add_node(leaf.order, size=leaf.size, width=widths(leaf), reason=reason, cause=cause)
+        graph.add_node(leaf.order, size=leaf.size, width=widths(leaf), reason=reason)
+        graph.nodes[leaf.order].update(cause=leaf in solver.cause, asked=leaf in widths.stays)
     for leaf, wish in widths.stays.items():  # it begins at the parameter that the user named
         for root in inference.tensors[wish.where]:
             if isinstance(root, Leaf) and leaf in leaves(solver.resolve(root)):
@@ -166,7 +167,8 @@ def explain(teacher: Teacher, parameter: str) -> Explanation:
 def _why(story: Story, way: tuple[int, ...], root: int | None) -> tuple[str, tuple[str, ...]]:
     """The reason of a path's first leaf that has one, and the shortest chain to where it arose."""
     nodes = story.leaves.nodes
-    stuck = next((x for x in way if nodes[x]["reason"]), None)
+    reasons = [x for x in way if nodes[x]["reason"]]
+    stuck = next((x for x in reasons if nodes[x]["asked"]), next(iter(reasons), None))
     if stuck is None:
         return "too small to widen by this ratio", ()
     reason = nodes[stuck]["reason"]

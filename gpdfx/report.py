@@ -265,14 +265,14 @@ def _fixed(
     solver: Solver, widths: Widths, parameters: dict[str, tuple[Axis, ...]]
 ) -> tuple[Fixed, ...]:
     found = []
-    why = {**solver.reason, **widths.stays}
     for name, axes in parameters.items():
         for dim, axis in enumerate(axes):
             axis = solver.resolve(axis)
             for path in paths(axis):
                 if not path or any(leaf in widths.size for leaf in path):
                     continue
-                reasons = [why[leaf] for leaf in path if leaf in why]
+                asked = [widths.stays[leaf] for leaf in path if leaf in widths.stays]
+                reasons = asked or [solver.reason[leaf] for leaf in path if leaf in solver.reason]
                 inner = any(leaf in widths.held for leaf in path)
                 bad = [r for r in reasons if r.kind not in CANNOT]
                 text = "another factor of its product widens" if inner else ""

@@ -181,6 +181,19 @@ def test_keep() -> None:
     assert "self.up(self.norm(x))" in stem.chain[-1]
 
 
+def test_keep_explains_products() -> None:
+    """72 rows of qkv, a sum of heads x 8: each part stays because it was asked to."""
+    case = NETWORKS["gpt"]
+    teacher = gpdfx.expand(
+        case.model(), keep="blocks.0.attention.qkv.bias", example_inputs=case.inputs(), verify=False
+    )
+    rows, columns = gpdfx.explain(teacher, "blocks.0.attention.qkv.weight").dimensions
+    assert (rows.teacher, columns.teacher) == (72, 48)
+    assert rows.reason == "kept (blocks.0.attention.qkv.bias)"
+    fixed = [f for f in teacher.report().fixed if f.parameter == "blocks.0.attention.qkv.weight"]
+    assert {f.reason for f in fixed} == {rows.reason}
+
+
 # --------------------------------------------------------------------------- round numbers
 def test_round_to() -> None:
     teacher = expand(Net(), 1.5, round_to=8)
