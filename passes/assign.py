@@ -58,8 +58,9 @@ def _asked(
 ) -> dict[Leaf, dict[str, float]]:
     """Leaf -> parameter -> the ratio asked for it, the owner's first.
 
-    Those that bring the leaf have a say. So has a parameter that brings nothing (a head, whose
-    rows are the network's output), if it has an entry of its own: one that is not the owner's too.
+    Weights that bring the leaf have a say. So have those that only follow, a norm or a bias, or a
+    head (its rows are the network's output), if they have an entry of their own: one that is not
+    the owner's too.
     """
     bring: dict[Leaf, dict[str, None]] = {}
     for name, leaf in _brought(program, inference, free):
@@ -71,11 +72,14 @@ def _asked(
             readers.setdefault(leaf, []).append(name)
     asked = {}
     for leaf, some in readers.items():
-        first = bring.get(leaf) or some  # behind a bridge an axis begins with those that read it
-        owner = names[next(iter(first))]
-        heads = [n for n in some if n not in bringing]
-        heads = [n for n in heads if not covers(control.entry(names[n]), owner)]
-        asked[leaf] = {n: control.ratio_of(names[n]) for n in (*first, *heads)}
+        first = [*bring.get(leaf, some)]  # behind a bridge an axis begins with those that read it
+        weights = {first[0], *(n for n in first if len(inference.tensors[n]) > 1)}
+        heads = [n for n in some if n not in bringing and n not in first]
+        asked[leaf] = {
+            n: control.ratio_of(names[n])
+            for n in (*first, *heads)
+            if n in weights or not covers(control.entry(names[n]), names[first[0]])
+        }
     return asked
 
 

@@ -121,7 +121,7 @@ def test_ratios_by_module() -> None:
     assert {n for n, r in conflict.asked.items() if r == 1.5} == {
         f"blocks.1.{n}" for n in ("norm.weight", "norm.bias", "down.weight", "down.bias")
     }
-    assert "10 -> 20: 2 by stem.weight, stem.bias" in str(report)
+    assert "10 -> 20: 2 by stem.weight, blocks.0.down.weight; 1.5 by blocks.1" in str(report)
     assert report.ratio == {"*": 2, "blocks.1": 1.5, "neck": 3}
     assert json.loads(json.dumps(report.to_dict(), default=str))["conflicts"][0]["taken"] == 2
 
@@ -130,7 +130,7 @@ def test_what_no_pattern_covers_has_ratio_one() -> None:
     teacher = expand(Net(), {"neck": 2, "blocks.0": 2})
     report = teacher.report()
     assert {(g.before, g.after) for g in report.groups} == {(9, 18), (12, 24)}
-    assert [(c.taken, c.asked["blocks.0.down.bias"]) for c in report.conflicts] == [(1, 2)]
+    assert [(c.taken, c.asked["blocks.0.down.weight"]) for c in report.conflicts] == [(1, 2)]
     (up, stream) = gpdfx.explain(teacher, "blocks.1.up.weight").dimensions
     assert (up.reason, stream.reason) == ("ratio 1 (blocks.1.up.weight)", "ratio 1 (stem.weight)")
     assert "self.up(self.norm(x))" in stream.chain[0]
@@ -143,8 +143,14 @@ def test_a_head_follows_what_comes_in_and_may_object() -> None:
     assert not expand(Net(), {"*": 2, "neck": 1.5}, verify=False).report().conflicts
     report = expand(Net(), {"*": 2, "head": 1}, verify=False).report()
     (conflict,) = report.conflicts
-    assert conflict.asked == {"neck.weight": 2, "neck.bias": 2, "head.weight": 1}
+    assert conflict.asked == {"neck.weight": 2, "head.weight": 1}
     assert conflict.taken == 2
+
+
+def test_norms_and_biases_follow_and_may_object() -> None:
+    assert not expand(Net(), {"*": 2, "neck.weight": 1.5}, verify=False).report().conflicts
+    report = expand(Net(), {"*": 2, "neck.bias": 1.5}, verify=False).report()
+    assert [c.asked for c in report.conflicts] == [{"neck.weight": 2, "neck.bias": 1.5}]
 
 
 def test_behind_a_bridge_an_axis_belongs_to_its_reader() -> None:
