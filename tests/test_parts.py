@@ -79,6 +79,18 @@ def test_parts_are_captured_and_the_rest_stays_python() -> None:
     assert "4" in gpdfx.explain(teacher, "step.0.weight").dimensions[0].axis
 
 
+def test_what_the_user_asks_for_reaches_every_part() -> None:
+    model, x = loop()
+    ratio = {"*": 2, "step": 3}
+    asked = {"keep": "attend.in_proj_bias", "round_to": 8}
+    teacher = gpdfx.expand(model, ratio, example_inputs=(x,), **asked)
+    wide = teacher.state_dict()
+    assert wide["step.0.weight"].shape == (40, 8)
+    assert wide["attend.in_proj_weight"].shape == (24, 8)
+    reasons = {f.parameter: f.reason for f in teacher.report().fixed}
+    assert reasons["attend.in_proj_bias"] == "kept (attend.in_proj_bias)"
+
+
 def test_parts_train_move_copy_and_follow_other_sizes() -> None:
     model, x = loop()
     teacher = gpdfx.expand(model, 1.5, example_inputs=(x,))
