@@ -40,17 +40,20 @@ SMALL: dict[str, Any] = {
     **{"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64},
     **{"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2, "decoder_hidden_size": 24},
     **{"decoder_intermediate_size": 40, "decoder_num_attention_heads": 2, "num_queries": 6},
-    # audio; numpy masks and Python drops layers in train mode, which no graph can hold
-    **{"apply_spec_augment": False, "layerdrop": 0.0, "conv_dim": (24, 32), "conv_stride": (5, 4)},
-    **{"conv_kernel": (10, 6), "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
-    **{"num_mel_bins": 16, "max_source_positions": 24, "max_target_positions": 64},
-    **{"input_feat_per_channel": 16, "conv_channels": 40, "codebook_dim": 16, "codebook_size": 16},
+    # audio
+    **{"conv_dim": (24, 32), "conv_stride": (5, 4), "conv_kernel": (10, 6), "conv_channels": 40},
+    **{"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "codebook_dim": 16},
+    **{"num_mel_bins": 16, "input_feat_per_channel": 16, "codebook_size": 16},
+    **{"max_source_positions": 24, "max_target_positions": 64},
     # vision
     **{"image_size": 32, "patch_size": 8, "num_frames": 4, "projection_dim": 40, "num_stages": 4},
     **{"depths": [1, 1, 2, 1], "hidden_sizes": [8, 16, 24, 40], "embed_dim": 12},
     # several kinds of input
     **{"visual_feat_dim": 20, "visual_embedding_dim": 20, "image_token_index": 99},
     **{"l_layers": 2, "x_layers": 1, "r_layers": 1, "projection_intermediate_dim": 40},
+    # masks that numpy draws and layers that Python drops while training: no graph can hold them
+    **{"apply_spec_augment": False, "layerdrop": 0.0},
+    **{"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
 }
 
 
@@ -123,8 +126,6 @@ def row(inputs: Inputs, **config: Any) -> Entry:
 DISENTANGLED = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8}
 HEADS = {"num_attention_heads": [1, 2, 3, 5]}
 WINDOWS = {"depths": [2, 2], "num_heads": [2, 3]}
-BACKBONE = {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 16, 24, 40], "embedding_size": 8}
-FEATURES = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
 LATENTS = {"num_latents": 6, "d_latents": 32, "d_model": 24, "num_self_attends_per_block": 2}
 GROUPING = {"depths": [1, 1, 1], "num_group_tokens": [6, 3, 0], "num_output_groups": [6, 3, 0]}
 NECK = {"neck_hidden_sizes": [12, 16, 20, 24], "fusion_hidden_size": 28}
@@ -214,7 +215,7 @@ TABLE = {
     "Qwen3MoeForCausalLM": row(text),
     "Qwen3NextForCausalLM": row(text, layer_types=["linear_attention", "full_attention"]),
     "RecurrentGemmaForCausalLM": row(text, num_hidden_layers=3, lru_width=40),
-    "RwkvForCausalLM": row(tokens),
+    "RwkvForCausalLM": row(tokens, use_cache=False),  # it writes to states that backward needs
     "StableLmForCausalLM": row(text, num_attention_heads=3, num_key_value_heads=1),
     "Starcoder2ForCausalLM": row(text),
     "XGLMForCausalLM": row(text),
@@ -265,7 +266,7 @@ TABLE = {
         pixels, **NECK, num_hidden_layers=4, backbone_out_indices=[0, 1, 2, 3]
     ),
     "DeiTForImageClassificationWithTeacher": row(pixels),
-    "DetrForObjectDetection": row(large, backbone_config=BACKBONE | {"out_features": ["stage4"]}),
+    "DetrForObjectDetection": row(large),
     "Dinov2ForImageClassification": row(pixels),
     "Dinov2WithRegistersForImageClassification": row(pixels),
     "EfficientNetForImageClassification": row(
@@ -297,9 +298,7 @@ TABLE = {
     "SwinForImageClassification": row(pixels, **WINDOWS, patch_size=2),
     "Swinv2ForImageClassification": row(pixels, **WINDOWS, patch_size=2),
     "TimesformerForVideoClassification": row(video),
-    "UperNetForSemanticSegmentation": row(
-        large, backbone_config=BACKBONE | FEATURES, auxiliary_in_channels=24
-    ),
+    "UperNetForSemanticSegmentation": row(large, auxiliary_in_channels=24),
     "VJEPA2ForVideoClassification": row(
         floats("pixel_values_videos", 4, 3, 32, 32), crop_size=32, frames_per_clip=4, **PREDICTOR
     ),
@@ -352,10 +351,10 @@ def _config(kind: Any, own: dict[str, Any]) -> Any:
     fields = {f.name: f.name for f in dataclasses.fields(kind)}
     known = {alias: name for alias, name in kind.attribute_map.items() if name in fields} | fields
     given = {known[k]: v for k, v in SMALL.items() if k in known} | {"num_labels": 5} | own
-    for part, default in kind.sub_configs_defaults.items():
-        if part in own or not default.optional:
-            chosen = dict(own.get(part, {}))
-            family = chosen.pop("model_type", default.model_type)
-            mapping = importlib.import_module("transformers").CONFIG_MAPPING
-            given[part] = _config(mapping[family] if family else default.config_class, chosen)
+    for part, spec in kind.sub_configs_defaults.items():
+        if part in own or not spec.optional:
+            usual = {k: v for k, v in spec.init_kwargs.items() if k not in SMALL}
+            chosen = usual | own.get(part, {})
+            family = chosen.pop("model_type", spec.model_type)
+            given[part] = _config(spec.get_config_class(family), chosen)
     return kind(**given)

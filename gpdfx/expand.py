@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from .passes.capture import LEVELS, capture, whole
 from .passes.infer import Inference, NeedsFunctional, infer
 from .passes.inline import inline
 from .passes.parts import capture_parts, recapture
-from .passes.program import Program, source_line
+from .passes.program import Program, duplicate, source_line
 from .passes.rules.base import DynamicAxis
 from .passes.widen import Widened, widen
 from .report import make_report
@@ -165,14 +164,14 @@ def _compile(
 
 def _capture(model: nn.Module, inputs: Inputs, functional: bool, dynamic: str) -> Program:
     """The network as a program: in one piece if it exports, else in parts."""
-    student = copy.deepcopy(model)
+    student = duplicate(model)
     try:
         program = capture(student, whole(student, *inputs), functional, dynamic)
     except CaptureError as why:
         program = capture_parts(student, *inputs, functional, dynamic, why)
     program = inline(program)
     if bakes_constants(program):
-        double = copy.deepcopy(model).double()
+        double = duplicate(model).double()
         with contextlib.suppress(CaptureError):  # one that only runs in its own dtype keeps them
             program = follow(program, inline(recapture(program, double, torch.double, functional)))
     return follow_device(program)
@@ -302,7 +301,7 @@ def _check_forward(model: nn.Module, inputs: Inputs) -> None:
     args, kwargs = inputs
     try:
         with torch.no_grad():
-            copy.deepcopy(model).eval()(*args, **kwargs)
+            duplicate(model).eval()(*args, **kwargs)
     except Exception as error:  # whatever the user's forward raises
         raise InputError(
             f"{type(model).__name__} fails on the example inputs: {error}",

@@ -9,7 +9,6 @@ often vacuous (a zero-initialised last norm hides what stands before it), so ``v
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from .part import Section
 from .passes.capture import LEVELS
 from .passes.infer import Inference
 from .passes.parts import recording
-from .passes.program import Program, Site, module_path, source
+from .passes.program import Program, Site, duplicate, module_path, source
 from .passes.widen import Widened, gather
 from .teacher import Teacher, _attach, collapse
 
@@ -236,7 +235,7 @@ def compare(
     teacher.train(training)
     mode = "train" if training else "eval"
     for gradients in GRADIENTS:
-        run = copy.deepcopy(student).train(training)
+        run = duplicate(student).train(training)
         named = run.named_parameters()
         wrt = {n: p.requires_grad_(dead) for n, p in named if p.is_floating_point()}
         wrt = wrt if dead else {}
@@ -321,7 +320,7 @@ def verify(
     unseen: dict[str, str] = {}
     used, free = TOLERANCE, dict.fromkeys(twin._parts, LEVELS[-1])
     for which in ("probe", "real"):
-        student = copy.deepcopy(original)
+        student = duplicate(original)
         probe = which == "probe"
         student = _convert(randomize(student, seed) if probe else student, dtype)
         twin.load_student(student)
@@ -351,7 +350,7 @@ def verify(
             used = max(used, limit)
             error[f"{which}/{mode}"] = errors.get(worst, 0.0)
         if probe:
-            free = _free(copy.deepcopy(student), twin, inputs, seed, used)
+            free = _free(duplicate(student), twin, inputs, seed, used)
     _check_student(twin, inputs, seed, used)
     named = dict(original.named_parameters())
     dead = tuple(n for n, p in named.items() if n not in moved and p.is_floating_point())
@@ -425,7 +424,7 @@ def _runs(student: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype) -> boo
     """Some networks bake float32 tensors and do not run in float64, or not without overflow."""
     finite = []
     for to in (None, dtype):
-        twin = _convert(copy.deepcopy(student), to).eval()
+        twin = _convert(duplicate(student), to).eval()
         some_args, some_kwargs = _cast((args, kwargs), to)
         try:
             with torch.no_grad(), keep_rng():
@@ -442,7 +441,7 @@ def _sensitivity(
     """The largest relative change of anything observed when each weight changes its last bit."""
     results = []
     for bump in (False, True):
-        twin = copy.deepcopy(student).train(training)
+        twin = duplicate(student).train(training)
         with torch.no_grad():
             for p in twin.parameters() if bump else ():
                 if p.is_floating_point():

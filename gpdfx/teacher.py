@@ -16,7 +16,7 @@ from .errors import InputError
 from .explain import make_story
 from .part import Part, Section
 from .passes.parts import slow_attention
-from .passes.program import Program
+from .passes.program import Program, duplicate
 from .passes.widen import Widened, gather
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Teacher(nn.Module):
         self._story = make_story(widened)
         self._caches: list[tuple[str, str, Any]] = []
         # The user's module hides from nn.Module: its tensors are placeholders for the teacher's.
-        object.__setattr__(self, "_student", copy.deepcopy(program.student))
+        object.__setattr__(self, "_student", duplicate(program.student))
         self._register(program, widened)
         # Generated code names tensors as attributes; `_net` has the same registries and none of
         # this class's methods, so a student may call its own submodules `student` or `report`.
@@ -98,7 +98,7 @@ class Teacher(nn.Module):
     def _make_between(self) -> nn.Module:
         """The student's Python, whose parts run their graphs; its own tensors are not used."""
         tensors = itertools.chain(self._student.parameters(), self._student.buffers())
-        between = copy.deepcopy(self._student, {id(t): t for t in tensors})
+        between = duplicate(self._student, {id(t): t for t in tensors})
         for path, part in self._parts.items():
             part.take_over(between.get_submodule(path), self._net)
         return between
@@ -125,9 +125,16 @@ class Teacher(nn.Module):
     def _run(
         self, module: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        """Run the user's module on other tensors; what it keeps of them is forgotten after."""
+        """Run the user's module on other tensors; what it keeps of them is forgotten after, but a
+        buffer that it replaces by another is written down."""
+        own = {name: tensors[name] for name, _ in module.named_buffers()}
         try:
-            return functional_call(module, tensors, args, kwargs, tie_weights=True)
+            result = functional_call(module, tensors, args, kwargs, tie_weights=True)
+            with torch.no_grad():
+                for name, buffer in own.items():
+                    if tensors[name] is not buffer and tensors[name].shape == buffer.shape:
+                        buffer.copy_(tensors[name])
+            return result
         finally:
             for path, attribute, pristine in self._caches:
                 module.get_submodule(path).__dict__[attribute] = copy.copy(pristine)
@@ -148,13 +155,15 @@ class Teacher(nn.Module):
             for k, v in module.__dict__.items()
             if isinstance(v, dict | list | Tensor | type(None)) and k not in _REGISTRIES
         }
-        probe = copy.deepcopy(self._student)
-        with torch.no_grad():
+        probe = duplicate(self._student)
+        with torch.enable_grad():  # what is computed from parameters then says so
             for training in (True, False):
                 probe.train(training)(*args, **kwargs)
         for (path, k), old in before.items():
             new = probe.get_submodule(path).__dict__.get(k)
-            if isinstance(old, dict | list) and isinstance(new, dict | list):
+            if isinstance(old, Tensor) and isinstance(new, Tensor):
+                changed = not new.is_leaf
+            elif isinstance(old, dict | list) and isinstance(new, dict | list):
                 changed = len(old) != len(new)
             else:
                 changed = (old is None) != (new is None)
@@ -230,7 +239,7 @@ def collapse(teacher: Teacher) -> nn.Module:
             f"collapse takes a teacher, not {type(teacher).__name__}",
             remedy="pass what gpdfx.expand returned",
         )
-    plain: nn.Module = copy.deepcopy(teacher._student)
+    plain: nn.Module = duplicate(teacher._student)
     buffers = dict(teacher._modules[teacher._buffers_name].named_buffers())  # type: ignore[union-attr]
     with torch.no_grad():
         own = dict(plain.named_parameters())

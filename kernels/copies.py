@@ -91,6 +91,12 @@ def average(x: Tensor, dims: list[int], copies: Tensor, gain: float, keepdim: bo
     return (x * (_reciprocal(copies, x) * gain)).mean(dims, keepdim=keepdim)
 
 
+def weight_norm(v: Tensor, g: Tensor, dims: list[int], copies: Tensor) -> Tensor:
+    """``g * v / |v|`` with the student's norm over ``dims`` (Salimans and Kingma, 2016)."""
+    square = v.square() * _reciprocal(copies, v)
+    return v * (g / square.sum(dims, keepdim=True).sqrt())
+
+
 def variance(
     x: Tensor,
     dims: list[int],

@@ -32,6 +32,8 @@ def canonicalize(program: Program) -> Program:
         for node in mode.nodes:
             _drop_identity(node)
         _functionalize(mode.graph)
+        for node in mode.nodes:
+            _spell_copy(node)
         _protect_buffers(mode.graph)
         mode.graph.eliminate_dead_code(is_impure_node=has_effect)
     return check(program)
@@ -177,10 +179,19 @@ def _one_node_per_tensor(graph: fx.Graph) -> None:
 
 
 def _drop_identity(node: fx.Node) -> None:
-    """Erase export's assertions and dropout that drops nothing; spell a copy as an expansion."""
+    """Erase export's assertions, and dropout that drops nothing."""
     if node.target in _CHECKS:
         node.graph.erase_node(node)
-    elif node.target is aten.copy.default:  # what functionalization leaves has no derivative
+    elif node.target in (aten.dropout.default, aten.dropout_.default):
+        source, p, train = node.args[:3] if len(node.args) > 2 else (None, None, True)
+        if isinstance(source, fx.Node) and (p == 0 or not train):
+            node.replace_all_uses_with(source)
+            node.graph.erase_node(node)
+
+
+def _spell_copy(node: fx.Node) -> None:
+    """What functionalization leaves of a copy has no derivative: spell it as an expansion."""
+    if node.target is aten.copy.default:
         target, source = node.args[:2]
         node.target, node.args = aten.expand_as.default, (source, target)
         if value(source).dtype != value(target).dtype:
@@ -188,11 +199,6 @@ def _drop_identity(node: fx.Node) -> None:
                 cast = node.graph.call_function(aten.type_as.default, (source, target))
             cast.meta = {**node.meta, "val": value(source).to(value(target).dtype)}
             node.args = (cast, target)
-    elif node.target in (aten.dropout.default, aten.dropout_.default):
-        source, p, train = node.args[:3] if len(node.args) > 2 else (None, None, True)
-        if isinstance(source, fx.Node) and (p == 0 or not train):
-            node.replace_all_uses_with(source)
-            node.graph.erase_node(node)
 
 
 def _functionalize(graph: fx.Graph) -> None:

@@ -8,7 +8,6 @@ by us. The user's model is never touched: copies are traced.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import io
 import itertools
@@ -31,7 +30,7 @@ from .. import tree
 from ..call import Call
 from ..errors import CaptureError
 from ..tree import Pattern
-from .program import Mode, Program, Site, shape, source_line
+from .program import Mode, Program, Site, duplicate, shape, source_line
 
 
 def whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Site]:
@@ -193,7 +192,7 @@ def _export_site(
     student: nn.Module, site: Site, free: Any, patience: float | None
 ) -> tuple[ExportedProgram, Pattern]:
     """Export a copy of a module whose forward takes and returns flat tensors."""
-    module = copy.deepcopy(student.get_submodule(site.path)).train(site.training)
+    module = duplicate(student.get_submodule(site.path)).train(site.training)
     forward, returned = module.forward, list[Pattern]()
 
     def flat(*tensors: Any) -> tuple[Any, ...]:

@@ -8,7 +8,6 @@ between the parts stays the user's Python, and sees the student's widths.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +20,7 @@ from ..call import Call
 from ..errors import CaptureError
 from ..sizes import fits
 from .capture import capture
-from .program import Mode, Program, Site
+from .program import Mode, Program, Site, duplicate
 
 Calls = dict[str, list[Site]]
 
@@ -149,7 +148,7 @@ def record(student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """How every module is called in one run of each mode, up to where it fails if it does."""
     calls: Calls = {}
     for training in (True, False):
-        run = copy.deepcopy(student).train(training)
+        run = duplicate(student).train(training)
         with contextlib.suppress(Exception), recording(run, calls):
             run(*args, **kwargs)
     return calls

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -15,6 +16,7 @@ from torch import fx, nn
 from ..call import Call
 from ..tree import Pattern
 
+Module = TypeVar("Module", bound=nn.Module)
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _HERE = str(Path(__file__).resolve().parent) + os.sep
 
@@ -96,6 +98,17 @@ def check(program: Program) -> Program:
             if node.op in ("call_module", "call_method"):
                 raise AssertionError(f"{name}: {node.name} is no ATen call: {node.op}")
     return program
+
+
+def duplicate(module: Module, memo: dict[int, Any] | None = None) -> Module:
+    """A deep copy, also of modules that hold a computed tensor (the old ``weight_norm``), which
+    ``copy`` alone refuses. ``memo``: what is shared, by ``id``."""
+    memo = dict(memo or {})
+    for part in module.modules():
+        for held in vars(part).values():
+            if isinstance(held, torch.Tensor) and not held.is_leaf:
+                memo[id(held)] = held.detach().clone()
+    return copy.deepcopy(module, memo)
 
 
 # --------------------------------------------------------------------------- reading nodes

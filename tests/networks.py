@@ -301,6 +301,58 @@ class Branching(nn.Module):
         return self.head(self.b(y.relu()).flatten(2).mean(2))
 
 
+class Held(nn.Module):
+    """Everything a module may hold: parametrised and composed weights, ties, a module called
+    twice, statistics that nobody reads, a frozen parameter, plain tensors as attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(30, 8, mode="mean")
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 12))
+        self.weighted = nn.utils.parametrizations.weight_norm(nn.Linear(12, 8))
+        self.old = nn.utils.weight_norm(nn.Conv1d(8, 8, 3, padding=1), dim=1)
+        self.attend = nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True)
+        self.hyper = nn.Linear(8, 8 * 6)
+        self.twice = nn.Linear(8, 8)
+        self.tied = nn.Linear(8, 8, bias=False)
+        self.tied.weight = self.twice.weight
+        self.side = nn.BatchNorm1d(8)
+        self.still = nn.Parameter(torch.randn(8), requires_grad=False)
+        self.plain = torch.linspace(0.5, 1.5, 8)
+        self.register_buffer("passing", torch.randn(8), persistent=False)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.weighted(F.gelu(self.spectral(self.bag(tokens))))
+        x = self.tied(self.twice(self.twice(x).relu())) * self.still + self.passing
+        self.side(x)
+        sequence = torch.stack([x, x * self.plain, x.roll(1, 0)], 1)
+        sequence = self.attend(sequence, sequence, sequence)[0]
+        sequence = self.old(sequence.transpose(1, 2)).mean(2)
+        weight = self.hyper(x).view(-1, 6, 8) + self.hyper.weight.view(6, 8, 8).mean(2)
+        return self.head(torch.einsum("boi,bi->bo", weight, sequence))
+
+
+class Experts(nn.Module):
+    """A mixture: every token goes through its two best experts, weighed by a router."""
+
+    def __init__(self, experts: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 8)
+        self.router = nn.Linear(8, experts, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 12), nn.SiLU(), nn.Linear(12, 8)) for _ in range(experts)
+        )
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x)
+        value, chosen = self.router(y).softmax(-1).topk(2, dim=-1)
+        gate = torch.zeros_like(y[..., :1]).expand(*y.shape[:-1], len(self.experts))
+        gate = gate.scatter(-1, chosen, value)
+        return self.head(sum(gate[..., k, None] * e(y) for k, e in enumerate(self.experts)) + y)
+
+
 WRITTEN: dict[str, Case] = {
     "unet": Case(UNet, (2, 3, 16, 16)),
     "gpt": Case(GPT, (2, 12), tokens=50),
@@ -312,6 +364,8 @@ WRITTEN: dict[str, Case] = {
     "recurrent": Case(Recurrent, (4, 6), tokens=20),
     "cached": Case(Cached, (4, 5, 6)),
     "branching": Case(Branching, (2, 3, 16, 16)),
+    "held": Case(Held, (6, 4), tokens=30),
+    "experts": Case(Experts, (4, 3, 5)),
 }
 
 

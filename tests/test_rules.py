@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gpdfx
+from benchmarks import networks
 
 Step = Callable[[Tensor], Tensor]
 
@@ -38,6 +39,10 @@ FREE: dict[str, Step] = {
     "group_norm": lambda x: F.group_norm(x, 4),
     "instance_norm": F.instance_norm,
     "weight standardisation": lambda x: F.conv2d(x, _standard(W["2d"]), padding=1),
+    "weight_norm": lambda x: F.conv2d(
+        x, torch._weight_norm(W["2d"], W["linear"].square().mean(1)[:, None, None, None] + 1)
+    ),
+    "an empty slice": lambda x: torch.cat([x, x[:, 8:]], 1),
     "var_mean": lambda x: sum(torch.var_mean(x, 1, keepdim=True), x),
     "std, several": lambda x: x / x.std((1, 2, 3), keepdim=True),
     "norm 1": lambda x: x / x.norm(p=1, dim=1, keepdim=True),
@@ -169,3 +174,14 @@ def test_op(name: str) -> None:
     assert not [b for b in report.bridged if "rule failed" in b.reason]
     assert any("stem.weight" in group.parameters for group in report.groups), report
     assert bool(report.bridged) == narrowed, report
+
+
+def test_experts_in_one_product() -> None:
+    """Hugging Face's grouped matrix product: rows by expert, a weight for each."""
+    pytest.importorskip("transformers")
+    model, args, kwargs = networks.build("transformers:MixtralForCausalLM", 0)
+    report = gpdfx.expand(
+        model, 1.5, example_inputs=args, example_kwargs=kwargs, dynamic="batch"
+    ).report()
+    assert report.widened == 1.0
+    assert not report.bridged

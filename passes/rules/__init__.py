@@ -34,6 +34,8 @@ def rule_of(op: Any) -> Rule | None:
     for table in (TABLE, CUSTOM):
         if op in table:
             return table[op]
+    if (name := getattr(op, "_schema", None) and op._schema.name) in contraction.NAMED:
+        return contraction.NAMED[name]
     tags = getattr(op, "tags", ())
     random_ = torch.Tag.nondeterministic_seeded in tags
     return pointwise.POINTWISE if torch.Tag.pointwise in tags and not random_ else None

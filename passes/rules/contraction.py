@@ -159,7 +159,15 @@ def _widen_attention_dropout(w: Writer, axes: Axes, changes: dict[str, Any]) -> 
     return w.call(copies.attend, weights, given["value"], bool(w.op["enable_gqa"]))
 
 
+# --------------------------------------------------------------------------- mixtures of experts
+_GROUPED = sig("s i, *e i o, *e? -> s o")  # rows by expert; offs says where each expert's end
+
+NAMED = {"transformers::grouped_mm_fallback": _GROUPED}
+"""Ops of libraries that may be absent, by name."""
+
+# --------------------------------------------------------------------------- the table
 TABLE: dict[Any, Rule] = {
+    aten._grouped_mm.default: _GROUPED,
     aten.linear.default: sig("... i, o i, o? -> ... o"),
     aten.conv1d.default: _CONV,
     aten.conv2d.default: _CONV,

@@ -237,6 +237,8 @@ def _slice(op: Op) -> Axes:
     size, out = axes[dim].size, op.out_shape[dim]
     if out == size and op["step"] == 1:
         return axes
+    if out == 0:  # nothing, whatever the width
+        return (*axes[:dim], op.fixed(0), *axes[dim + 1 :])
     raw = value(op.node).shape[dim]
     moving = any(isinstance(op[bound], fx.Node) for bound in ("start", "end")) or is_free(raw)
     if op.solver.is_fixed(axes[dim]) or op["step"] != 1 or moving:
@@ -270,6 +272,8 @@ def _widen_slice(w: Writer, out: str = "") -> fx.Node:
     piece = (op.axes(out) if out else w.target.axes[op.node])[dim]
     if op.narrowed or not w.wide(axis) or axis.size == piece.size:
         return w.copy()
+    if piece.size == 0:
+        return w.copy(start=0, end=0)
     start = _start(op, axis.size)
     left = w.frozen(op.solver.cut(axis, start)[0]).teacher if start else 0
     return w.copy(start=left, end=left + w.frozen(piece).teacher)

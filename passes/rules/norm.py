@@ -97,7 +97,26 @@ def _instance_norm(op: Op) -> Axes:
     return op.axes("input")
 
 
+# --------------------------------------------------------------------------- of a weight
+def _weight_norm(op: Op) -> Axes:
+    v = op.axes("v")
+    for a, b in zip(v, op.axes("g"), strict=True):
+        if b.size != 1:
+            op.unify(a, b)
+    return v
+
+
+def _widen_weight_norm(w: Writer) -> fx.Node:
+    """``dim`` is the one that is not normalised over; -1: none."""
+    axes = w.op.axes("v")
+    dims = [d for d in range(len(axes)) if d != w.op["dim"]]
+    if not any(w.wide(axes[d]) for d in dims):
+        return w.copy()
+    return w.call(copies.weight_norm, w["v"], w["g"], dims, w.copies(axes, dims))
+
+
 TABLE: dict[Any, Rule] = {
+    aten._weight_norm.default: Rule(_weight_norm, _widen_weight_norm),
     aten.batch_norm.default: _BATCH,
     aten._native_batch_norm_legit_functional.default: Rule(_functional_batch_norm),
     aten._native_batch_norm_legit_no_training.default: Rule(_functional_batch_norm),
