@@ -17,7 +17,7 @@ from torch import fx
 from ...axes import ONE, Axis, Frozen, Product, Reason, Solver
 from ...errors import AxisConflict
 from ...kernels import copies
-from ..program import bind, describe, is_free, is_tensor, module_path, shape, value
+from ..program import bind, describe, is_free, is_tensor, module_path, shape, size_hint, value
 
 aten = torch.ops.aten
 Axes = tuple[Axis, ...]
@@ -86,6 +86,13 @@ class Op:
 
     def fixed(self, size: int, kind: str = "spatial") -> Axis:
         return self.solver.leaf(size, Reason(kind, self.where))
+
+    def measured(self, raw: Any) -> Axis:
+        """A fixed axis of a size that may be known at run time only."""
+        axis = self.fixed(size_hint(raw))
+        if is_free(raw):
+            self.solver.mark(self.solver.symbolic, axis)
+        return axis
 
     def free(self, size: int) -> Axis:
         return self.solver.leaf(size)

@@ -183,6 +183,7 @@ TABLE: dict[Any, Rule] = {
     aten.bmm.default: Rule(_matmul, _widen_matmul),
     aten.mv.default: Rule(_matmul, _widen_matmul),
     aten.dot.default: Rule(_matmul, _widen_matmul),
+    aten.vdot.default: Rule(_matmul, _widen_matmul),
     aten.einsum.default: Rule(_einsum, _widen_einsum),
     aten.addmm.default: _add_product(("mat1", "mat2"), "m k, k n -> m n"),
     aten.addmv.default: _add_product(("mat", "vec"), "m k, k -> m"),

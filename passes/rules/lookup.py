@@ -58,6 +58,17 @@ def _gather(op: Op) -> Axes:
     return index
 
 
+def _embedding_bag(op: Op) -> list[Axes]:
+    """Sums, means or largest of rows; then which rows, by bag."""
+    weight = op.axes("weight")
+    op.fix(weight[0], "lookup")
+    bags, *others = op.node.meta["val"]
+    result = (op.measured(bags.shape[0]), weight[1])
+    return [result] + [
+        result if v.ndim == 2 else tuple(op.measured(s) for s in v.shape) for v in others
+    ]
+
+
 def _scatter(op: Op) -> Axes:
     """Positions along ``dim`` are written; the other dimensions of all operands agree."""
     axes, dim = op.axes("self"), dim_of(op, op["dim"])
@@ -84,6 +95,8 @@ def _index_put(op: Op) -> Axes:
 
 TABLE: dict[Any, Rule] = {
     aten.embedding.default: Rule(_embedding),
+    aten.embedding_bag.default: Rule(_embedding_bag),
+    aten.embedding_bag.padding_idx: Rule(_embedding_bag),
     aten.index.Tensor: Rule(_index),
     aten.index_select.default: Rule(_index_select),
     aten.gather.default: Rule(_gather),

@@ -408,6 +408,7 @@ TABLE: dict[Any, Rule] = {
     aten.movedim.int: Rule(_movedim),
     aten.movedim.intlist: Rule(_movedim),
     aten.t.default: Rule(_reversed),
+    aten.matrix_H.default: Rule(_reversed),
     aten.numpy_T.default: Rule(_reversed),
     aten.squeeze.default: Rule(_squeeze),
     aten.squeeze.dim: Rule(_squeeze),
