@@ -108,6 +108,12 @@ class Pattern:
         both = zip(self.slots, self.constants, strict=True)
         return unflatten([next(rest) if slot else c for slot, c in both], self.spec)
 
+    def same(self, other: Pattern) -> bool:
+        """True if structure and constants are equal."""
+        constants = zip(self.constants, other.constants, strict=False)
+        alike = self.spec == other.spec and self.slots == other.slots
+        return alike and all(_same(a, b) for a, b in constants)
+
     def match(self, tree: Any) -> list[Any] | None:
         """What stands in the slots; ``None`` if the structure or a constant is another."""
         flat, spec = flatten(tree)

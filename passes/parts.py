@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import tree
 from ..call import Call
 from ..errors import CaptureError
 from ..sizes import fits
@@ -38,7 +37,7 @@ def capture_parts(
 ) -> Program:
     """As ``capture`` of the whole network, which failed (``why``). Raises it again if no module
     with parameters can be captured."""
-    calls = record(student, args, kwargs)
+    calls = _steady(record(student, args, kwargs), record(_shuffled(student), args, kwargs))
     program = Program(student, {}, {}, {}, {}, {"": _reason(why)})
     for name, child in student.named_children():
         program = _add(program, name, child, calls, functional, dynamic, set())
@@ -114,8 +113,11 @@ def _enlarged(site: Site) -> Site:
 
 def _takes(mode: Mode, site: Site) -> bool:
     """True if a captured graph is right for another call of its module."""
-    same = mode.site.training == site.training and mode.site.call.pattern == site.call.pattern
-    return same and fits(mode.graph, site.tensors)
+    return _alike(mode.site, site) and fits(mode.graph, site.tensors)
+
+
+def _alike(a: Site, b: Site) -> bool:
+    return a.training == b.training and a.call.pattern.same(b.call.pattern)
 
 
 def merge(a: Program, b: Program) -> Program:
@@ -154,6 +156,26 @@ def record(student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return calls
 
 
+def _steady(calls: Calls, others: Calls) -> Calls:
+    """Without the modules whose arguments other than tensors follow from values (how many tokens
+    an expert gets): with other weights they are called in another way."""
+    return {
+        path: sites
+        for path, sites in calls.items()
+        if all(any(_alike(a, b) for a in sites) for b in others.get(path, []))
+    }
+
+
+def _shuffled(student: nn.Module) -> nn.Module:
+    """A copy with every parameter's values in another order."""
+    other, draw = duplicate(student), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in other.parameters():
+            order = torch.randperm(p.numel(), generator=draw).to(p.device)
+            p.copy_(p.flatten()[order].view_as(p))
+    return other
+
+
 @contextlib.contextmanager
 def recording(run: nn.Module, calls: Calls, paths: Sequence[str] | None = None) -> Iterator[None]:
     """While it lasts, the calls of the modules (all, or ``paths``) are written down; gradients are
@@ -162,10 +184,9 @@ def recording(run: nn.Module, calls: Calls, paths: Sequence[str] | None = None) 
     def hook(path: str) -> Any:
         def write(module: nn.Module, args: Any, kwargs: Any) -> None:
             with contextlib.suppress(TypeError, ValueError):  # a forward without signature
-                args, kwargs = tree.map_leaves(_detached, (args, kwargs))
                 call = Call(module, args, kwargs)
-                site = Site(path, module.training, call, tuple(call.flatten(args, kwargs)))
-                calls.setdefault(path, []).append(site)
+                tensors = tuple(x.detach() for x in call.flatten(args, kwargs))
+                calls.setdefault(path, []).append(Site(path, module.training, call, tensors))
 
         return write
 
@@ -180,10 +201,6 @@ def recording(run: nn.Module, calls: Calls, paths: Sequence[str] | None = None) 
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _detached(x: Any) -> Any:
-    return x.detach() if isinstance(x, torch.Tensor) else x
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from ..tree import Pattern
 
 Module = TypeVar("Module", bound=nn.Module)
 _TORCH = str(Path(torch.__file__).parent) + os.sep
-_HERE = str(Path(__file__).resolve().parent) + os.sep
+_HERE = tuple(str(p.parent) + os.sep for p in (Path(__file__), Path(__file__).resolve()))
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def source_line(trace: str) -> str:
     lines, found = trace.splitlines(), ""
     for k, line in enumerate(lines):
         frame = _FRAME.match(line)
-        if frame and not frame["path"].startswith((_TORCH, _HERE, "<")):
+        if frame and not frame["path"].startswith((_TORCH, *_HERE, "<")):
             code = lines[k + 1].strip() if k + 1 < len(lines) else ""
             found = f"{os.path.basename(frame['path'])}:{frame['line']} {code}"
     return found
