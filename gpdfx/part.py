@@ -89,14 +89,16 @@ class _Code:
             k: ("module", v.__name__) if isinstance(v, types.ModuleType) else ("value", v)
             for k, v in python.globals.items()
         }
-        self.function: Callable[..., Any] | None = None
+        self.function = self._compile()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "function": None}
+        return {"source": self.source, "globals": self.globals}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.function = self._compile()
 
     def __call__(self, net: nn.Module, flat: list[Any]) -> Any:
-        if self.function is None:
-            self.function = self._compile()
         return self.function(net, *flat)
 
     def _compile(self) -> Callable[..., Any]:

@@ -72,7 +72,7 @@ class Teacher(nn.Module):
         for name, tensor in program.tensors.items():
             own = tensor.detach()
             wide = gather(own, widened.maps[name])
-            wide = own.clone() if wide is own else wide
+            wide = own.clone() if wide is own else _in_format_of(own, wide)
             if isinstance(tensor, nn.Parameter):
                 wide = nn.Parameter(wide, requires_grad=tensor.requires_grad)
             made[name] = wide
@@ -276,6 +276,15 @@ def operator_get(module: nn.Module, name: str) -> Tensor:
     found = module._buffers[leaf] if tensor is None else tensor
     assert found is not None
     return found
+
+
+def _in_format_of(own: Tensor, wide: Tensor) -> Tensor:
+    """Channels-last weights stay so."""
+    if not own.is_contiguous():
+        for rank, kind in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if own.ndim == rank and own.is_contiguous(memory_format=kind):
+                return wide.contiguous(memory_format=kind)
+    return wide
 
 
 def _attach(root: nn.Module, name: str, tensor: Tensor, persistent: bool) -> None:

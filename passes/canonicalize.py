@@ -116,8 +116,14 @@ def _follow_node(
         if isinstance(mine, torch.dtype) and mine != other:
             return _attribute(program, node, "dtype")
         if isinstance(mine, float) and mine != other and (limit := _limit(mine)):
-            dtype = _attribute(program, node, "dtype")
+            first = node.args[0]  # under autocast its type may not be the parameters'
+            follows = (
+                isinstance(first, fx.Node)
+                and getattr(value(twin.args[0]), "dtype", None) is torch.float64
+            )
+            dtype = None if follows else _attribute(program, node, "dtype")
             with node.graph.inserting_before(node):
+                dtype = dtype or node.graph.call_function(getattr, (first, "dtype"))
                 return node.graph.call_function(dtype_limit, (dtype, limit))
         if isinstance(mine, fx.Node) and mine in casts:
             return same.get(other, mine)  # a cast that did nothing was taken for what it casts

@@ -1,0 +1,118 @@
+"""A teacher goes where its student could: other types, devices, memory formats, compilers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gpdfx
+from benchmarks import networks
+
+from .networks import NETWORKS
+
+
+class Baking(nn.Module):
+    """Every way to bake a type or a device into a graph: factories, casts, limits of a type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        position = torch.arange(y.shape[1], device=y.device, dtype=y.dtype)[None, :, None]
+        scale = torch.full((1,), 0.5, dtype=self.a.weight.dtype, device=x.device)
+        precise = y.float()  # nothing, but in half precision
+        y = self.b(y * scale + position / 7) + precise.tanh().type_as(y)
+        late = torch.triu(torch.ones(y.shape[1], y.shape[1], device=y.device), 1).bool()
+        scores = y @ y.transpose(1, 2)
+        scores = scores.masked_fill(late, torch.finfo(scores.dtype).min)
+        return self.c(F.softmax(scores, dim=-1, dtype=torch.float32).type_as(y) @ y)
+
+
+def baking() -> tuple[nn.Module, gpdfx.Teacher, Tensor]:
+    torch.manual_seed(0)
+    model, x = Baking(), torch.randn(4, 5, 6)
+    return model, gpdfx.expand(model, 1.5, example_inputs=(x,)), x
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_types_that_capture_baked_follow(dtype: torch.dtype) -> None:
+    model, teacher, x = baking()
+    assert teacher.report().widened == 1.0
+    model.to(dtype), teacher.to(dtype)
+    x = x.to(dtype)
+    y, want = teacher(x), model(x)
+    assert y.dtype is want.dtype is dtype
+    tolerance = {torch.float64: 1e-6, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
+    torch.testing.assert_close(y, want, rtol=tolerance, atol=tolerance)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype is dtype for p in teacher.parameters())
+
+
+def test_devices_that_capture_baked_follow() -> None:
+    """On the meta device every tensor that stayed behind is an error."""
+    _, teacher, x = baking()
+    y = teacher.to("meta")(x.to("meta"))
+    assert y.device.type == "meta"
+    assert teacher.student(x.to("meta")).shape == y.shape
+
+
+def test_autocast_is_the_students() -> None:
+    model, teacher, x = baking()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, want = teacher(x), model(x)
+    assert y.dtype is want.dtype
+    torch.testing.assert_close(y, want, rtol=5e-2, atol=5e-2)
+
+
+def test_channels_last_stays() -> None:
+    case = NETWORKS["unet"]
+    model = case.model().to(memory_format=torch.channels_last)
+    teacher = gpdfx.expand(model, 2, example_inputs=case.inputs(), dynamic="batch")
+    for name, p in teacher.named_parameters():
+        mine = model.get_parameter(name)
+        same = p.is_contiguous(memory_format=torch.channels_last) if p.ndim == 4 else True
+        assert same == (mine.is_contiguous(memory_format=torch.channels_last) or p.ndim != 4), name
+    plain = gpdfx.collapse(teacher)
+    for name, p in plain.named_parameters():
+        assert p.stride() == model.get_parameter(name).stride(), name
+
+
+class Several(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, more: dict[str, Tensor], k: int = 1) -> dict[str, Tensor]:
+        y = self.a(x + more["y"] * k).relu()
+        return {"logits": self.b(y), "hidden": y}
+
+
+def test_compiles_in_one_graph() -> None:
+    torch.manual_seed(0)
+    x, more = torch.randn(4, 4), {"y": torch.randn(4, 4)}
+    inputs = {"example_inputs": (x, more), "example_kwargs": {"k": 2}}
+    teacher = gpdfx.expand(Several(), 2, **inputs)
+    compiled = torch.compile(teacher, fullgraph=True, backend="aot_eager")
+    out = compiled(x, more, k=2)
+    torch.testing.assert_close(out["logits"], teacher(x, more, k=2)["logits"])
+    sum(y.sum() for y in out.values()).backward()
+    assert teacher.a.weight.grad is not None
+
+
+def test_a_language_model_still_generates() -> None:
+    pytest.importorskip("transformers")
+    model, args, kwargs = networks.build("transformers:LlamaForCausalLM", 0)
+    teacher = gpdfx.expand(model, 2, example_inputs=args, example_kwargs=kwargs, dynamic="batch")
+    assert teacher.report().widened == 1.0
+    plain = gpdfx.collapse(teacher).eval()
+    assert type(plain) is type(model)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    prompt = kwargs["input_ids"][:1, :4]
+    assert torch.equal(plain.generate(prompt, **options), model.eval().generate(prompt, **options))
+    out = teacher.eval()(**kwargs)
+    assert type(out) is type(model(**kwargs))
+    assert out["logits"] is out.logits
