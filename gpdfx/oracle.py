@@ -30,6 +30,7 @@ from .teacher import Teacher, _attach, collapse
 
 TOLERANCE = 1e-10
 CEILING = 1e-7  # where rounding itself is amplified
+NOTICED = 1e-9  # where student and teacher part
 PROBES = 3
 SINGLE = 1e-5  # where the network computes in float32 whatever its parameters are
 _MODES = (("eval", False), ("train", True))
@@ -546,7 +547,7 @@ def _differ(
         return False
     maps = tuple(widened.frozen(a) for a in inference.axes[node])
     wide = gather(x, maps)
-    return wide.shape != y.shape or difference(wide, y) > 1e-9
+    return wide.shape != y.shape or difference(wide, y) > NOTICED
 
 
 def _root(program: Program, student: nn.Module) -> nn.Module:
