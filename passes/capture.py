@@ -215,7 +215,25 @@ def _export_site(
     if any(_unknown(node.meta.get("val")) for node in exported.graph.nodes):
         raise TypeError("a size in it depends on values")
     _drop_replacements(exported.graph)
+    if not site.training:
+        _check_faithful(student, site, exported)
     return exported, returned[0]
+
+
+def _check_faithful(student: nn.Module, site: Site, exported: ExportedProgram) -> None:
+    """Some models ask whether they are traced, and then compute something else."""
+    eager = duplicate(student.get_submodule(site.path)).eval()
+    args, kwargs = site.call.unflatten([x.clone() for x in site.tensors])
+    with torch.no_grad(), _quiet():
+        want = tree.leaves(eager(*args, **kwargs))
+        got = exported.module(check_guards=False)(*(x.clone() for x in site.tensors))
+    want = [x for x in want if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    got = [x for x in got if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    for x, y in zip(want, got, strict=True):
+        finite = x.abs() < 1e30
+        gap, size = (x - y)[finite].abs(), x[finite].abs()
+        if gap.numel() and float(gap.max()) > 1e-2 * float(size.max()):  # far from rounding
+            raise TypeError("its graph is not its function: it asks whether it is traced")
 
 
 def _unknown(val: Any) -> bool:

@@ -18,7 +18,9 @@ from ..tree import Pattern
 
 Module = TypeVar("Module", bound=nn.Module)
 _TORCH = str(Path(torch.__file__).parent) + os.sep
-_HERE = tuple(str(p.parent) + os.sep for p in (Path(__file__), Path(__file__).resolve()))
+_HERE = tuple(
+    str(folder) + os.sep for folder in (Path(__file__).parents[1], Path(__file__).resolve().parent)
+)  # the package, and where its passes really are
 
 
 @dataclass(frozen=True)
