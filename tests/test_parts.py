@@ -177,6 +177,63 @@ def test_transformer_encoder_with_a_mask() -> None:
         )
 
 
+class Watched(nn.Module):
+    """Computes something else when it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.b = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y if torch.compiler.is_compiling() else y * 2)
+
+
+def test_a_graph_that_is_not_the_function_is_not_used() -> None:
+    torch.manual_seed(0)
+    teacher = gpdfx.expand(Watched(), 2, example_inputs=(torch.randn(4, 4),))
+    assert "traced" in teacher.report().apart[""]
+    assert set(teacher._parts) == {"a", "b"}
+
+
+class Sorting(nn.Module):
+    """Experts that get a list of how many rows are theirs: plain numbers that follow values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.last = nn.Linear(4, 2), nn.Linear(4, 3)
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).argmax(1)
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=2).tolist()
+        return self.last(self.experts(x[order], counts))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        return torch.cat([e(y) for e, y in zip(self.each, x.split(counts), strict=True)])
+
+
+def test_arguments_that_follow_from_values_are_not_baked() -> None:
+    torch.manual_seed(0)
+    model, x = Sorting(), torch.randn(12, 4)
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,)).eval()
+    assert {"experts.each.0", "experts.each.1"} < set(teacher._parts)
+    assert teacher.report().widened == 1.0
+    for count in (12, 1, 5):  # an expert may get one row, or none
+        y = torch.randn(count, 4)
+        torch.testing.assert_close(teacher(y), model(y))
+
+
 # --------------------------------------------------------------------------- structures
 @dataclass
 class Pair:
