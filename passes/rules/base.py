@@ -147,6 +147,12 @@ def dims_of(op: Op, dims: Any, x: str = "self") -> list[int]:
     return sorted(dim_of(op, d, x) for d in ([dims] if isinstance(dims, int) else dims))
 
 
+def memory_order(x: fx.Node) -> list[int]:
+    """The dimensions of the student's tensor from the largest stride to the smallest."""
+    strides = [size_hint(s) for s in value(x).stride()]
+    return sorted(range(len(strides)), key=lambda d: (-strides[d], d))
+
+
 def broadcast(op: Op, *operands: Axes) -> Axes:
     """The axes of a broadcast result: sizes of one stretch, all others unify."""
     rank = max(map(len, operands), default=0)

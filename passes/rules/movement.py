@@ -18,8 +18,9 @@ from torch import fx
 
 from ...axes import ONE, Axis, product, sum_
 from ...errors import AxisConflict
+from ...kernels import copies
 from ..program import is_free, number, shape, size_hint, value
-from .base import Axes, Op, Rule, Writer, broadcast, dim_of, dims_of
+from .base import Axes, Op, Rule, Writer, broadcast, dim_of, dims_of, memory_order
 from .reduction import along
 
 aten = torch.ops.aten
@@ -279,6 +280,17 @@ def _widen_slice(w: Writer, out: str = "") -> fx.Node:
     return w.copy(start=left, end=left + w.frozen(piece).teacher)
 
 
+def _as_strided(op: Op) -> Axes:
+    for d in range(len(op.axes("self"))):
+        op.hold(op["self"], d, "positions in memory are taken")
+    return tuple(op.measured(s) for s in value(op.node).shape)
+
+
+def _widen_as_strided(w: Writer) -> fx.Node:
+    """Strides speak of the student's memory: the teacher's may be in another order."""
+    return w.copy(self=w.call(copies.in_order, w["self"], memory_order(w.op["self"])))
+
+
 def _select(op: Op) -> Axes:
     axes, dim = op.axes("self"), dim_of(op, op["dim"])
     if axes[dim].size != 1:
@@ -403,6 +415,7 @@ TABLE: dict[Any, Rule] = {
     aten.unflatten.int: Rule(reshape, _unflatten),
     aten.permute.default: Rule(_permute),
     aten.transpose.int: Rule(_transpose),
+    aten.as_strided.default: Rule(_as_strided, _widen_as_strided),
     aten.swapaxes.default: Rule(partial(_transpose, a="axis0", b="axis1")),
     aten.swapdims.default: Rule(_transpose),
     aten.movedim.int: Rule(_movedim),

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from ...kernels import copies
-from ..program import size_hint, value
-from .base import Axes, Op, Rule, Writer, student_sizes
+from ..program import value
+from .base import Axes, Op, Rule, Writer, memory_order, student_sizes
 
 aten = torch.ops.aten
 
@@ -26,7 +26,7 @@ def _dropout(w: Writer) -> fx.Node:
         return w.copy()
     x, name = w["input"], op.node.target._opname.rstrip("_")  # type: ignore[union-attr]
     sizes = student_sizes(w, x, axes, value(op["input"]).shape)
-    mask = w.call(copies.dropout_mask, x, sizes, name, op["p"], _memory_order(op["input"]))
+    mask = w.call(copies.dropout_mask, x, sizes, name, op["p"], memory_order(op["input"]))
     return w.call(aten.mul.Tensor, x, w.spread(mask, axes))
 
 
@@ -41,13 +41,7 @@ def _widen_draw(w: Writer) -> fx.Node:
     x = w.op["self"]
     if not any(w.wide(a) for a in w.op.axes("self")):
         return w.copy()
-    return w.copy(self=w.call(copies.in_order, w["self"], _memory_order(x)))
-
-
-def _memory_order(x: fx.Node) -> list[int]:
-    """The dimensions of the student's tensor from the largest stride to the smallest."""
-    strides = [size_hint(s) for s in value(x).stride()]
-    return sorted(range(len(strides)), key=lambda d: (-strides[d], d))
+    return w.copy(self=w.call(copies.in_order, w["self"], memory_order(x)))
 
 
 TABLE: dict[Any, Rule] = {
