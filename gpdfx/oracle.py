@@ -311,12 +311,12 @@ def verify(
     The tolerance is 1e-10 in float64. Where rounding itself is amplified it is 50 times the
     change that a change in the last bit of the weights makes, never above 1e-7; for networks that
     cast to float32 on purpose (``single``) it is 1e-5. A probe on which rounding alone makes more
-    of a difference (an activation that lies at zero) decides nothing: another one is drawn, up to
-    ``PROBES``.
+    of a difference (an activation that lies at zero) decides nothing: another one is drawn, with
+    settled statistics, up to ``PROBES``.
     """
     for last in range(PROBES):
         try:
-            return _verify(widened, teacher, inputs, seed + last, single)
+            return _verify(widened, teacher, inputs, seed + last, single, settled=last > 0)
         except _AmplifiedError:
             if last == PROBES - 1:
                 raise
@@ -327,8 +327,27 @@ class _AmplifiedError(LossyError):
     """The difference is as large as what rounding alone makes."""
 
 
+def _settle(student: nn.Module, inputs: tuple[Any, Any]) -> None:
+    """Let batch norm have the statistics of this batch: with random ones a deep network multiplies
+    every difference, that of rounding too."""
+    norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momentum = [m.momentum for m in norms]
+    for m in norms:
+        m.momentum = 1.0
+    with torch.no_grad(), keep_rng():
+        student.train()(*inputs[0], **inputs[1])
+    for m, before in zip(norms, momentum, strict=True):
+        m.momentum = before
+
+
 def _verify(
-    widened: Widened, teacher: Teacher, inputs: tuple[Any, Any], seed: int, single: bool
+    widened: Widened,
+    teacher: Teacher,
+    inputs: tuple[Any, Any],
+    seed: int,
+    single: bool,
+    *,
+    settled: bool,
 ) -> Check:
     original = widened.program.student
     dtype = torch.float64 if _runs(original, *inputs, torch.float64) else None
@@ -343,6 +362,8 @@ def _verify(
         student = duplicate(original)
         probe = which == "probe"
         student = _convert(randomize(student, seed) if probe else student, dtype)
+        if probe and settled:
+            _settle(student, inputs)
         twin.load_student(student)
         for mode, training in _MODES:
             errors, reached, zero, gradients = compare(

@@ -328,3 +328,15 @@ def test_dead_parameters_are_listed() -> None:
     widened, call = compiled(Dead(), torch.randn(2, 4))
     result = oracle.verify(widened, Teacher(widened), call)
     assert set(result.dead) == {"unused.weight", "unused.bias"}
+
+
+def test_settled_statistics_are_the_batchs() -> None:
+    """Where rounding decides on one probe, the next has the statistics of its own batch."""
+    model = oracle.randomize(Plain(), 0).eval()
+    assert isinstance(model.norm, nn.BatchNorm2d)
+    seen: list[Tensor] = []
+    model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    oracle._settle(model, ((image(),), {}))
+    torch.testing.assert_close(model.norm.running_mean, seen[-1].mean((0, 2, 3)))
+    torch.testing.assert_close(model.norm.running_var, seen[-1].var((0, 2, 3)))
+    assert model.norm.momentum == 0.1
