@@ -23,7 +23,7 @@ from .errors import InputError, LossyError
 from .part import Section
 from .passes.capture import LEVELS
 from .passes.infer import Inference
-from .passes.parts import recording
+from .passes.parts import Calls, recording
 from .passes.program import Program, Site, duplicate, module_path, source
 from .passes.widen import Widened, gather
 from .teacher import Teacher, _attach, collapse
@@ -407,12 +407,12 @@ def _free(
     student.eval()
     twin.eval()
     found = {}
+    calls = _calls(student, list(twin._parts), inputs)
     for path, part in twin._parts.items():
-        calls = _calls(student, path, inputs)
         sections = [s for s in part.sections if not s.training] or part.sections
         levels = [
             _free_section(student.get_submodule(path), section, twin._net, call, seed, limit)
-            for section, call in ((s, _call_of(s, calls)) for s in sections)
+            for section, call in ((s, _call_of(s, calls.get(path, []))) for s in sections)
         ]
         found[path] = max(levels, key=LEVELS.index)
     return found
@@ -443,12 +443,12 @@ def _free_section(
     return LEVELS[-1]
 
 
-def _calls(student: nn.Module, path: str, inputs: tuple[Any, Any]) -> list[Site]:
-    """How a module is called when the student runs."""
-    calls: dict[str, list[Site]] = {}
-    with keep_rng(), contextlib.suppress(Exception), recording(student, calls, [path]):
+def _calls(student: nn.Module, paths: list[str], inputs: tuple[Any, Any]) -> Calls:
+    """How modules are called when the student runs."""
+    calls: Calls = {}
+    with keep_rng(), contextlib.suppress(Exception), recording(student, calls, paths):
         student(*inputs[0], **inputs[1])
-    return calls.get(path, [])
+    return calls
 
 
 def _call_of(section: Section, calls: list[Site]) -> Any:
@@ -534,13 +534,14 @@ def first_difference(
 ) -> dict[str, Any]:
     """Node, module path and source line at which student and teacher part; empty if unknown."""
     program, inference = widened.program, widened.inference
-    student.train(mode == "train")
+    calls = _calls(student.train(mode == "train"), program.parts, inputs)
     for key, captured in program.modes.items():
         site = captured.site
         if site.mode != mode:
             continue
         try:
-            flat = _call_of(Section(captured, captured.graph), _calls(student, site.path, inputs))
+            section = Section(captured, captured.graph)
+            flat = _call_of(section, calls.get(site.path, []))
             mine = _record(_root(program, student), captured.graph, flat, seed, "")
             teacher.load_student(student)
             theirs = _record(teacher._net, widened.graphs[key], flat, seed, "student")

@@ -110,7 +110,8 @@ class Teacher(nn.Module):
         if self._between is None:
             return self._parts[""](self._net, self.training, args, kwargs)
         tensors = dict(self.student_parameters())
-        for name, wide in self._wide_buffers():
+        for name, _ in self._student.named_buffers():
+            wide = operator_get(self._net, name)
             tensors[name] = take_first(wide, self._maps[self._alias.get(name, name)])
         with slow_attention():
             return self._run(self._between, tensors, args, kwargs)
@@ -175,10 +176,6 @@ class Teacher(nn.Module):
         if self._between is None or module is None:
             return {}
         return {path: module.get_submodule(path) for path in self._parts}
-
-    def _wide_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        for name, _ in self._student.named_buffers():
-            yield name, operator_get(self._net, name)
 
     def pin(self, levels: dict[str, str]) -> None:
         """Accept, part by part, only the example's input sizes but for those of a level of

@@ -84,11 +84,11 @@ def _part(program: Program, sites: list[Site], functional: bool, dynamic: str) -
             continue
         if len(graphs) == GRAPHS:
             raise CaptureError(f"it is called in more than {GRAPHS} ways")
-        student, known = program.student, program.modes
+        student, known, larger = program.student, program.modes, _enlarged(site)
         try:
-            new = capture(student, [_enlarged(site)], functional, dynamic, known=known)
+            new = capture(student, [larger], functional, dynamic, known=known)
         except CaptureError:
-            if _enlarged(site) is site:
+            if larger is site:
                 raise
             new = capture(student, [site], functional, dynamic, known=known)
         graphs += new.modes.values()

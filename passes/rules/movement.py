@@ -244,10 +244,7 @@ def _slice(op: Op) -> Axes:
     moving = any(isinstance(op[bound], fx.Node) for bound in ("start", "end")) or is_free(raw)
     if op.solver.is_fixed(axes[dim]) or op["step"] != 1 or moving:
         op.hold(op["self"], dim, "a slice with a step, or to a computed size, takes positions")
-        new = op.fixed(out)
-        if is_free(raw):
-            op.solver.mark(op.solver.symbolic, new)
-        return axes[:dim] + (new,) + axes[dim + 1 :]
+        return axes[:dim] + (op.measured(raw),) + axes[dim + 1 :]
     return _piece(op, dim, out)
 
 
