@@ -17,7 +17,13 @@ from .control import Control, make_control
 from .errors import CaptureError, InputError
 from .inputs import infer_inputs
 from .passes.assign import assign
-from .passes.canonicalize import bakes_constants, canonicalize, follow, follow_device
+from .passes.canonicalize import (
+    bakes_constants,
+    canonicalize,
+    casts_on_purpose,
+    follow,
+    follow_device,
+)
 from .passes.capture import LEVELS, capture, whole
 from .passes.infer import Inference, NeedsFunctional, infer
 from .passes.inline import inline
@@ -117,7 +123,7 @@ def expand(
             scratch = Teacher(checked)  # before the real one: both would not always fit
             clock.lap("transform")
             scratch.find_caches(args, kwargs)
-            single = bakes_single(widened.program)
+            single = casts_on_purpose(widened.program)
             check = oracle.verify(checked, scratch, inputs, seed=seed, single=single)
             del scratch
             clock.lap("verify")
@@ -188,11 +194,6 @@ def _widen(
     check_rules(inference)
     widths = assign(program, inference, control)
     return widen(program, inference, widths, shares=shares, independent=independent, seed=seed)
-
-
-def bakes_single(program: Program) -> bool:
-    """True if the network computes in a baked floating dtype whatever its parameters are."""
-    return bakes_constants(program)
 
 
 class _Clock:

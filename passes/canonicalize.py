@@ -97,14 +97,26 @@ def bakes_constants(program: Program) -> bool:
 
 def _bakes(node: fx.Node) -> bool:
     constants = [*node.args, *node.kwargs.values()]
-    if any(isinstance(x, torch.dtype) and x.is_floating_point for x in constants):
-        return True
-    if any(isinstance(x, float) and _limit(x) for x in constants):
+    if _names_dtype(node) or any(isinstance(x, float) and _limit(x) for x in constants):
         return True
     made = value(node)
-    floating = isinstance(made, torch.Tensor) and made.is_floating_point()
-    sources = [value(n) for n in node.all_input_nodes if is_tensor(n)]
-    return floating and not any(x.is_floating_point() for x in sources)
+    return isinstance(made, torch.Tensor) and made.is_floating_point() and not _reads_floats(node)
+
+
+def casts_on_purpose(program: Program) -> bool:
+    """True if some floating value is brought into a floating dtype that does not ``follow`` the
+    parameters': such a network rounds to that dtype whatever its parameters are."""
+    nodes = [node for _, node in program.each() if node.op == "call_function"]
+    return any(_names_dtype(node) and _reads_floats(node) for node in nodes)
+
+
+def _names_dtype(node: fx.Node) -> bool:
+    constants = [*node.args, *node.kwargs.values()]
+    return any(isinstance(x, torch.dtype) and x.is_floating_point for x in constants)
+
+
+def _reads_floats(node: fx.Node) -> bool:
+    return any(value(n).is_floating_point() for n in node.all_input_nodes if is_tensor(n))
 
 
 def _follow_node(
