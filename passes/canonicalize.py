@@ -7,6 +7,7 @@ An in-place op is replaced if nobody else sees the memory that it writes: no ali
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -146,16 +147,25 @@ def _follow_node(
     node.args, node.kwargs = args, kwargs
 
 
+_LIMITS: dict[str, Callable[[torch.finfo], float]] = {
+    "min": lambda info: info.min,
+    "max": lambda info: info.max,
+    "tiny": lambda info: info.tiny,
+    "eps": lambda info: info.eps,
+    "1 - eps": lambda info: 1 - info.eps,  # the upper end of uniform noise
+}
+
+
 def dtype_limit(dtype: torch.dtype, name: str) -> float:
     """``torch.finfo(dtype).min`` and so on, for the dtype that the parameters have by then."""
-    return float(getattr(torch.finfo(dtype), name))
+    return float(_LIMITS[name](torch.finfo(dtype)))
 
 
 def _limit(number: float) -> str | None:
     """Which limit of its dtype a baked number is (masks are filled with the smallest one)."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    limits = ((name, getattr(torch.finfo(d), name)) for d in dtypes for name in ("min", "max"))
-    return next((name for name, limit in limits if limit == number), None)
+    each = ((name, dtype_limit(dtype, name)) for dtype in dtypes for name in _LIMITS)
+    return next((name for name, limit in each if limit == number), None)
 
 
 def follow_device(program: Program) -> Program:
