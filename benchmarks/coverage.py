@@ -100,7 +100,12 @@ def measure(
     """What ``expand`` reports about one network, and whether ``collapse`` gives it back."""
     args, kwargs = call
     teacher = gpdfx.expand(
-        model, ratio, example_inputs=args, example_kwargs=kwargs, dynamic=dynamic
+        model,
+        ratio,
+        example_inputs=args,
+        example_kwargs=kwargs,
+        branches=None,
+        dynamic=dynamic,
     )
     report = teacher.report()
     assert report.check is not None

@@ -24,11 +24,22 @@ from rich.progress import track
 
 from benchmarks.networks import RESULTS
 from tests.random_networks import networks
-from tests.test_random_networks import RATIOS, SHARES, check
+from tests.test_random_networks import BRANCHES, RATIOS, SHARES, check
 
 CHUNK = 50  # networks drawn with one seed, in one go
 FIELDS = (
-    *("seed", "number", "ratio", "shares", "status", "error", "worst", "widened", "nodes"),
+    *(
+        "seed",
+        "number",
+        "ratio",
+        "shares",
+        "branches",
+        "status",
+        "error",
+        "worst",
+        "widened",
+        "nodes",
+    ),
     *("bridged", "seconds", "source"),
 )
 Row = dict[str, Any]
@@ -47,12 +58,13 @@ def chunk(number: int) -> list[Row]:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(networks(), RATIOS, SHARES)
-    def run(code: str, ratio: float, shares: str) -> None:
+    @given(networks(), RATIOS, SHARES, BRANCHES)
+    def run(code: str, ratio: float, shares: str, branches: str | None) -> None:
         start = time.perf_counter()
         row: Row = {"seed": number, "number": len(rows), "ratio": ratio, "shares": shares}
+        row["branches"] = branches or "none"
         try:
-            report = check(code, ratio, shares)
+            report = check(code, ratio, shares, branches)
         except Exception as error:  # a failure of any kind is a row
             text = " ".join(str(error).split())[:300]
             row |= {"status": "failed", "error": f"{type(error).__name__}: {text}", "source": code}
@@ -96,10 +108,12 @@ def summary(path: Path) -> str:
         rows = list(csv.DictReader(file))
     ok = [r for r in rows if r["status"] == "ok"]
     ratios = Counter(r["ratio"] for r in rows)
+    branches = {r["branches"] for r in rows}
     bridged = sum(int(r["bridged"]) for r in ok) / max(sum(int(r["nodes"]) for r in ok), 1)
     lines = [
-        f"{len(rows)} random networks (ratios {', '.join(sorted(ratios))}): {len(ok)} keep every "
-        f"law; largest error {max(float(r['worst']) for r in ok):.1e}; widened "
+        f"{len(rows)} random networks (ratios {', '.join(sorted(ratios))}; branches "
+        f"{', '.join(sorted(branches))}): {len(ok)} keep every law; largest "
+        f"error {max(float(r['worst']) for r in ok):.1e}; widened "
         f"{fmean(float(r['widened']) for r in ok):.1%} on average; {bridged:.1%} of their nodes "
         f"bridged; {fmean(float(r['seconds']) for r in rows):.1f} s each."
     ]

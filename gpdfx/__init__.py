@@ -5,6 +5,10 @@ teacher(x), teacher.student(x)             # trained together, on shared paramet
 plain = gpdfx.collapse(teacher)            # the user's own class again
 """
 
+from .checkpoint import load as load
+from .checkpoint import save as save
+from .checkpoint import to_student as to_student
+from .checkpoint import to_teacher as to_teacher
 from .errors import AxisConflict as AxisConflict
 from .errors import CaptureError as CaptureError
 from .errors import GpdfxError as GpdfxError
@@ -13,6 +17,7 @@ from .errors import LossyError as LossyError
 from .expand import expand as expand
 from .explain import explain as explain
 from .explain import graph as graph
+from .groups import param_groups as param_groups
 from .report import Report as Report
 from .rule import rule as rule
 from .rule import unrule as unrule

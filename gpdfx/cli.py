@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .branches import SETS
 from .errors import GpdfxError, InputError
 from .expand import expand
 from .explain import explain, graph, suggest
@@ -54,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     text = "make widened axes multiples of this"
     common.add_argument("--round-to", type=int, default=1, metavar="NUMBER", help=text)
+    text = f"auto (default), none, {', '.join(SETS)}; of everything or of what matches a pattern"
+    common.add_argument(
+        "--branches", type=_branches, action="append", metavar="[PATTERN=]SET", help=text
+    )
     common.add_argument("--size", type=int, help="height and width of the example image")
     common.add_argument("--json", action="store_true", help="print JSON")
 
@@ -92,6 +97,14 @@ def _ratios(given: list[tuple[str, float]] | None) -> float | dict[str, float]:
     return ratios["*"] if [*ratios] == ["*"] else ratios
 
 
+def _branches(text: str) -> tuple[str, str | None]:
+    """``"orepa"`` -> ``("*", "orepa")``, ``"head=none"`` -> ``("head", None)``."""
+    pattern, _, name = text.rpartition("=")
+    if name not in ("auto", "none", *SETS):
+        raise argparse.ArgumentTypeError(f"{name!r} is none of auto, none, {', '.join(SETS)}")
+    return pattern or "*", None if name == "none" else name
+
+
 def _teacher(options: argparse.Namespace, verify: bool, dynamic: str = "batch") -> Teacher:
     with _working(f"expanding {options.model}"):
         model = load(options.model)
@@ -101,6 +114,7 @@ def _teacher(options: argparse.Namespace, verify: bool, dynamic: str = "batch") 
             _ratios(options.ratio),
             keep=options.keep,
             round_to=options.round_to,
+            branches=dict(options.branches or [("*", "auto")]),
             example_inputs=inputs,
             verify=verify,
             dynamic=dynamic,

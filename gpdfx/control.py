@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
+from .branches import NONE, BranchSet, branch_set
 from .errors import InputError
 from .explain import suggest
 
@@ -26,7 +27,8 @@ from .explain import suggest
 @dataclass(frozen=True)
 class Control:
     """``ratios``: pattern -> ratio, of which the last that covers a parameter counts; ``keep``:
-    patterns of what stays; ``round_to``: what widened axes are multiples of.
+    patterns of what stays; ``round_to``: what widened axes are multiples of; ``branches``:
+    pattern -> branch set, of which the last that covers a weight counts.
 
     Parameters are asked for by all their names: a tied one has several.
     """
@@ -34,6 +36,7 @@ class Control:
     ratios: dict[str, float]
     keep: tuple[str, ...] = ()
     round_to: int = 1
+    branches: dict[str, BranchSet] = field(default_factory=dict)
 
     def entry(self, names: Sequence[str]) -> str:
         """The pattern whose ratio is a parameter's; ``"*"``, and ratio 1, if none covers it."""
@@ -46,6 +49,11 @@ class Control:
     def keeps(self, names: Sequence[str]) -> bool:
         """True if a parameter has to stay."""
         return any(covers(pattern, names) for pattern in self.keep)
+
+    def branches_of(self, names: Sequence[str]) -> BranchSet:
+        """The branch set asked for a weight."""
+        found = (s for p, s in reversed(self.branches.items()) if covers(p, names))
+        return next(found, NONE)
 
     @property
     def ratio(self) -> float | dict[str, float]:
@@ -60,6 +68,20 @@ class Control:
         return text + (f", round to {self.round_to}" if self.round_to > 1 else "")
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a teacher was made: the arguments of ``expand`` and its example inputs."""
+
+    control: Control
+    scales: str
+    shares: str
+    extract: str
+    randomness: str
+    dynamic: str
+    seed: int
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+
+
 def covers(pattern: str, names: Iterable[str]) -> bool:
     """True if a pattern matches one of these names, or a module that it lies in."""
     return any(fnmatchcase(path, pattern) for name in names for path in _paths(name))
@@ -72,7 +94,9 @@ def _paths(name: str) -> list[str]:
 
 
 # --------------------------------------------------------------------------- checking arguments
-def make_control(model: nn.Module, ratio: Any, keep: Any = (), round_to: Any = 1) -> Control:
+def make_control(
+    model: nn.Module, ratio: Any, keep: Any = (), round_to: Any = 1, branches: Any = None
+) -> Control:
     """The arguments of ``expand`` as a value. Raises ``InputError``, with near names for a
     pattern that matches nothing in the model."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -93,7 +117,14 @@ def make_control(model: nn.Module, ratio: Any, keep: Any = (), round_to: Any = 1
         raise InputError(
             f"round_to is {round_to!r}", remedy="pass a whole number of at least 1, for example 8"
         )
-    return Control(ratios, tuple(patterns), int(round_to))
+    each = branches if isinstance(branches, Mapping) else {"*": branches}
+    for pattern in each if isinstance(branches, Mapping) else ():
+        _check_pattern(f"branches[{pattern!r}]", pattern, known)
+    sets = {
+        p: branch_set(f"branches[{p!r}]" if each is branches else "branches", s)
+        for p, s in each.items()
+    }
+    return Control(ratios, tuple(patterns), int(round_to), sets)
 
 
 def _number(what: str, given: Any) -> float:

@@ -13,10 +13,11 @@ from torch import nn
 
 from . import oracle, tree
 from .call import Call
-from .control import Control, make_control
+from .control import Control, Recipe, make_control
 from .errors import CaptureError, InputError
 from .inputs import infer_inputs
 from .passes.assign import assign
+from .passes.branch import branch
 from .passes.canonicalize import (
     bakes_constants,
     canonicalize,
@@ -47,8 +48,10 @@ def expand(
     round_to: int = 1,
     example_inputs: tuple[Any, ...] | None = None,
     example_kwargs: dict[str, Any] | None = None,
-    branches: None = None,
+    branches: Any = "auto",
+    scales: str = "preserve",
     shares: str = "random",
+    extract: str = "first",
     randomness: str = "shared",
     dynamic: str = "sizes",
     seed: int = 0,
@@ -75,10 +78,18 @@ def expand(
             for timm and torchvision models and for models that begin with a conv, linear or
             embedding layer.
         example_kwargs: keyword inputs.
-        branches: ``None``, no extra branches.
+        branches: what the teacher's weights are made of beside themselves (see
+            ``gpdfx.branches``). ``"auto"``: the paper's set ``"orepa"`` for kernels of more than
+            one element, ``"lowrank"`` for linear layers and 1x1 convolutions. Or another set by
+            name, a list of branches, ``None`` for none; or a mapping from patterns to these, of
+            which the last that covers a weight counts.
+        scales: of the branches. ``"preserve"``: zero, so that the function is the student's;
+            ``"scratch"``: live, for training from scratch: the function changes.
         shares: how much of the student's weight each copy carries where an axis is contracted.
             ``"random"`` (per output row and copy, seeded) lets copies grow apart under every
             optimizer; ``"uniform"`` is the paper's.
+        extract: how the student is read out of the copies: ``"first"``, the paper's, or
+            ``"mean"``, weighted by shares (see ``gpdfx.extract``).
         randomness: ``"shared"`` draws dropout at the student's shape and order, so that equal
             seeds give equal functions; ``"independent"`` draws at the teacher's shape.
         dynamic: which input sizes may differ from the example's later on. ``"sizes"``: all that
@@ -97,10 +108,12 @@ def expand(
         CaptureError: the model does not export; names the reason and the source line.
         LossyError: the check failed: a bug in gpdfx, with the first node that differs.
     """
-    _check_arguments(model, branches)
-    control = make_control(model, ratio, keep, round_to)
+    _check_arguments(model)
+    control = make_control(model, ratio, keep, round_to, branches)
     for name, given, known in (
+        ("scales", scales, ("preserve", "scratch")),
         ("shares", shares, ("random", "uniform")),
+        ("extract", extract, ("first", "mean")),
         ("randomness", randomness, ("shared", "independent")),
         ("dynamic", dynamic, LEVELS),
     ):
@@ -120,19 +133,24 @@ def expand(
             checked = widened
             if randomness == "independent":  # equal seeds say nothing: check the other form
                 checked = _widen(widened.program, widened.inference, control, shares, False, seed)
-            scratch = Teacher(checked)  # before the real one: both would not always fit
+            scratch = Teacher(
+                checked, seed=seed, extract=extract
+            )  # before the real one: both would not always fit
             clock.lap("transform")
             scratch.find_caches(args, kwargs)
             single = casts_on_purpose(widened.program)
             check = oracle.verify(checked, scratch, inputs, seed=seed, single=single)
             del scratch
             clock.lap("verify")
-        teacher = Teacher(widened)
+        teacher = Teacher(widened, seed=seed, live=scales == "scratch", extract=extract)
         clock.lap("transform")
         if check:
             teacher.pin(check.free)
         teacher.find_caches(args, kwargs)
-        teacher._report = make_report(widened, teacher, control, inputs, clock.laps, check)
+        teacher._recipe = Recipe(
+            control, scales, shares, extract, randomness, dynamic, seed, inputs
+        )
+        teacher._report = make_report(widened, teacher, control, inputs, clock.laps, check, scales)
     return teacher.train(model.training)
 
 
@@ -193,7 +211,8 @@ def _widen(
 ) -> Widened:
     check_rules(inference)
     widths = assign(program, inference, control)
-    return widen(program, inference, widths, shares=shares, independent=independent, seed=seed)
+    widened = widen(program, inference, widths, shares=shares, independent=independent, seed=seed)
+    return branch(widened, control.branches_of)
 
 
 class _Clock:
@@ -213,7 +232,7 @@ class _Clock:
 
 
 # --------------------------------------------------------------------------- bad input
-def _check_arguments(model: Any, branches: Any) -> None:
+def _check_arguments(model: Any) -> None:
     if isinstance(model, Teacher):
         raise InputError(
             "this is a teacher already", remedy="expand the student, or gpdfx.collapse(teacher)"
@@ -223,8 +242,6 @@ def _check_arguments(model: Any, branches: Any) -> None:
             f"expand takes an nn.Module, not {type(model).__name__}",
             remedy="pass a constructed model, not its class or its state_dict",
         )
-    if branches is not None:
-        raise InputError(f"unknown branch set {branches!r}", remedy="pass branches=None")
     for path, module in model.named_modules():
         if refused := _refusal(module):
             where = f"{path or '(root)'} ({type(module).__name__})"

@@ -411,7 +411,7 @@ def _free(
     for path, part in twin._parts.items():
         sections = [s for s in part.sections if not s.training] or part.sections
         levels = [
-            _free_section(student.get_submodule(path), section, twin._net, call, seed, limit)
+            _free_section(student.get_submodule(path), section, twin, call, seed, limit)
             for section, call in ((s, _call_of(s, calls.get(path, []))) for s in sections)
         ]
         found[path] = max(levels, key=LEVELS.index)
@@ -419,10 +419,10 @@ def _free(
 
 
 def _free_section(
-    module: nn.Module, section: Section, net: nn.Module, flat: Any, seed: int, limit: float
+    module: nn.Module, section: Section, twin: Teacher, flat: Any, seed: int, limit: float
 ) -> str:
     def run(*args: Any, **kwargs: Any) -> Any:
-        return section(net, section.flatten(args, kwargs))
+        return section(twin._net, twin.fold(), section.flatten(args, kwargs))
 
     sizes = section.sizes
     for level in LEVELS[:-1] if flat else ():
@@ -544,7 +544,9 @@ def first_difference(
             flat = _call_of(section, calls.get(site.path, []))
             mine = _record(_root(program, student), captured.graph, flat, seed, "")
             teacher.load_student(student)
-            theirs = _record(teacher._net, widened.graphs[key], flat, seed, "student")
+            folded = teacher.fold()
+            fed = [*flat, *(folded[name] for name in widened.feeds.get(key, ()))]
+            theirs = _record(teacher._net, widened.graphs[key], fed, seed, "student")
         except Exception as error:  # the message about the mismatch matters more than its place
             return {"source": f"(the first differing node is unknown: {type(error).__name__})"}
         for node in captured.graph.nodes:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from .errors import InputError
+from .fold import Folded
 from .passes.program import Mode
 from .sizes import input_sizes
 
@@ -18,7 +19,8 @@ from .sizes import input_sizes
 class Section:
     """One graph of a part: which calls it takes, its code, and the structure it returns."""
 
-    def __init__(self, mode: Mode, graph: fx.Graph) -> None:
+    def __init__(self, mode: Mode, graph: fx.Graph, feeds: tuple[str, ...] = ()) -> None:
+        self.feeds = feeds
         self.training, self.call, self.out = mode.site.training, mode.site.call, mode.out
         self.sizes = input_sizes(mode.graph)
         self.code = _Code(graph)
@@ -29,9 +31,9 @@ class Section:
         self.sizes.check(flat, self.call.names)
         return flat
 
-    def __call__(self, net: nn.Module, flat: list[Any]) -> Any:
-        """Run on the teacher's tensors."""
-        return self.out.fill(self.code(net, flat))
+    def __call__(self, net: nn.Module, folded: Folded, flat: list[Any]) -> Any:
+        """Run on the teacher's tensors, and on the weights that its branches fold into."""
+        return self.out.fill(self.code(net, [*flat, *(folded[name] for name in self.feeds)]))
 
 
 class Part:
@@ -42,7 +44,12 @@ class Part:
         self.sections: list[Section] = []
 
     def __call__(
-        self, net: nn.Module, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        net: nn.Module,
+        folded: Folded,
+        training: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Run the first graph that holds for a call. Raises ``InputError`` if none does."""
         refused: InputError | None = None
@@ -53,7 +60,7 @@ class Part:
                 except InputError as error:
                     refused = refused or error
                 else:
-                    return section(net, flat)
+                    return section(net, folded, flat)
         if refused:
             raise refused
         mode = "train" if training else "eval"
@@ -62,21 +69,22 @@ class Part:
             remedy="expand the model with example inputs that reach it in both modes",
         )
 
-    def take_over(self, module: nn.Module, net: nn.Module) -> None:
-        """Let a user's module run this instead of its forward; its hooks are in the graph."""
+    def take_over(self, module: nn.Module, net: nn.Module, folded: Folded) -> None:
+        """Let a user's module run this instead of its forward; its hooks are in the graph.
+        ``folded``: filled when it runs."""
         for hooks in ("_forward_hooks", "_forward_pre_hooks"):
             module.__dict__[hooks] = OrderedDict()
-        module.forward = _Forward(self, net, module)
+        module.forward = _Forward(self, net, module, folded)
 
 
 class _Forward:
     """What a module that was taken over runs."""
 
-    def __init__(self, part: Part, net: nn.Module, module: nn.Module) -> None:
-        self.part, self.net, self.module = part, net, module
+    def __init__(self, part: Part, net: nn.Module, module: nn.Module, folded: Folded) -> None:
+        self.part, self.net, self.module, self.folded = part, net, module, folded
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.part(self.net, self.module.training, args, kwargs)
+        return self.part(self.net, self.folded, self.module.training, args, kwargs)
 
 
 class _Code:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +74,9 @@ class Report:
     may differ from the example's. ``apart``: modules that could not be captured -> why; they stay
     the user's Python, and the parts that were captured stand in ``inputs``. ``conflicts``: where
     the ratios asked for differ; ``unrounded``: widened dimensions of parameters that could not be
-    made a multiple of ``round_to``.
+    made a multiple of ``round_to``. ``branches``: weight -> its branch set, by name;
+    ``unbranched``: weights that got none of those asked for -> why; ``scales``: of the branches;
+    ``parameters``: of student and teacher, without the ``extra`` ones of branches.
     """
 
     name: str
@@ -85,7 +89,11 @@ class Report:
     grown: tuple[str, ...]
     conflicts: tuple[Conflict, ...]
     unrounded: tuple[str, ...]
+    branches: dict[str, str]
+    unbranched: dict[str, str]
+    scales: str
     parameters: tuple[int, int]
+    extra: int
     macs: tuple[int, int]
     inputs: dict[str, str]
     apart: dict[str, str]
@@ -123,15 +131,16 @@ class Report:
     def __str__(self) -> str:
         rows = [
             ("widened", f"{self.widened:.1%} of the weights, in {len(self.groups)} groups of axes"),
-            ("parameters", _change(*self.parameters)),
+            ("parameters", _change(*self.parameters) + self._extra()),
             ("multiply-adds", _change(*self.macs) + " per sample"),
+            ("branches", self._branches()),
             ("inputs", "; ".join(f"{name}: {sizes}" for name, sizes in self.inputs.items())),
             ("bridged", f"{len(self.bridged)} of {self.nodes} nodes"),
             ("exact to", self._exact()),
             ("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items())),
         ]
         if self.apart:
-            rows.insert(4, ("in Python", ", ".join(path or self.name for path in self.apart)))
+            rows.insert(5, ("in Python", ", ".join(path or self.name for path in self.apart)))
         rows += [("dead", f"{len(self.dead)}: {_some(self.dead)}")] if self.dead else []
         kept = tuple(dict.fromkeys(f.parameter for f in self.fixed if f.reason.startswith(ASKED)))
         rows += [("kept", f"as asked, {len(kept)}: {_some(kept)}")] if kept else []
@@ -161,12 +170,23 @@ class Report:
             lines += [f"  ... and {len(held) - 8} more"] if len(held) > 8 else []
         return "\n".join(lines)
 
+    def _extra(self) -> str:
+        return f", and {self.extra:,} in branches" if self.extra else ""
+
+    def _branches(self) -> str:
+        counts = Counter(self.branches.values())
+        text = ", ".join(f"{name} on {n}" for name, n in counts.items()) or "none"
+        text += f"; {len(self.unbranched)} weights got none" if self.unbranched else ""
+        return text
+
     def _exact(self) -> str:
         if self.check is None:
             return "not checked (verify=False)"
         dtype = str(self.check.dtype).removeprefix("torch.")
         text = f"{max(self.error.values()):.1e} relative in {dtype}"
         text += " (" + ", ".join(f"{k} {v:.1e}" for k, v in self.error.items()) + ")"
+        if self.scales == "scratch":
+            text += "; that was with scales at zero, live ones change the function, as asked"
         if self.check.tolerance > 1e-10:
             text += f"; rounding is amplified, allowed {self.check.tolerance:.1e}"
         text += "".join(
@@ -192,6 +212,7 @@ def make_report(
     example: tuple[Any, Any],
     seconds: dict[str, float],
     check: Check | None,
+    scales: str,
 ) -> Report:
     program, inference, widths = widened.program, widened.inference, widened.widths
     student = program.student
@@ -208,6 +229,7 @@ def make_report(
         for node in mode.nodes
         if node.op == "call_function"
     }
+    extra = sum(_count(fold) for fold in teacher.folds())
     return Report(
         type(student).__name__,
         control,
@@ -222,8 +244,12 @@ def make_report(
             for leaf, asked in widths.disputed.items()
         ),
         _unrounded(widened, control.round_to),
-        (_count(student), _count(teacher)),
-        (_macs(student, example), _macs(teacher, example)),
+        {one.weight: one.chosen.name for one in widened.branched},
+        widened.unbranched,
+        scales,
+        (_count(student), _count(teacher) - extra),
+        extra,
+        (_macs(student, student, example), _macs(teacher, _unfolded(teacher), example)),
         _inputs(teacher),
         program.apart,
         seconds,
@@ -285,7 +311,14 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _macs(module: nn.Module, example: tuple[Any, Any]) -> int:
+def _unfolded(teacher: Teacher) -> Callable[..., Any]:
+    """The teacher without the fold of its branches, which costs the same for any batch."""
+    with torch.no_grad():
+        folded = teacher.fold()
+    return lambda *args, **kwargs: teacher._teach(folded, args, kwargs)
+
+
+def _macs(module: nn.Module, call: Callable[..., Any], example: tuple[Any, Any]) -> int:
     """Multiply-adds of one sample, counted by PyTorch."""
     args, kwargs = example
     batch = next((x.shape[0] for x in (*args, *kwargs.values()) if hasattr(x, "shape")), 1)
@@ -295,7 +328,7 @@ def _macs(module: nn.Module, example: tuple[Any, Any]) -> int:
     module.eval().requires_grad_(False)  # the counter cannot hook a parameter that is passed on
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            module(*args, **kwargs)
+            call(*args, **kwargs)
     finally:
         module.train(training)
         for p in trained:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .axes import Frozen
+from .control import Recipe
 from .errors import InputError
 from .explain import make_story
+from .extract import Mean, take_first
+from .fold import Fold, Folded, merged, module_of
 from .part import Part, Section
 from .passes.parts import slow_attention
 from .passes.program import Program, duplicate
@@ -43,15 +46,20 @@ class Teacher(nn.Module):
     _net: nn.Module  # what generated code runs on
     _between: nn.Module | None  # the user's Python between the parts, which it calls
 
-    def __init__(self, widened: Widened) -> None:
+    def __init__(
+        self, widened: Widened, *, seed: int = 0, live: bool = False, extract: str = "first"
+    ) -> None:
         super().__init__()
         program = widened.program
         self._maps = {n: widened.maps[n] for n in widened.maps}
         self._alias = dict(program.alias)
         self._parts = {path: Part(path) for path in program.parts}
         for key, mode in program.modes.items():
-            self._parts[mode.site.path].sections.append(Section(mode, widened.graphs[key]))
+            self._parts[mode.site.path].sections.append(
+                Section(mode, widened.graphs[key], widened.feeds.get(key, ()))
+            )
         self._report: Report | None = None
+        self._recipe: Recipe | None = None
         self._story = make_story(widened)
         self._caches: list[tuple[str, str, Any]] = []
         # The user's module hides from nn.Module: its tensors are placeholders for the teacher's.
@@ -63,6 +71,19 @@ class Teacher(nn.Module):
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             net.__dict__[registry] = self.__dict__[registry]
         object.__setattr__(self, "_net", net)
+        self._folds = {one.weight: module_of(one.weight) for one in widened.branched}
+        for one in widened.branched:
+            own = operator_get(net, one.weight)
+            fold = Fold(one, own, seed + zlib.crc32(one.weight.encode()), live=live)
+            _place(self, module_of(one.weight), fold)
+        self._uses = dict(widened.uses)
+        self._means: dict[str, Mean] = {}
+        if extract == "mean":
+            for name, _ in self._student.named_parameters():
+                if any(m.wide for m in self._maps[name]):
+                    self._means[name] = Mean(self._maps[name], widened.uses.get(name))
+                    _place(self, f"_extraction.{name}", self._means[name])
+        self._held: Folded = {}  # while the user's Python runs between the parts
         between = None if "" in self._parts else self._make_between()
         object.__setattr__(self, "_between", between)
 
@@ -100,26 +121,56 @@ class Teacher(nn.Module):
         tensors = itertools.chain(self._student.parameters(), self._student.buffers())
         between = duplicate(self._student, {id(t): t for t in tensors})
         for path, part in self._parts.items():
-            part.take_over(between.get_submodule(path), self._net)
+            part.take_over(between.get_submodule(path), self._net, self._held)
         return between
 
     # ---- running
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the dynamic teacher. Raises ``InputError`` for inputs of another structure than the
         example's, or of another size where the network has that size baked in."""
-        if self._between is None:
-            return self._parts[""](self._net, self.training, args, kwargs)
-        tensors = dict(self.student_parameters())
-        for name, _ in self._student.named_buffers():
-            wide = operator_get(self._net, name)
-            tensors[name] = take_first(wide, self._maps[self._alias.get(name, name)])
-        with slow_attention():
-            return self._run(self._between, tensors, args, kwargs)
+        return self._teach(self.fold(), args, kwargs)
 
     def student(self, *args: Any, **kwargs: Any) -> Any:
         """Run the student on the teacher's parameters; gradients flow into the teacher's."""
+        return self._study(self.fold(), args, kwargs)
+
+    def both(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """``(teacher(...), teacher.student(...))``, the branches folded once for both."""
+        folded = self.fold()
+        return self._teach(folded, args, kwargs), self._study(folded, args, kwargs)
+
+    def fold(self) -> Folded:
+        """The weights that branches fold into, by the student's names of them (teacher's width);
+        of layers with normalized branches also what trains beside them (see ``gpdfx.fold``)."""
+        folded: Folded = {}
+        for fold in self.folds():
+            own = fold.branched
+            bias = None if own.bias is None else operator_get(self._net, own.bias)
+            folded |= fold(operator_get(self._net, own.weight), bias)
+        return folded
+
+    def folds(self) -> Iterator[Fold]:
+        """The branches of each layer."""
+        for path in self._folds.values():
+            yield self._net.get_submodule(path)  # type: ignore[misc]
+
+    def _teach(self, folded: Folded, args: Any, kwargs: Any) -> Any:
+        if self._between is None:
+            return self._parts[""](self._net, folded, self.training, args, kwargs)
+        tensors = dict(self.student_parameters(folded))
+        for name, _ in self._student.named_buffers():
+            wide = operator_get(self._net, name)
+            tensors[name] = take_first(wide, self._maps[self._alias.get(name, name)])
+        self._held.update(folded)
+        try:
+            with slow_attention():
+                return self._run(self._between, tensors, args, kwargs)
+        finally:
+            self._held.clear()
+
+    def _study(self, folded: Folded, args: Any, kwargs: Any) -> Any:
         self._student.train(self.training)
-        tensors = dict(self.student_parameters())
+        tensors = dict(self.student_parameters(folded))
         tensors |= dict(self._modules[self._buffers_name].named_buffers())  # type: ignore[union-attr]
         return self._run(self._student, tensors, args, kwargs)
 
@@ -140,12 +191,26 @@ class Teacher(nn.Module):
             for path, attribute, pristine in self._caches:
                 module.get_submodule(path).__dict__[attribute] = copy.copy(pristine)
 
-    def student_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """CBR: the student's parameters as views of (or gathers from) the teacher's."""
-        for name, parameter in self._student.named_parameters():
-            wide = operator_get(self._net, name)
-            del parameter
-            yield name, take_first(wide, self._maps[name])
+    def student_parameters(self, folded: Folded | None = None) -> Iterator[tuple[str, Tensor]]:
+        """CBR: the student's parameters. Branches are merged (``folded``: what ``fold`` gave, if
+        it is known), then the first copies taken: views where they can be."""
+        folded = self.fold() if folded is None else folded
+        for name, _ in self._student.named_parameters():
+            wide = folded[merged(name)] if merged(name) in folded else operator_get(self._net, name)
+            yield name, self.narrow(name, wide)
+
+    def narrow(self, name: str, wide: Tensor) -> Tensor:
+        """A tensor like the student's parameter ``name``, out of one like the teacher's: the first
+        copies, or their mean (``extract``)."""
+        if name in self._means:
+            mean: Tensor = self._means[name](wide, lambda key: operator_get(self._net, key))
+            return mean
+        return take_first(wide, self._maps[name])
+
+    def widen(self, name: str, own: Tensor) -> Tensor:
+        """A tensor like the teacher's parameter or buffer ``name``, out of one like the student's:
+        every copy takes the student's value."""
+        return gather(own, self._maps[self._alias.get(name, name)])
 
     def find_caches(self, args: Any, kwargs: Any) -> None:
         """Find tensors that the student keeps outside its registries (LeViT's bias cache): they
@@ -186,12 +251,15 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def load_student(self, student: nn.Module) -> None:
-        """IR: take over all parameters and buffers of a module like the student."""
+        """IR: take over all parameters and buffers of a module like the student; branches add
+        nothing to them at first."""
         own = dict(student.named_parameters())
         for name, tensor in own.items():
             self._load(name, tensor)
         for name, p in self._student.named_parameters():
             p.copy_(own[name])
+        for fold in self.folds():
+            fold.reset()
         self.load_buffers(student)
 
     @torch.no_grad()
@@ -203,8 +271,7 @@ class Teacher(nn.Module):
             buffers[name].copy_(buffer)
 
     def _load(self, name: str, tensor: Tensor) -> None:
-        maps = self._maps[self._alias.get(name, name)]
-        operator_get(self._net, name).copy_(gather(tensor, maps))
+        operator_get(self._net, name).copy_(self.widen(name, tensor))
 
     def report(self) -> Report:
         """What widened, what did not and why, parameters, multiply-adds, measured error."""
@@ -247,24 +314,7 @@ def collapse(teacher: Teacher) -> nn.Module:
     return plain.train(teacher.training)
 
 
-# --------------------------------------------------------------------------- parameters
-def take_first(tensor: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
-    """CBR of one tensor: the first copy of every student index; a view where it can be one."""
-    for dim, frozen in enumerate(maps):
-        if not frozen.wide:
-            continue
-        outer, wide, narrow = frozen.blocks
-        if outer == 1:
-            tensor = tensor.narrow(dim, 0, narrow)
-        elif outer:
-            parts = tensor.unflatten(dim, (outer, wide)).narrow(dim + 1, 0, narrow)
-            tensor = parts.flatten(dim, dim + 1)
-        else:
-            index = torch.from_numpy(frozen.first).to(tensor.device)
-            tensor = tensor.index_select(dim, index)
-    return tensor
-
-
+# --------------------------------------------------------------------------- tensors by name
 def operator_get(module: nn.Module, name: str) -> Tensor:
     """``module.a.b.c`` by a dotted name."""
     *path, leaf = name.split(".")
@@ -282,6 +332,13 @@ def _in_format_of(own: Tensor, wide: Tensor) -> Tensor:
             if own.ndim == rank and own.is_contiguous(memory_format=kind):
                 return wide.contiguous(memory_format=kind)
     return wide
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    *way, leaf = path.split(".")
+    for part in way:
+        root = root._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+    root._modules[leaf] = module
 
 
 def _attach(root: nn.Module, name: str, tensor: Tensor, persistent: bool) -> None:

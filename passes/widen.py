@@ -16,6 +16,8 @@ import torch
 from torch import fx
 
 from ..axes import Axis, Frozen, Widths, freeze
+from ..extract import Use, uses
+from ..fold import Branched
 from .effects import has_effect
 from .infer import Inference
 from .program import Program, is_tensor, module_path, mutated, source
@@ -42,6 +44,9 @@ class Widened:
 
     ``maps``: name -> one frozen axis per dimension, for every parameter and buffer;
     ``shares`` and ``constants``: tensors that the graphs name and the student does not have.
+    ``uses``: weight -> the shares that its op multiplies it by; ``branched``: weights that have
+    branches; ``feeds``: what graphs take as further inputs of these, by the names of
+    ``gpdfx.fold``; ``unbranched``: weights that got none -> why.
     """
 
     program: Program
@@ -52,6 +57,10 @@ class Widened:
     shares: dict[str, torch.Tensor]
     constants: dict[str, torch.Tensor]
     bridges: tuple[Bridge, ...]
+    uses: dict[str, Use]
+    branched: tuple[Branched, ...] = ()
+    feeds: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    unbranched: dict[str, str] = field(default_factory=dict)
 
     def frozen(self, axis: Axis) -> Frozen:
         return freeze(self.inference.solver.resolve(axis), self.widths)
@@ -96,7 +105,15 @@ def widen(
         graph.lint()
     maps = {n: tuple(frozen(a) for a in axes) for n, axes in inference.tensors.items()}
     return Widened(
-        program, inference, widths, graphs, maps, target.shares, target.constants, tuple(bridges)
+        program,
+        inference,
+        widths,
+        graphs,
+        maps,
+        target.shares,
+        target.constants,
+        tuple(bridges),
+        uses(graphs),
     )
 
 

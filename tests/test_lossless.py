@@ -17,7 +17,13 @@ def test_expand_is_lossless_and_collapse_returns_the_student(name: str, ratio: f
     model = case.model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     dynamic = "sizes" if ratio == 2 else "batch"  # free sizes take most of the time
-    teacher = gpdfx.expand(model, ratio, example_inputs=case.inputs(), dynamic=dynamic)
+    teacher = gpdfx.expand(
+        model,
+        ratio,
+        example_inputs=case.inputs(),
+        branches="auto" if ratio == 2 else None,
+        dynamic=dynamic,
+    )
     report = teacher.report()
     assert max(report.error.values()) <= max(report.check.tolerance, 1e-10)
     assert report.check.tolerance <= 1e-7

@@ -72,8 +72,8 @@ def test_channels_last_stays() -> None:
     case = NETWORKS["unet"]
     model = case.model().to(memory_format=torch.channels_last)
     teacher = gpdfx.expand(model, 2, example_inputs=case.inputs(), dynamic="batch")
-    for name, p in teacher.named_parameters():
-        mine = model.get_parameter(name)
+    for name, mine in model.named_parameters():
+        p = teacher.get_parameter(name)
         same = p.is_contiguous(memory_format=torch.channels_last) if p.ndim == 4 else True
         assert same == (mine.is_contiguous(memory_format=torch.channels_last) or p.ndim != 4), name
     plain = gpdfx.collapse(teacher)

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 
 import gpdfx
+from gpdfx.branches import SETS
 from gpdfx.report import Report
 from gpdfx.teacher import take_first
 
@@ -20,15 +21,19 @@ from .random_networks import build, networks
 COUNT = int(os.environ.get("GPDFX_NETWORKS", "100"))
 PARTS = 4
 RATIOS = st.sampled_from([1.3, 1.5, 2, 2, 2.5, 3])
+BRANCHES = st.sampled_from([None, "auto", *SETS])
 SHARES = st.sampled_from(["random", "uniform"])
 
 
-def check(code: str, ratio: Any, shares: str, **options: Any) -> Report:
+def check(
+    code: str, ratio: Any, shares: str, branches: str | None = None, **options: Any
+) -> Report:
     """Lossless in both modes; collapse is the identity; gradients are the student's own; explain
     agrees with the report."""
     model = build(code)
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    teacher = gpdfx.expand(model, ratio, example_inputs=(x,), shares=shares, **options)
+    options |= {"shares": shares, "branches": branches}
+    teacher = gpdfx.expand(model, ratio, example_inputs=(x,), **options)
     report = teacher.report()
     assert not [b for b in report.bridged if "rule" in b.reason and "no rule" not in b.reason]
     assert tensors_equal(model.state_dict(), gpdfx.collapse(teacher).state_dict())
@@ -61,9 +66,9 @@ def test_random_networks(part: int) -> None:
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(networks(), RATIOS, SHARES)
-    def run(code: str, ratio: float, shares: str) -> None:
-        note(f"ratio {ratio}, shares {shares!r}\n{code}")
-        check(code, ratio, shares)
+    @given(networks(), RATIOS, SHARES, BRANCHES)
+    def run(code: str, ratio: float, shares: str, branches: str | None) -> None:
+        note(f"ratio {ratio}, shares {shares!r}, branches {branches!r}\n{code}")
+        check(code, ratio, shares, branches)
 
     run()

@@ -19,14 +19,15 @@ from .networks import NETWORKS, tensors_equal
 def small_teacher(name: str = "unet", ratio: float = 2, **options: Any) -> Any:
     case = NETWORKS[name]
     model = case.model()
-    teacher = gpdfx.expand(model, ratio, example_inputs=case.inputs(), verify=False, **options)
+    options = {"branches": None, "verify": False, **options}
+    teacher = gpdfx.expand(model, ratio, example_inputs=case.inputs(), **options)
     return model, teacher, case.inputs(seed=3)
 
 
 @pytest.mark.parametrize("name", ["unet", "gpt", "odd", "grouped"])
 def test_student_is_the_users_module(name: str) -> None:
     """Same outputs bit for bit, same gradients, same statistics, in both modes."""
-    model, teacher, x = small_teacher(name, 1.5)
+    model, teacher, x = small_teacher(name, 1.5, branches="auto")
     for training in (False, True):
         model.train(training)
         teacher.train(training)

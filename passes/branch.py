@@ -1,0 +1,190 @@
+"""Branch: layers get multi-branch weights; graphs read the folded weight where they read the
+parameter.
+
+The fold itself stands outside of the graphs (``gpdfx.fold``): it is computed once a step and
+layer, however often the weight is used, and for teacher and student together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..branches import NONE, BranchSet, Layer
+from ..fold import Branched, kernel, merged, module_of, plain
+from ..kernels import copies
+from .program import bind
+from .widen import Widened
+
+aten = torch.ops.aten
+
+LAYERS: dict[Any, tuple[str, str, str]] = {
+    aten.linear.default: ("linear", "weight", "bias"),
+    aten.addmm.default: ("matrix", "mat2", "self"),
+    aten.mm.default: ("matrix", "mat2", ""),
+    aten.matmul.default: ("matrix", "other", ""),
+    **{
+        op: ("conv", "weight", "bias")
+        for packet in (aten.conv1d, aten.conv2d, aten.conv3d)
+        for op in (packet.default, packet.padding)
+    },
+    aten.conv_transpose1d.default: ("transposed", "weight", "bias"),
+    aten.conv_transpose2d.input: ("transposed", "weight", "bias"),
+    aten.conv_transpose3d.input: ("transposed", "weight", "bias"),
+}
+"""Op -> how it stores its weight, and the names of its weight and bias."""
+
+
+def branch(widened: Widened, choose: Callable[[list[str]], BranchSet]) -> Widened:
+    """Give every trainable layer the branches that ``choose`` says for the names of its weight."""
+    program = widened.program
+    names = {name: [name] for name in program.tensors}
+    for other, first in program.alias.items():
+        names[first].append(other)
+    asked = {n: choose(names[n]) for n in widened.inference.parameters(program, rank=2)}
+    each = {n: _branched(widened, n, chosen) for n, chosen in asked.items() if chosen is not NONE}
+    found = [one for one in each.values() if isinstance(one, Branched)]
+    left = {name: why for name, why in each.items() if isinstance(why, str)}
+    graphs: dict[str, fx.Graph] = {}
+    feeds: dict[str, tuple[str, ...]] = {}
+    for key, mode in program.modes.items():
+        graphs[key] = fx.Graph()
+        graphs[key].output(graphs[key].graph_copy(widened.graphs[key], {}))
+        feeds[key] = _rewrite(graphs[key], found, mode.site.training)
+    return replace(widened, graphs=graphs, feeds=feeds, branched=tuple(found), unbranched=left)
+
+
+# --------------------------------------------------------------------------- finding layers
+def _branched(widened: Widened, name: str, chosen: BranchSet) -> Branched | str:
+    """A weight with those of the branches that fit, or why it has none."""
+    layer = _layer(widened, name)
+    if isinstance(layer, str):
+        return layer
+    if not widened.program.tensors[name].requires_grad:
+        return "it is frozen"
+    chosen = chosen.on(layer)
+    if layer.layout == "matrix":  # a plain product has no place for what these add
+        chosen = replace(chosen, branches=tuple(b for b in chosen.branches if not b.norm))
+    if not chosen.branches:
+        return "no branch of its set fits a layer of this form"
+    bias = _bias(widened, name) if any(b.norm for b in chosen.branches) else None
+    return Branched(name, bias, layer, chosen)
+
+
+def _uses(widened: Widened, name: str) -> list[tuple[fx.Node, fx.Node]]:
+    """(parameter node, op that reads it), over all of the student's graphs."""
+    return [
+        (node, user)
+        for _, node in widened.program.each()
+        if node.op == "get_attr" and node.target == name
+        for user in node.users
+    ]
+
+
+def _layer(widened: Widened, name: str) -> Layer | str:
+    """The geometry of a weight in the teacher, or why it is not a layer's weight."""
+    found: set[Layer] = set()
+    for node, user in _uses(widened, name):
+        layout, argument, _ = LAYERS.get(user.target, ("", "", ""))
+        if not layout or bind(user)[argument] is not node:
+            return f"{user.target} reads it, too" if found else f"{user.target} reads it"
+        op = widened.inference.ops[user]
+        if user in widened.inference.bridges or any(x is node for x, _ in op.narrowed):
+            return f"{user.target} runs at the student's width"
+        groups = widened.frozen(op.env["g"]).teacher if "g" in op.env else 1
+        shape = [m.teacher for m in widened.maps[name]]
+        if layout in ("linear", "matrix") and len(shape) != 2:
+            return f"{user.target} reads it with {len(shape)} dimensions"
+        rows, columns = shape[:2] if layout in ("conv", "linear") else shape[1::-1]
+        outputs, inputs = (
+            (rows, columns // groups) if layout == "transposed" else (rows // groups, columns)
+        )
+        found.add(Layer(groups, outputs, inputs, tuple(shape[2:]), layout))
+    if len(found) != 1:
+        return "layers of several forms read it" if found else "no layer reads it"
+    (layer,) = found
+    return layer if prod(layer.shape) else "it is empty"
+
+
+def _bias(widened: Widened, name: str) -> str | None:
+    """The bias parameter that goes with a weight, wherever either is used."""
+    ops = [user for _, user in _uses(widened, name)]
+    biases = {bind(op).get(LAYERS[op.target][2]) for op in ops}
+    targets = {b.target if isinstance(b, fx.Node) and b.op == "get_attr" else None for b in biases}
+    if len(targets) != 1 or None in targets:
+        return None
+    (bias,) = targets
+    own = all(user in ops for _, user in _uses(widened, str(bias)))
+    return (
+        str(bias)
+        if own and isinstance(widened.program.tensors[str(bias)], torch.nn.Parameter)
+        else None
+    )
+
+
+# --------------------------------------------------------------------------- rewriting
+def _rewrite(graph: fx.Graph, found: list[Branched], training: bool) -> tuple[str, ...]:
+    """Folded weights come in as further inputs of the graph; their names, in order."""
+    nodes = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
+    feeds: list[str] = []
+    last = [n for n in graph.nodes if n.op == "placeholder"]
+    first = next(iter(graph.nodes))
+
+    def feed(name: str) -> fx.Node:
+        with graph.inserting_after(last[-1]) if last else graph.inserting_before(first):
+            node: fx.Node = graph.placeholder(f"folded_{len(feeds)}")
+        feeds.append(name)
+        last.append(node)
+        return node
+
+    for one in found:
+        node = nodes.get(one.weight)
+        if node is None:
+            continue
+        normed = [name for name, b in one.chosen.named().items() if b.norm]
+        new = feed(plain(one.weight) if normed and training else merged(one.weight))
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        if normed and training:
+            for layer in _layers_on(new):
+                _add_normed(
+                    graph, one, layer, new, {b: feed(kernel(one.weight, b)) for b in normed}
+                )
+        elif one.bias is not None:
+            bias = nodes[one.bias]
+            bias.replace_all_uses_with(feed(merged(one.bias)))
+            graph.erase_node(bias)
+    graph.lint()
+    return tuple(feeds)
+
+
+def _layers_on(weight: fx.Node) -> list[fx.Node]:
+    """The ops that a weight goes into, its shares multiplied first or not."""
+    users = [
+        u for user in weight.users for u in (user.users if user.target is copies.share else [user])
+    ]
+    return [u for u in users if u.target in LAYERS]
+
+
+def _add_normed(
+    graph: fx.Graph, one: Branched, layer: fx.Node, weight: fx.Node, kernels: dict[str, fx.Node]
+) -> None:
+    """``y -> y + sum_b norm_b(layer with the weight of b)``, on the same input."""
+    _, weight_name, bias_name = LAYERS[layer.target]
+    users, total = list(layer.users), layer
+    with graph.inserting_before(layer.next):
+        for name, own in kernels.items():
+            args = bind(layer) | {weight_name: own, bias_name: None}
+            if (shared := bind(layer)[weight_name]) is not weight:  # the same shares
+                args[weight_name] = graph.node_copy(shared)
+                args[weight_name].replace_input_with(weight, own)
+            made = graph.call_function(layer.target, tuple(args.values()))  # type: ignore[arg-type]
+            made = graph.call_module(f"{module_of(one.weight)}.norms.{name}", (made,))
+            total = graph.call_function(aten.add.Tensor, (total, made))
+    for user in users:
+        user.replace_input_with(layer, total)
