@@ -13,10 +13,11 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from . import tree
 from .errors import InputError, LossyError
@@ -213,6 +214,36 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
+class _Lifted(TorchFunctionMode):
+    """Casts to a narrow floating dtype go to float64: they must not hide a difference by their
+    rounding, nor make one."""
+
+    _METHODS: ClassVar = dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args = tuple(map(self._lift, args))
+        kwargs = {k: self._lift(v) for k, v in (kwargs or {}).items()}
+        return self._METHODS.get(func, func)(*args, **kwargs)
+
+    @staticmethod
+    def _lift(x: Any) -> Any:
+        return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
+
+
+@contextmanager
+def _lifted() -> Iterator[None]:
+    """Compute in float64 whatever a network asks for."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Lifted():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _cast(structure: Any, dtype: torch.dtype | None) -> Any:
     return tree.map_leaves(lambda x: x.to(dtype) if dtype and _floating(x) else x, structure)
 
@@ -309,10 +340,11 @@ def verify(
     and its weights are others afterwards.
 
     The tolerance is 1e-10 in float64. Where rounding itself is amplified it is 50 times the
-    change that a change in the last bit of the weights makes, never above 1e-7; for networks that
-    cast to float32 on purpose (``single``) it is 1e-5. A probe on which rounding alone makes more
-    of a difference (an activation that lies at zero) decides nothing: another one is drawn, with
-    settled statistics, up to ``PROBES``.
+    change that a change in the last bit of the weights makes, never above 1e-7. Casts to a narrow
+    dtype are lifted to float64, too; for networks that do not run so and cast on purpose
+    (``single``), or do not run in float64 at all, it is 1e-5. A probe on which rounding alone
+    makes more of a difference (an activation that lies at zero) decides nothing: another one is
+    drawn, with settled statistics, up to ``PROBES``.
     """
     for last in range(PROBES):
         try:
@@ -350,7 +382,35 @@ def _verify(
     settled: bool,
 ) -> Check:
     original = widened.program.student
-    dtype = torch.float64 if _runs(original, *inputs, torch.float64) else None
+    dtype, precision = _precision(original, inputs)
+    single = dtype is None or (single and precision is not _lifted)
+    with precision():
+        return _verify_in(widened, teacher, inputs, seed, single, dtype, settled=settled)
+
+
+Precision = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+def _precision(student: nn.Module, inputs: tuple[Any, Any]) -> tuple[torch.dtype | None, Precision]:
+    """The most exact way in which a network runs: all of it in float64, its parameters in float64,
+    or in its own dtype."""
+    for precision in (_lifted, contextlib.nullcontext):
+        if _runs(student, *inputs, torch.float64, precision):
+            return torch.float64, precision
+    return None, contextlib.nullcontext
+
+
+def _verify_in(
+    widened: Widened,
+    teacher: Teacher,
+    inputs: tuple[Any, Any],
+    seed: int,
+    single: bool,
+    dtype: torch.dtype | None,
+    *,
+    settled: bool,
+) -> Check:
+    original = widened.program.student
     inputs = _cast(inputs, dtype)
     twin = _convert(teacher, dtype).requires_grad_(False)
     error: dict[str, float] = {}
@@ -379,7 +439,7 @@ def _verify(
             if worst and errors[worst] > limit:
                 noise = 50 * _sensitivity(student, inputs, training, seed, gradients)
                 limit = max(limit, min(noise, CEILING))
-                limit = max(limit, SINGLE) if single or dtype is None else limit
+                limit = max(limit, SINGLE) if single else limit
             if (worst and not errors[worst] <= limit) or (zero and probe):
                 where = first_difference(widened, student, twin, inputs, mode, seed)
                 noisy = math.isfinite(errors[worst]) and errors[worst] <= noise
@@ -462,14 +522,16 @@ def _call_of(section: Section, calls: list[Site]) -> Any:
     return None
 
 
-def _runs(student: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype) -> bool:
+def _runs(
+    student: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype, precision: Precision
+) -> bool:
     """Some networks bake float32 tensors and do not run in float64, or not without overflow."""
     finite = []
     for to in (None, dtype):
         twin = _convert(duplicate(student), to).eval()
         some_args, some_kwargs = _cast((args, kwargs), to)
         try:
-            with torch.no_grad(), keep_rng():
+            with torch.no_grad(), keep_rng(), precision() if to else contextlib.nullcontext():
                 outputs = tree.leaves(twin(*some_args, **some_kwargs))
         except Exception:  # whatever the user's code raises in a dtype it was not written for
             return False

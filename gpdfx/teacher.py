@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,9 +168,12 @@ class Teacher(nn.Module):
         finally:
             self._held.clear()
 
-    def _study(self, folded: Folded, args: Any, kwargs: Any) -> Any:
+    def _study(
+        self, folded: Folded, args: Any, kwargs: Any, own: Mapping[str, Tensor] | None = None
+    ) -> Any:
+        """``own``: parameters that the student does not share."""
         self._student.train(self.training)
-        tensors = dict(self.student_parameters(folded))
+        tensors = dict(self.student_parameters(folded)) | dict(own or {})
         tensors |= dict(self._modules[self._buffers_name].named_buffers())  # type: ignore[union-attr]
         return self._run(self._student, tensors, args, kwargs)
 

@@ -1,0 +1,223 @@
+"""What branches cost: time of the student's step, memory of the teacher's.
+
+    python -m benchmarks.branches              # both tables, about ten minutes on two cores
+    python -m benchmarks.branches time --size 64 --batch 16
+    python -m benchmarks.branches memory
+
+``time``: forward and backward of ``teacher.student`` against those of the plain student, runs
+interleaved, the ratio of each pair; ``derive`` is the fold and the extraction alone, forward and
+backward; ``A/A`` is the plain student against itself, the noise of the machine. ``memory``: the
+largest growth of the process in one teacher step, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import gpdfx
+from benchmarks.networks import RESULTS
+
+Row = dict[str, Any]
+FIELDS = (
+    *("table", "what", "branches", "extract", "size", "batch", "pairs", "median", "low", "high"),
+    *("unit", "torch", "threads", "machine"),
+)
+WAYS = (
+    (None, "first"),
+    (None, "mean"),
+    ("orepa", "first"),
+    ("auto", "first"),
+    ("mobileone", "first"),
+)
+
+
+def build(branches: Any, extract: str, size: int, batch: int) -> tuple[Any, Any, torch.Tensor]:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18()
+    x = torch.randn(batch, 3, size, size)
+    example = (torch.randn(2, 3, 64, 64),)
+    teacher = gpdfx.expand(
+        model, 2, example_inputs=example, branches=branches, extract=extract, verify=False
+    )
+    return model.train(), teacher.train(), x
+
+
+def step(call: Callable[..., Any], module: torch.nn.Module, x: torch.Tensor) -> Callable[[], None]:
+    def run() -> None:
+        module.zero_grad()
+        call(x).square().mean().backward()
+
+    return run
+
+
+def derive(teacher: gpdfx.Teacher) -> Callable[[], None]:
+    def run() -> None:
+        teacher.zero_grad()
+        sum(p.sum() for _, p in teacher.student_parameters()).backward()  # type: ignore[union-attr]
+
+    return run
+
+
+def paired(
+    one: Callable[[], None], other: Callable[[], None], pairs: int
+) -> list[tuple[float, float]]:
+    """Seconds of both, interleaved, the first of a pair by turns."""
+    one(), other()
+    found = []
+    for k in range(pairs):
+        seconds = [0.0, 0.0]
+        for which in (0, 1) if k % 2 else (1, 0):
+            start = time.perf_counter()
+            (one, other)[which]()
+            seconds[which] = time.perf_counter() - start
+        found.append((seconds[0], seconds[1]))
+    return found
+
+
+def quantiles(values: list[float]) -> Row:
+    low, *_, high = statistics.quantiles(values, n=5)
+    return {
+        "median": f"{statistics.median(values):.4g}",
+        "low": f"{low:.4g}",
+        "high": f"{high:.4g}",
+        "pairs": len(values),
+    }
+
+
+def time_rows(size: int, batch: int, pairs: int) -> list[Row]:
+    rows: list[Row] = []
+    model, _, x = build(None, "first", size, batch)
+    both = paired(step(model, model, x), step(model, model, x), pairs)
+    rows.append({"what": "plain student", "unit": "seconds"} | quantiles([b for _, b in both]))
+    rows.append({"what": "A/A", "unit": "ratio"} | quantiles([a / b for a, b in both]))
+    for branches, extract in track(WAYS, f"time, {size} px, batch {batch}"):
+        model, teacher, x = build(branches, extract, size, batch)
+        own = {"branches": branches or "none", "extract": extract}
+        both = paired(step(teacher.student, teacher, x), step(model, model, x), pairs)
+        rows.append(
+            {"what": "student step", "unit": "ratio"} | own | quantiles([a / b for a, b in both])
+        )
+        alone = [a for a, _ in paired(derive(teacher), lambda: None, pairs)]
+        rows.append({"what": "derive", "unit": "seconds"} | own | quantiles(alone))
+    return [{"table": "time", "size": size, "batch": batch} | row for row in rows]
+
+
+# --------------------------------------------------------------------------- memory
+def peak(branches: Any, size: int, batch: int, answer: Any) -> None:
+    """Bytes of parameters, and the largest resident memory of a training step."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    _, teacher, x = build(branches, "first", size, batch)
+    optimizer = torch.optim.SGD(teacher.parameters(), 0.01, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        teacher(x).square().mean().backward()
+        optimizer.step()
+    held = 4 * sum(p.numel() for p in teacher.parameters())
+    answer.send((held, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def memory_rows(size: int, batch: int) -> list[Row]:
+    """The peak of a step with branches over that without, plus parameters, gradients and momentum
+    of the branches (three copies of each)."""
+    context = multiprocessing.get_context("spawn")
+    found: dict[Any, tuple[int, int]] = {}
+    for branches in track((None, "orepa", "auto"), f"memory, {size} px, batch {batch}"):
+        near, far = context.Pipe(duplex=False)
+        process = context.Process(target=peak, args=(branches, size, batch, far))
+        process.start()
+        found[branches] = near.recv()
+        process.join()
+    base_held, base = found[None]
+    rows: list[Row] = []
+    for branches, (held, most) in found.items():
+        own = {"table": "memory", "branches": branches or "none", "size": size, "batch": batch}
+        allowed = base + 3 * (held - base_held)
+        rows.append(own | {"what": "peak", "unit": "GiB", "median": f"{most / 2**30:.3f}"})
+        rows.append(
+            own
+            | {
+                "what": "peak / (without + the branches' own)",
+                "unit": "ratio",
+                "median": f"{most / allowed:.4f}",
+            }
+        )
+    return rows
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """Replace the rows of the same tables and sizes."""
+    about = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    kept: list[Row] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            done = {(r["table"], str(r["size"]), str(r["batch"])) for r in rows}
+            kept = [
+                r for r in csv.DictReader(file) if (r["table"], r["size"], r["batch"]) not in done
+            ]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows([*kept, *(row | about for row in rows)])
+
+
+def show(rows: list[Row]) -> None:
+    columns = (
+        "table",
+        "what",
+        "branches",
+        "extract",
+        "size",
+        "batch",
+        "median",
+        "low",
+        "high",
+        "unit",
+    )
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(str(row.get(c, "")) for c in columns))
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.branches")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = __doc__
+    parser.add_argument("table", nargs="?", choices=("all", "time", "memory"), default="all")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=RESULTS / "branches.csv")
+    given = parser.parse_args()
+    rows: list[Row] = []
+    if given.table in ("all", "time"):
+        rows += time_rows(given.size, given.batch, given.pairs)
+        write(rows, given.out)
+    if given.table in ("all", "memory"):
+        rows += memory_rows(given.size, given.batch)
+        write(rows, given.out)
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
