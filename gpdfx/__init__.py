@@ -17,6 +17,8 @@ from .errors import LossyError as LossyError
 from .expand import expand as expand
 from .explain import explain as explain
 from .explain import graph as graph
+from .gpd import GPD as GPD
+from .gpd import Distilled as Distilled
 from .groups import param_groups as param_groups
 from .report import Report as Report
 from .rule import rule as rule

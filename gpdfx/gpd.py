@@ -21,7 +21,7 @@ from .control import covers
 from .errors import InputError
 from .expand import expand
 from .explain import suggest
-from .losses import soft_cross_entropy
+from .losses import KD, soft_cross_entropy
 from .teacher import Teacher, collapse
 
 Criterion = Callable[[Tensor, Any], Tensor]
@@ -96,8 +96,6 @@ class GPD(nn.Module):
             raise InputError("kd needs a static teacher", remedy="pass static_teacher=")
         self.teacher: Teacher = expand(student, ratio, branches=branches, **options)
         if kd is None and static_teacher is not None:
-            from .losses import KD
-
             kd = KD()
         self.kd, self.lam, self.criterion = kd, lam, criterion
         self.temperature, self.smoothing = temperature, smoothing
