@@ -309,7 +309,7 @@ def _spell_recipe(recipe: Recipe) -> dict[str, Any]:
         "round_to": control.round_to,
         "branches": {p: spell(s) for p, s in control.branches.items()},
         **{k: getattr(recipe, k) for k in ("scales", "shares", "extract", "randomness")},
-        **{k: getattr(recipe, k) for k in ("dynamic", "seed")},
+        **{k: getattr(recipe, k) for k in ("features", "dynamic", "seed")},
     }
 
 

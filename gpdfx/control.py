@@ -76,6 +76,7 @@ class Recipe:
     scales: str
     shares: str
     extract: str
+    features: tuple[str, ...]
     randomness: str
     dynamic: str
     seed: int

@@ -31,6 +31,7 @@ from .passes.inline import inline
 from .passes.parts import capture_parts, recapture
 from .passes.program import Program, duplicate, source_line
 from .passes.rules.base import DynamicAxis
+from .passes.tap import tap
 from .passes.widen import Widened, widen
 from .report import make_report
 from .rule import check_rules
@@ -52,6 +53,7 @@ def expand(
     scales: str = "preserve",
     shares: str = "random",
     extract: str = "first",
+    features: Sequence[str] = (),
     randomness: str = "shared",
     dynamic: str = "sizes",
     seed: int = 0,
@@ -90,6 +92,8 @@ def expand(
             optimizer; ``"uniform"`` is the paper's.
         extract: how the student is read out of the copies: ``"first"``, the paper's, or
             ``"mean"``, weighted by shares (see ``gpdfx.extract``).
+        features: modules of the student whose results ``GPD`` takes out of the teacher, at its
+            width, to distill them.
         randomness: ``"shared"`` draws dropout at the student's shape and order, so that equal
             seeds give equal functions; ``"independent"`` draws at the teacher's shape.
         dynamic: which input sizes may differ from the example's later on. ``"sizes"``: all that
@@ -128,11 +132,13 @@ def expand(
         except CaptureError as error:
             _check_forward(model, inputs)
             raise error
+        widened = tap(widened, features)
         check = None
         if verify:
             checked = widened
             if randomness == "independent":  # equal seeds say nothing: check the other form
                 checked = _widen(widened.program, widened.inference, control, shares, False, seed)
+                checked = tap(checked, features)
             scratch = Teacher(
                 checked, seed=seed, extract=extract
             )  # before the real one: both would not always fit
@@ -148,7 +154,7 @@ def expand(
             teacher.pin(check.free)
         teacher.find_caches(args, kwargs)
         teacher._recipe = Recipe(
-            control, scales, shares, extract, randomness, dynamic, seed, inputs
+            control, scales, shares, extract, tuple(features), randomness, dynamic, seed, inputs
         )
         teacher._report = make_report(widened, teacher, control, inputs, clock.laps, check, scales)
     return teacher.train(model.training)

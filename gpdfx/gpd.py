@@ -9,6 +9,7 @@ T are the dynamic teacher's logits, S the student's on the shared parameters, sg
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from .control import covers
 from .errors import InputError
 from .expand import expand
 from .explain import suggest
-from .losses import KD, soft_cross_entropy
+from .losses import KD, FeatureLoss, Features, soft_cross_entropy
 from .teacher import Teacher, collapse
 
 Criterion = Callable[[Tensor, Any], Tensor]
@@ -39,6 +40,17 @@ class Distilled(NamedTuple):
     terms: dict[str, Tensor]
 
 
+class _Seen(NamedTuple):
+    """Logits and features of all networks."""
+
+    wide: Tensor
+    own: Tensor
+    static: Tensor | None
+    wide_features: list[Tensor]
+    own_features: list[Tensor]
+    static_features: list[Tensor]
+
+
 class GPD(nn.Module):
     """Train a student with a dynamic teacher that shares its parameters.
 
@@ -53,6 +65,9 @@ class GPD(nn.Module):
         ratio, branches, options: see ``gpdfx.expand`` (``shares``, ``extract``, ``keep`` ...).
         kd: loss of logits against the static teacher's, called with (logits, static logits,
             targets): ``gpdfx.losses.KD()`` if not given. It counts for teacher and student.
+        features: loss of features against the static teacher's, by names of modules (see
+            ``gpdfx.losses.FeatureLoss``): ``ReviewKD`` or ``FitNet``. Teacher and student have one
+            each, with parameters of their own, which train along.
         lam: weight of the student's cross entropy with the dynamic teacher's softmax.
         temperature, smoothing: of that soft target.
         teacher_weight: of the dynamic teacher's own losses; 0 leaves it to the student's.
@@ -69,6 +84,7 @@ class GPD(nn.Module):
     """
 
     _static: nn.Module | None
+    _asked: FeatureLoss | None
 
     def __init__(
         self,
@@ -78,6 +94,7 @@ class GPD(nn.Module):
         ratio: float | Mapping[str, float] = 2,
         branches: Any = "auto",
         kd: Distillation | None = None,
+        features: FeatureLoss | None = None,
         lam: float = 3.0,
         temperature: float = 1.0,
         smoothing: float = 0.1,
@@ -92,10 +109,11 @@ class GPD(nn.Module):
         for name, value in (("lam", lam), ("smoothing", smoothing), ("temperature", temperature)):
             if not value >= 0 or (name == "smoothing" and value > 1):
                 raise InputError(f"{name} is {value!r}", remedy="pass a number of at least 0")
-        if kd is not None and static_teacher is None:
+        if (kd is not None or features is not None) and static_teacher is None:
             raise InputError("kd needs a static teacher", remedy="pass static_teacher=")
+        options |= {"features": features.student_layers} if features is not None else {}
         self.teacher: Teacher = expand(student, ratio, branches=branches, **options)
-        if kd is None and static_teacher is not None:
+        if kd is None and static_teacher is not None and features is None:
             kd = KD()
         self.kd, self.lam, self.criterion = kd, lam, criterion
         self.temperature, self.smoothing = temperature, smoothing
@@ -110,6 +128,24 @@ class GPD(nn.Module):
         if static_teacher is not None:
             static_teacher = static_teacher.eval().requires_grad_(False)
         object.__setattr__(self, "_static", static_teacher)
+        self.features = nn.ModuleDict()
+        object.__setattr__(self, "_asked", features)
+        if features is not None:
+            self._build_features(features)
+
+    def _build_features(self, features: FeatureLoss) -> None:
+        """One loss for the teacher, one for the student, each for its own widths."""
+        recipe = self.teacher._recipe
+        assert recipe is not None
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            seen = self._run(*recipe.inputs)
+        self.train(training)
+        static = [x.shape for x in seen.static_features]
+        for name, found in (("teacher", seen.wide_features), ("student", seen.own_features)):
+            self.features[name] = copy.deepcopy(features)
+            self.features[name].build([x.shape for x in found], static)  # type: ignore[operator]
 
     def _choose_own(self, unshared: str | Sequence[str]) -> list[str]:
         patterns = [unshared] if isinstance(unshared, str) else list(unshared)
@@ -128,11 +164,8 @@ class GPD(nn.Module):
         ``inputs``: a tensor, a tuple of positional or a dict of keyword inputs. ``targets``: what
         ``criterion`` takes.
         """
-        args, kwargs = _call(inputs)
-        folded = self.teacher.fold()
-        wide = self._logits(self.teacher._teach(folded, args, kwargs))
-        own = self._logits(self.teacher._study(folded, args, kwargs, self.own_parameters()))
-        static = self._run_static(args, kwargs)
+        seen = self._run(*_call(inputs))
+        wide, own, static = seen.wide, seen.own, seen.static
         terms = {
             "teacher": self.teacher_weight * self.criterion(wide, targets),
             "student": self.criterion(own, targets),
@@ -151,6 +184,11 @@ class GPD(nn.Module):
                 )
             terms["teacher_kd"] = self.teacher_weight * self.kd(wide, static, targets)
             terms["student_kd"] = self.kd(own, static, targets)
+        for name, found in (("teacher", seen.wide_features), ("student", seen.own_features)):
+            if name in self.features:
+                term = self.features[name](found, seen.static_features)
+                factor = self.teacher_weight if name == "teacher" else 1.0
+                terms[f"{name}_features"] = factor * term
         loss = torch.stack([term.float() for term in terms.values()]).sum()
         return Distilled(loss, own, wide, static, terms)
 
@@ -162,11 +200,25 @@ class GPD(nn.Module):
         """The student alone."""
         return self.teacher._study(self.teacher.fold(), args, kwargs, self.own_parameters())
 
-    @torch.no_grad()
-    def _run_static(self, args: Any, kwargs: Any) -> Tensor | None:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
+        """All networks on one batch, the branches folded once."""
+        asked, own = self._asked, self.own_parameters()
+        folded, wide_features = self.teacher.fold(), []  # type: ignore[var-annotated]
+        wide = self.teacher._teach(folded, args, kwargs, wide_features)
+        narrow, features = _collecting(
+            self.teacher._student,
+            asked.student_layers if asked else (),
+            lambda: self.teacher._study(folded, args, kwargs, own),
+        )
+        seen = _Seen(self._logits(wide), self._logits(narrow), None, wide_features, features, [])
         if self._static is None:
-            return None
-        return self._logits(self._static(*args, **kwargs)).detach()
+            return seen
+        static = self._static
+        with torch.no_grad():
+            output, features = _collecting(
+                static, asked.static_layers if asked else (), lambda: static(*args, **kwargs)
+            )
+        return seen._replace(static=self._logits(output).detach(), static_features=features)
 
     @torch.no_grad()
     def collapse(self) -> nn.Module:
@@ -183,6 +235,17 @@ class GPD(nn.Module):
         if self._static is not None:
             self._static._apply(fn, recurse)
         return self
+
+
+def _collecting(
+    module: nn.Module, names: Sequence[str], call: Callable[[], Any]
+) -> tuple[Any, list[Tensor]]:
+    """A call's result, and what some modules returned on the way."""
+    if not names:
+        return call(), []
+    with Features(module, names) as seen:
+        result = call()
+    return result, seen.tensors
 
 
 def find_logits(output: Any) -> Tensor:

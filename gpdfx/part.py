@@ -31,9 +31,16 @@ class Section:
         self.sizes.check(flat, self.call.names)
         return flat
 
-    def __call__(self, net: nn.Module, folded: Folded, flat: list[Any]) -> Any:
-        """Run on the teacher's tensors, and on the weights that its branches fold into."""
-        return self.out.fill(self.code(net, [*flat, *(folded[name] for name in self.feeds)]))
+    def __call__(
+        self, net: nn.Module, folded: Folded, flat: list[Any], taps: list[Any] | None = None
+    ) -> Any:
+        """Run on the teacher's tensors, and on the weights that its branches fold into. ``taps``:
+        takes what comes out beside the outputs."""
+        results = self.code(net, [*flat, *(folded[name] for name in self.feeds)])
+        own = sum(self.out.slots)
+        if taps is not None:
+            taps += results[own:]
+        return self.out.fill(results[:own])
 
 
 class Part:
@@ -50,6 +57,7 @@ class Part:
         training: bool,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        taps: list[Any] | None = None,
     ) -> Any:
         """Run the first graph that holds for a call. Raises ``InputError`` if none does."""
         refused: InputError | None = None
@@ -60,7 +68,7 @@ class Part:
                 except InputError as error:
                     refused = refused or error
                 else:
-                    return section(net, folded, flat)
+                    return section(net, folded, flat, taps)
         if refused:
             raise refused
         mode = "train" if training else "eval"

@@ -154,9 +154,12 @@ class Teacher(nn.Module):
         for path in self._folds.values():
             yield self._net.get_submodule(path)  # type: ignore[misc]
 
-    def _teach(self, folded: Folded, args: Any, kwargs: Any) -> Any:
+    def _teach(
+        self, folded: Folded, args: Any, kwargs: Any, taps: list[Tensor] | None = None
+    ) -> Any:
+        """``taps``: takes the features that were asked for (``features=`` of ``expand``)."""
         if self._between is None:
-            return self._parts[""](self._net, folded, self.training, args, kwargs)
+            return self._parts[""](self._net, folded, self.training, args, kwargs, taps)
         tensors = dict(self.student_parameters(folded))
         for name, _ in self._student.named_buffers():
             wide = operator_get(self._net, name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import gpdfx
-from gpdfx.losses import KD
+from gpdfx.losses import KD, Features, FitNet, ReviewKD
 
 from .networks import tensors_equal
 
@@ -235,3 +235,61 @@ def test_a_static_teacher_with_other_classes_is_refused() -> None:
     gpd = gpdfx.GPD(Net(), Net(12, classes=7), example_inputs=(X,), verify=False)
     with pytest.raises(gpdfx.InputError, match="classes"):
         gpd(X, Y)
+
+
+class Deep(nn.Module):
+    """Two stages with a residual sum, whose result is the stage's."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.one = Stage(width, width)
+        self.two = Stage(width, 2 * width)
+        self.head = nn.Linear(2 * width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(self.stem(x)))
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+class Stage(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(inputs, outputs, 3, padding=1, stride=2)
+        self.b = nn.Conv2d(outputs, outputs, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        return (x + self.b(x)).relu()
+
+
+@pytest.mark.parametrize("kind", [ReviewKD, FitNet])
+def test_features_of_teacher_and_student_are_distilled(kind: Any) -> None:
+    torch.manual_seed(0)
+    loss = kind(["one", "two"], ["one", "two"], weight=0.5)
+    x = torch.randn(4, 3, 16, 16)
+    gpd = gpdfx.GPD(Deep(), Deep(8), features=loss, example_inputs=(x,), dynamic="batch").eval()
+    out = gpd(x, Y[:4])
+    assert set(out.terms) == {"teacher", "student", "gap", "teacher_features", "student_features"}
+    taps: list[Tensor] = []
+    gpd.teacher._teach(gpd.teacher.fold(), (x,), {}, taps)
+    with Features(gpd.teacher._student, ["one", "two"]) as seen:
+        gpd.teacher.student(x)
+    assert [t.shape[1] for t in taps] == [8, 16]
+    for wide, own in zip(taps, seen.tensors, strict=True):  # the copies of what the student has
+        torch.testing.assert_close(wide[:, : own.shape[1]], own)
+        torch.testing.assert_close(wide[:, own.shape[1] :], own)
+    with Features(gpd._static, ["one", "two"]) as static:
+        gpd._static(x)
+    want = gpd.features["teacher"](taps, static.tensors)
+    torch.testing.assert_close(out.terms["teacher_features"], want)
+    out.loss.backward()
+    for name, p in gpd.features.named_parameters():
+        assert p.grad is not None, name
+    assert gpd.teacher.get_parameter("one.a.weight").grad is not None
+
+
+def test_features_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(gpdfx.InputError, match="ones"):
+        gpdfx.GPD(Deep(), Deep(8), features=FitNet(["ones"], ["one"]), example_inputs=(X,))
