@@ -392,23 +392,36 @@ def _verify(
     *,
     settled: bool,
 ) -> Check:
-    original = widened.program.student
-    dtype, precision = _precision(original, inputs)
-    single = dtype is None or (single and precision is not _lifted)
-    with precision():
-        return _verify_in(widened, teacher, inputs, seed, single, dtype, settled=settled)
+    student = widened.program.student
+    refused = LossyError("the student does not run")
+    for dtype, precision in _precisions(student, inputs):
+        lifted = precision is _lifted
+        loose = dtype is None or (single and not lifted)
+        try:
+            with precision():
+                return _verify_in(widened, teacher, inputs, seed, loose, dtype, settled=settled)
+        except LossyError as error:
+            if not (lifted and single):
+                raise
+            refused = error  # baked limits of a dtype do not follow a lifted cast
+    raise refused
 
 
 Precision = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-def _precision(student: nn.Module, inputs: tuple[Any, Any]) -> tuple[torch.dtype | None, Precision]:
-    """The most exact way in which a network runs: all of it in float64, its parameters in float64,
-    or in its own dtype."""
+def _precisions(
+    student: nn.Module, inputs: tuple[Any, Any]
+) -> Iterator[tuple[torch.dtype | None, Precision]]:
+    """The ways in which a network runs, the most exact first: all of it in float64, its parameters
+    in float64, or in its own dtype."""
+    double = False
     for precision in (_lifted, contextlib.nullcontext):
         if _runs(student, *inputs, torch.float64, precision):
-            return torch.float64, precision
-    return None, contextlib.nullcontext
+            double = True
+            yield torch.float64, precision
+    if not double:
+        yield None, contextlib.nullcontext
 
 
 def _verify_in(
