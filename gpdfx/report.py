@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .axes import Axis, Leaf, Solver, Widths, leaves, paths
 from .control import Control
+from .cost import Cost, cost
 from .passes.widen import Bridge, Widened
 
 if TYPE_CHECKING:
@@ -94,7 +92,7 @@ class Report:
     scales: str
     parameters: tuple[int, int]
     extra: int
-    macs: tuple[int, int]
+    cost: Cost
     inputs: dict[str, str]
     apart: dict[str, str]
     seconds: dict[str, float]
@@ -104,6 +102,11 @@ class Report:
     def ratio(self) -> float | dict[str, float]:
         """As asked for: one number, or by pattern."""
         return self.control.ratio
+
+    @property
+    def macs(self) -> tuple[int, int]:
+        """Multiply-adds of one sample, student and teacher."""
+        return self.cost.macs
 
     @property
     def error(self) -> dict[str, float]:
@@ -117,6 +120,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         plain = dataclasses.asdict(self)
+        plain["macs"] = self.macs
         plain["error"], plain["dead"] = self.error, list(self.dead)
         plain |= {"ratio": self.ratio, "keep": self.control.keep, "round_to": self.control.round_to}
         for name in ("check", "control"):
@@ -133,6 +137,7 @@ class Report:
             ("widened", f"{self.widened:.1%} of the weights, in {len(self.groups)} groups of axes"),
             ("parameters", _change(*self.parameters) + self._extra()),
             ("multiply-adds", _change(*self.macs) + " per sample"),
+            ("one step", str(self.cost)),
             ("branches", self._branches()),
             ("inputs", "; ".join(f"{name}: {sizes}" for name, sizes in self.inputs.items())),
             ("bridged", f"{len(self.bridged)} of {self.nodes} nodes"),
@@ -140,7 +145,7 @@ class Report:
             ("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items())),
         ]
         if self.apart:
-            rows.insert(5, ("in Python", ", ".join(path or self.name for path in self.apart)))
+            rows.insert(6, ("in Python", ", ".join(path or self.name for path in self.apart)))
         rows += [("dead", f"{len(self.dead)}: {_some(self.dead)}")] if self.dead else []
         kept = tuple(dict.fromkeys(f.parameter for f in self.fixed if f.reason.startswith(ASKED)))
         rows += [("kept", f"as asked, {len(kept)}: {_some(kept)}")] if kept else []
@@ -249,7 +254,7 @@ def make_report(
         scales,
         (_count(student), _count(teacher) - extra),
         extra,
-        (_macs(student, student, example), _macs(teacher, _unfolded(teacher), example)),
+        cost(teacher, student, example),
         _inputs(teacher),
         program.apart,
         seconds,
@@ -309,31 +314,3 @@ def _fixed(
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _unfolded(teacher: Teacher) -> Callable[..., Any]:
-    """The teacher without the fold of its branches, which costs the same for any batch."""
-    with torch.no_grad():
-        folded = teacher.fold()
-    return lambda *args, **kwargs: teacher._teach(folded, args, kwargs)
-
-
-def _macs(module: nn.Module, call: Callable[..., Any], example: tuple[Any, Any]) -> int:
-    """Multiply-adds of one sample, counted by PyTorch."""
-    args, kwargs = example
-    batch = next((x.shape[0] for x in (*args, *kwargs.values()) if hasattr(x, "shape")), 1)
-    training = module.training
-    trained = [p for p in module.parameters() if p.requires_grad]
-    buffers = [(b, b.clone()) for b in module.buffers()]  # forward may write to them
-    module.eval().requires_grad_(False)  # the counter cannot hook a parameter that is passed on
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            call(*args, **kwargs)
-    finally:
-        module.train(training)
-        for p in trained:
-            p.requires_grad_()
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-    return int(counter.get_total_flops()) // 2 // max(batch, 1)

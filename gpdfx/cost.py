@@ -1,0 +1,122 @@
+"""What a step costs, told before the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import tree
+from .errors import InputError
+from .teacher import Teacher
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``macs``: multiply-adds of one sample in the forward of student and teacher, counted by
+    PyTorch; ``fold``: those of the branches, once a step whatever the batch. ``kept``: bytes that
+    the forward of a student and of a step (both) keeps of one sample for the backward; ``None``
+    where that cannot be told (a fixed batch, a network without gradients).
+    """
+
+    macs: tuple[int, int]
+    fold: int
+    kept: tuple[int, int] | None
+
+    def __str__(self) -> str:
+        student, teacher = self.macs
+        text = f"multiply-adds x {(student + teacher) / max(student, 1):.2f}"
+        text += f" (and {self.fold:,} for the branches)" if self.fold else ""
+        if self.kept is not None and self.kept[0]:
+            text += f", activations x {self.kept[1] / self.kept[0]:.2f}"
+        return text + " of the plain student's"
+
+
+def cost(teacher: Teacher, student: nn.Module, example: Example) -> Cost:
+    """Run student and teacher on the example, in eval mode, and count."""
+    args, kwargs = example
+    with _undisturbed(teacher), _undisturbed(student), torch.no_grad():
+        folded = teacher.fold()
+        macs = (
+            _macs(lambda: student(*args, **kwargs), example),
+            _macs(lambda: teacher._teach(folded, args, kwargs), example),
+        )
+        fold = _count(teacher.fold)
+    with _undisturbed(teacher, freeze=False), _undisturbed(student, freeze=False):
+        try:
+            kept = _per_sample(student, example), _per_sample(teacher.both, example)
+        except (RuntimeError, InputError):  # eval mode may overwrite what a gradient would need
+            return Cost(macs, fold, None)
+    return Cost(macs, fold, kept if min(kept) > 0 else None)
+
+
+def _per_sample(call: Callable[..., Any], example: Example) -> int:
+    """The growth of what is kept from one sample to all of the example's."""
+    batch = max(_batch(example), 2)
+    one: Example = tree.map_leaves(
+        lambda x: x[:1] if isinstance(x, Tensor) and x.ndim and len(x) == batch else x, example
+    )
+    kept = [_kept(lambda x=x: call(*x[0], **x[1])) for x in (one, example)]  # type: ignore[misc]
+    return (kept[1] - kept[0]) // (batch - 1)
+
+
+def _batch(example: Example) -> int:
+    args, kwargs = example
+    sizes = (x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim)
+    return next(sizes, 1)
+
+
+def _macs(call: Callable[[], Any], example: Example) -> int:
+    """Of one sample."""
+    return _count(call) // max(_batch(example), 1)
+
+
+def _count(call: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops()) // 2
+
+
+def _kept(call: Callable[[], Any]) -> int:
+    """Bytes saved for the backward, every storage once."""
+    seen: dict[int, int] = {}
+    held: list[Any] = []  # so that no storage is used again
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        held.append(x)
+        return x
+
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda x: x):
+        held.append(call())
+    return sum(seen.values())
+
+
+@contextmanager
+def _undisturbed(module: nn.Module, *, freeze: bool = True) -> Iterator[None]:
+    """In eval mode, its buffers put back after. ``freeze``: the counter cannot hook a parameter
+    that is passed on."""
+    training = module.training
+    trained = [p for p in module.parameters() if p.requires_grad]
+    buffers = [(b, b.clone()) for b in module.buffers()]  # forward may write to them
+    module.eval()
+    if freeze:
+        module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.train(training)
+        for p in trained:
+            p.requires_grad_()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
