@@ -16,6 +16,7 @@ from .call import Call
 from .control import Control, Recipe, make_control
 from .errors import CaptureError, InputError
 from .inputs import infer_inputs
+from .observe import keep_rng
 from .passes.assign import assign
 from .passes.branch import branch
 from .passes.canonicalize import (
@@ -123,7 +124,7 @@ def expand(
     ):
         if given not in known:
             raise InputError(f"{name} is {given!r}", remedy=f"pass one of {', '.join(known)}")
-    with oracle.keep_rng():
+    with keep_rng():
         args, kwargs = _example(model, example_inputs, example_kwargs)
         inputs = args, kwargs
         clock = _Clock()

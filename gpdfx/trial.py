@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from .axes import ONE, Axis, Frozen, Leaf, Solver, compose, leaves
-from .oracle import difference, keep_rng
+from .observe import difference, keep_rng
 from .passes.infer import Inference
 from .passes.program import size_hint
 from .passes.rules.base import Axes, Op, Rule, Target, parts

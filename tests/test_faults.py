@@ -19,6 +19,7 @@ from gpdfx.expand import Inputs, _Clock, _compile
 from gpdfx.kernels import copies
 from gpdfx.passes.program import is_mutable
 from gpdfx.passes.widen import Widened
+from gpdfx.probe import randomize, settle
 from gpdfx.teacher import Teacher
 
 aten = torch.ops.aten
@@ -332,11 +333,11 @@ def test_dead_parameters_are_listed() -> None:
 
 def test_settled_statistics_are_the_batchs() -> None:
     """Where rounding decides on one probe, the next has the statistics of its own batch."""
-    model = oracle.randomize(Plain(), 0).eval()
+    model = randomize(Plain(), 0).eval()
     assert isinstance(model.norm, nn.BatchNorm2d)
     seen: list[Tensor] = []
     model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    oracle._settle(model, ((image(),), {}))
+    settle(model, ((image(),), {}))
     torch.testing.assert_close(model.norm.running_mean, seen[-1].mean((0, 2, 3)))
     torch.testing.assert_close(model.norm.running_var, seen[-1].var((0, 2, 3)))
     assert model.norm.momentum == 0.1

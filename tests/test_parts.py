@@ -16,6 +16,7 @@ from gpdfx import oracle
 from gpdfx.control import make_control
 from gpdfx.expand import Inputs, _Clock, _compile
 from gpdfx.passes.widen import Widened
+from gpdfx.probe import randomize
 from gpdfx.teacher import Teacher
 
 from .networks import tensors_equal
@@ -298,7 +299,7 @@ def test_detection_gives_identical_boxes(name: str) -> None:
     model = torchvision.models.get_model(
         name, weights=None, weights_backbone=None, num_classes=4, **small
     )
-    oracle.randomize(model, 0)
+    randomize(model, 0)
     images = [torch.rand(3, 96, 128), torch.rand(3, 96, 120)]
     boxes = torch.tensor([[5.0, 5.0, 50.0, 60.0], [20.0, 20.0, 90.0, 80.0]])
     targets = [{"boxes": boxes, "labels": torch.tensor([1, 2])} for _ in images]
