@@ -23,7 +23,7 @@ from .passes.capture import LEVELS
 from .passes.program import duplicate
 from .passes.widen import Widened, gather
 from .place import call_of, calls_of, first_difference
-from .probe import cast, convert, lifted, precisions, randomize, settle
+from .probe import Way, convert, randomize, settle, ways
 from .teacher import Teacher, collapse
 
 TOLERANCE = 1e-10
@@ -184,31 +184,22 @@ def _verify(
 ) -> Check:
     student = widened.program.student
     refused = LossyError("the student does not run")
-    for dtype, precision in precisions(student, inputs):
-        exact = precision is lifted
-        loose = dtype is None or (single and not exact)
+    for way in ways(student, inputs):
+        loose = way.dtype is None or (single and not way.lifted)
         try:
-            with precision():
-                return _verify_in(widened, teacher, inputs, seed, loose, dtype, settled=settled)
+            with way():
+                return _verify_in(widened, teacher, way, seed, loose, settled=settled)
         except LossyError as error:
-            if not (exact and single):
+            if not (way.lifted and single):
                 raise
             refused = error  # baked limits of a dtype do not follow a lifted cast
     raise refused
 
 
 def _verify_in(
-    widened: Widened,
-    teacher: Teacher,
-    inputs: tuple[Any, Any],
-    seed: int,
-    single: bool,
-    dtype: torch.dtype | None,
-    *,
-    settled: bool,
+    widened: Widened, teacher: Teacher, way: Way, seed: int, single: bool, *, settled: bool
 ) -> Check:
-    original = widened.program.student
-    inputs = cast(inputs, dtype)
+    original, inputs, dtype = widened.program.student, way.inputs, way.dtype
     twin = convert(teacher, dtype).requires_grad_(False)
     error: dict[str, float] = {}
     moved: set[str] = set()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -100,35 +101,59 @@ def settle(student: nn.Module, inputs: tuple[Any, Any]) -> None:
 
 
 # --------------------------------------------------------------------------- precision
-Precision = Callable[[], contextlib.AbstractContextManager[None]]
+@dataclass(frozen=True)
+class Way:
+    """How a network is run for the check: its parameters in ``dtype`` (``None``: their own), its
+    own casts ``lifted`` to float64 or not, on ``inputs`` that fit."""
+
+    dtype: torch.dtype | None
+    lifted: bool
+    inputs: tuple[Any, Any]
+
+    def __call__(self) -> contextlib.AbstractContextManager[None]:
+        return lifted() if self.lifted else contextlib.nullcontext()
 
 
-def precisions(
-    student: nn.Module, inputs: tuple[Any, Any]
-) -> Iterator[tuple[torch.dtype | None, Precision]]:
+def ways(student: nn.Module, inputs: tuple[Any, Any]) -> Iterator[Way]:
     """The ways in which a network runs, the most exact first: all of it in float64, its parameters
-    in float64, or in its own dtype."""
+    in float64, or in its own dtype. Some refuse an input in another dtype than theirs: that one
+    stays."""
+    own = Way(None, False, inputs)
+    finite = _finite(student, own)
     double = False
-    for precision in (lifted, contextlib.nullcontext):
-        if _runs(student, *inputs, torch.float64, precision):
-            double = True
-            yield torch.float64, precision
+    for lift in (True, False):
+        for fitting in _castings(inputs):
+            way = Way(torch.float64, lift, fitting)
+            found = _finite(student, way)
+            if found is not None and (found or not finite):
+                double = True
+                yield way
+                break
     if not double:
-        yield None, contextlib.nullcontext
+        yield own
 
 
-def _runs(
-    student: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype, precision: Precision
-) -> bool:
-    """Some networks bake float32 tensors and do not run in float64, or not without overflow."""
-    finite = []
-    for to in (None, dtype):
-        twin = convert(duplicate(student), to).eval()
-        some_args, some_kwargs = cast((args, kwargs), to)
-        try:
-            with torch.no_grad(), keep_rng(), precision() if to else contextlib.nullcontext():
-                outputs = tree.leaves(twin(*some_args, **some_kwargs))
-        except Exception:  # whatever the user's code raises in a dtype it was not written for
-            return False
-        finite.append(all(bool(y.isfinite().all()) for y in outputs if floating(y)))
-    return finite[1] or not finite[0]
+def _castings(inputs: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    """The inputs in float64; then all but those of one name."""
+    yield cast(inputs, torch.float64)
+    flat, spec = tree.flatten(inputs)
+    names = [name.rsplit("[", 1)[-1].rsplit(".", 1)[-1] for name in tree.names(inputs)]
+    kinds = dict.fromkeys(n for n, x in zip(names, flat, strict=True) if floating(x))
+    for kind in kinds if len(kinds) > 1 else ():
+        mixed = [
+            x if n == kind else cast(x, torch.float64) for n, x in zip(names, flat, strict=True)
+        ]
+        yield tree.unflatten(mixed, spec)
+
+
+def _finite(student: nn.Module, way: Way) -> bool | None:
+    """True if all that a network returns is finite; ``None`` if it does not run: some bake float32
+    tensors."""
+    twin = convert(duplicate(student), way.dtype).eval()
+    args, kwargs = way.inputs
+    try:
+        with torch.no_grad(), keep_rng(), way():
+            outputs = tree.leaves(twin(*args, **kwargs))
+    except Exception:  # whatever the user's code raises in a dtype it was not written for
+        return None
+    return all(bool(y.isfinite().all()) for y in outputs if floating(y))
