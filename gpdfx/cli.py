@@ -9,21 +9,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib
-import inspect
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from .branches import SETS
-from .errors import GpdfxError, InputError
+from .errors import GpdfxError
 from .expand import expand
-from .explain import explain, graph, suggest
+from .explain import explain, graph
+from .models import load
 from .passes.capture import LEVELS
 from .teacher import Teacher
 
@@ -134,56 +131,6 @@ def _explain(options: argparse.Namespace) -> tuple[str, Any]:
 def _graph(options: argparse.Namespace) -> tuple[str, Any]:
     graph(_teacher(options, False), options.out)
     return f"wrote {options.out}", {"out": options.out}
-
-
-def load(name: str) -> nn.Module:
-    """Build a model by its command-line name, with random weights; never downloads."""
-    library, _, model = name.partition(":")
-    if not model:
-        raise InputError(f"{name!r} names no library", remedy="write timm:NAME or torchvision:NAME")
-    try:
-        if library == "timm":
-            import timm
-
-            known = timm.list_models()
-            create: Any = timm.create_model
-        elif library == "torchvision":
-            import torchvision
-
-            known = torchvision.models.list_models()
-            create = _from_torchvision
-        else:
-            return _own(library, model)
-    except ImportError as error:
-        raise InputError(str(error), remedy="pip install 'gpdfx[vision]'") from error
-    if model not in known:
-        raise InputError(f"{library} has no model {model!r}", remedy=suggest(model, known))
-    torch.manual_seed(0)
-    built: nn.Module = create(model)
-    return built
-
-
-def _from_torchvision(name: str) -> nn.Module:
-    """Without weights, also where a backbone would bring its own."""
-    from torchvision.models import get_model_builder
-
-    builder = get_model_builder(name)
-    names = inspect.signature(builder).parameters
-    made: nn.Module = builder(**{k: None for k in ("weights", "weights_backbone") if k in names})
-    return made
-
-
-def _own(module: str, name: str) -> nn.Module:
-    sys.path.insert(0, os.getcwd())
-    try:
-        made = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"cannot find {module}:{name}: {error}",
-            remedy="write package.module:CALLABLE, where CALLABLE() returns the model",
-        ) from error
-    result: nn.Module = made if isinstance(made, nn.Module) else made()
-    return result
 
 
 @contextlib.contextmanager

@@ -42,5 +42,9 @@ class LossyError(GpdfxError):
     """The teacher does not compute the student's function: a bug in a rule, never the user's."""
 
 
+class TrainingError(GpdfxError):
+    """Training cannot go on: the loss is not finite, step after step."""
+
+
 class AxisConflict(GpdfxError):
     """Two axes cannot be the same. Passes catch it and bridge; users see it in reports only."""

@@ -1,0 +1,168 @@
+"""Networks by name: ``timm:NAME``, ``torchvision:NAME``, ``package.module:CALLABLE``, and two of
+our own for small data, ``gpdfx:cnn`` and ``gpdfx:cnn1d``. Nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .errors import InputError
+from .explain import suggest
+
+Shape = tuple[int, ...]
+
+
+# --------------------------------------------------------------------------- networks of our own
+def cnn(num_classes: int = 10, in_chans: int = 1) -> nn.Module:
+    """Three 3x3 convolutions, for small images (N, in_chans, H, W)."""
+    return _convolutions(nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d(1), in_chans, num_classes)
+
+
+def cnn1d(num_classes: int = 10, in_chans: int = 1) -> nn.Module:
+    """Three convolutions of length 5, for short signals (N, in_chans, L)."""
+    pool = nn.AdaptiveAvgPool1d(1)
+    return _convolutions(nn.Conv1d, nn.BatchNorm1d, pool, in_chans, num_classes, length=5)
+
+
+def _convolutions(
+    conv: Any, norm: Any, pool: nn.Module, inputs: int, outputs: int, length: int = 3
+) -> nn.Module:
+    layers: list[nn.Module] = []
+    for width, stride in ((16, 1), (32, 2), (32, 2)):
+        layers += [conv(inputs, width, length, stride, length // 2, bias=False)]
+        layers += [norm(width), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers, pool, nn.Flatten(), nn.Linear(inputs, outputs))
+
+
+OWN: dict[str, Callable[..., nn.Module]] = {"cnn": cnn, "cnn1d": cnn1d}
+DEFAULTS = {"digits": "gpdfx:cnn", "mnist1d": "gpdfx:cnn1d"}
+"""Source of data -> the student that a run has if none is named."""
+
+
+# --------------------------------------------------------------------------- by name
+def load(
+    name: str, *, classes: int | None = None, shape: Shape | None = None, seed: int = 0
+) -> nn.Module:
+    """Build a model by its command-line name, with random weights.
+
+    Args:
+        classes: of its logits, and
+        shape: of one input, (C, H, W) or (C, L): passed on to constructors that take
+            ``num_classes``, ``in_chans`` (and ``img_size`` where timm bakes it).
+        seed: of the weights.
+
+    Raises:
+        InputError: an unknown name, with what comes near.
+    """
+    library, _, model = name.partition(":")
+    if not model:
+        raise InputError(f"{name!r} names no library", remedy="write timm:NAME or torchvision:NAME")
+    fitting: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    if shape is not None:
+        fitting["in_chans"] = shape[0]
+    try:
+        if library == "timm":
+            create = _timm(model, fitting, shape)
+        elif library == "torchvision":
+            create = _torchvision(model, fitting)
+        elif library == "gpdfx":
+            _check_known(model, OWN, library)
+            create = partial(OWN[model], **fitting)
+        else:
+            create = _own(library, model, fitting)
+    except ImportError as error:
+        raise InputError(str(error), remedy="pip install 'gpdfx[vision]'") from error
+    torch.manual_seed(seed)
+    return create()
+
+
+def _check_known(model: str, known: Any, library: str) -> None:
+    if model not in known:
+        raise InputError(f"{library} has no model {model!r}", remedy=suggest(model, known))
+
+
+def _timm(name: str, fitting: dict[str, Any], shape: Shape | None) -> Callable[[], nn.Module]:
+    import timm
+
+    _check_known(name, timm.list_models(), "timm")
+    options = {k: v for k, v in fitting.items() if (k, v) != ("in_chans", 3)}
+    if shape is not None and getattr(timm.models.get_pretrained_cfg(name), "fixed_input_size", 0):
+        options["img_size"] = shape[1:]
+    return partial(timm.create_model, name, **options)
+
+
+def _torchvision(name: str, fitting: dict[str, Any]) -> Callable[[], nn.Module]:
+    """Without weights, also where a backbone would bring its own."""
+    import torchvision
+
+    _check_known(name, torchvision.models.list_models(), "torchvision")
+    builder = torchvision.models.get_model_builder(name)
+    names = inspect.signature(builder).parameters
+    none = {k: None for k in ("weights", "weights_backbone") if k in names}
+    return partial(builder, **none, **{k: v for k, v in fitting.items() if k == "num_classes"})
+
+
+def _own(module: str, name: str, fitting: dict[str, Any]) -> Callable[[], nn.Module]:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"cannot find {module}:{name}: {error}",
+            remedy="write package.module:CALLABLE, where CALLABLE() returns the model",
+        ) from error
+    if isinstance(made, nn.Module):
+        return lambda: made
+    taken = inspect.signature(made).parameters
+    return partial(made, **{k: v for k, v in fitting.items() if k in taken})
+
+
+# --------------------------------------------------------------------------- weights
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Read a ``state_dict`` into a model: a safetensors file, or one of ``torch.save`` that holds
+    tensors (also under ``state_dict`` or ``model``). No code of the file runs.
+
+    Raises:
+        InputError: no such file, or the keys or sizes that do not fit.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"there is no file {file}", remedy="name a state_dict in a file")
+    state: Any
+    try:
+        if file.suffix == ".safetensors":
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged, of another kind, or one that wants to run code
+        raise InputError(
+            f"cannot read weights from {file}: {error}",
+            remedy="save the state_dict with safetensors.torch.save_file or torch.save",
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise InputError(f"{file} holds no state_dict", remedy="save model.state_dict()")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): x for name, x in state.items()}
+    try:
+        model.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise InputError(
+            f"the weights of {file} do not fit: {error}",
+            remedy="give weights of this very network, with as many classes as the data has",
+        ) from error
