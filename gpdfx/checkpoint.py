@@ -211,7 +211,7 @@ def save(teacher: Teacher, path: str | os.PathLike[str]) -> None:
     example, spec = _spell_inputs(recipe.inputs)
     header = {
         "format": FORMAT,
-        "versions": {"torch": torch.__version__, "gpdfx": _version()},
+        "versions": {"torch": torch.__version__, "gpdfx": version()},
         "recipe": _spell_recipe(recipe),
         "inputs": spec,
         "same": same,
@@ -292,7 +292,7 @@ def _header(path: str | os.PathLike[str]) -> dict[str, Any]:
     return header
 
 
-def _version() -> str:
+def version() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     try:

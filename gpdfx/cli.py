@@ -1,7 +1,9 @@
-"""The command line: ``gpdfx expand | explain | graph MODEL``.
+"""The command line: ``gpdfx expand | explain | graph MODEL``, ``gpdfx train``, ``gpdfx eval RUN``,
+``gpdfx export RUN``.
 
 MODEL is ``timm:NAME``, ``torchvision:NAME``, or ``package.module:CALLABLE`` for your own.
-Exit codes: 0 done, 1 the model could not be expanded, 2 the command is wrong.
+Exit codes: 0 done, 1 refused or failed (stderr says why and what to do), 2 the command is wrong,
+130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 
 from .branches import SETS
+from .commands import add_training, branches, ratio, ratios
 from .errors import GpdfxError
 from .expand import expand
 from .explain import explain, graph
@@ -33,18 +37,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GpdfxError as error:
         print(f"gpdfx: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(data, indent=1, default=str) if options.json else text)
+    except KeyboardInterrupt:
+        print("gpdfx: stopped; the same command goes on with a run of training", file=sys.stderr)
+        return 130
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
+        print(json.dumps(data, indent=1, default=str) if options.json else text)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("gpdfx", description="Wider teachers out of any network.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(
+        "gpdfx",
+        description="Gap Preserving Distillation: train any network with a wider teacher that "
+        "shares its parameters.",
+        epilog="gpdfx COMMAND --help tells the options of each. A first run: "
+        "gpdfx train --data digits --out run",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    add_training(commands)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("model", help="timm:NAME, torchvision:NAME or package.module:CALLABLE")
     text = "width (default 2), of everything or of what matches a pattern; repeat, the last counts"
     common.add_argument(
-        "--ratio", type=_ratio, action="append", metavar="[PATTERN=]NUMBER", help=text
+        "--ratio", type=ratio, action="append", metavar="[PATTERN=]NUMBER", help=text
     )
     text = "modules or parameters that stay at the student's size"
     common.add_argument(
@@ -54,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--round-to", type=int, default=1, metavar="NUMBER", help=text)
     text = f"auto (default), none, {', '.join(SETS)}; of everything or of what matches a pattern"
     common.add_argument(
-        "--branches", type=_branches, action="append", metavar="[PATTERN=]SET", help=text
+        "--branches", type=branches, action="append", metavar="[PATTERN=]SET", help=text
     )
     common.add_argument("--size", type=int, help="height and width of the example image")
     common.add_argument("--json", action="store_true", help="print JSON")
@@ -75,40 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _ratio(text: str) -> tuple[str, float]:
-    """``"1.5"`` -> ``("*", 1.5)``, ``"layer4=1.5"`` -> ``("layer4", 1.5)``."""
-    pattern, _, number = text.rpartition("=")
-    try:
-        return pattern or "*", float(number)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither NUMBER nor PATTERN=NUMBER") from None
-
-
-def _ratios(given: list[tuple[str, float]] | None) -> float | dict[str, float]:
-    """What ``expand`` takes: the number if there is one for all; where a pattern recurs, its last
-    place counts."""
-    ratios: dict[str, float] = {}
-    for pattern, number in given or [("*", 2.0)]:
-        ratios.pop(pattern, None)
-        ratios[pattern] = number
-    return ratios["*"] if [*ratios] == ["*"] else ratios
-
-
-def _branches(text: str) -> tuple[str, str | None]:
-    """``"orepa"`` -> ``("*", "orepa")``, ``"head=none"`` -> ``("head", None)``."""
-    pattern, _, name = text.rpartition("=")
-    if name not in ("auto", "none", *SETS):
-        raise argparse.ArgumentTypeError(f"{name!r} is none of auto, none, {', '.join(SETS)}")
-    return pattern or "*", None if name == "none" else name
-
-
 def _teacher(options: argparse.Namespace, verify: bool, dynamic: str = "batch") -> Teacher:
     with _working(f"expanding {options.model}"):
         model = load(options.model)
         inputs = (torch.randn(2, 3, options.size, options.size),) if options.size else None
         return expand(
             model,
-            _ratios(options.ratio),
+            ratios(options.ratio),
             keep=options.keep,
             round_to=options.round_to,
             branches=dict(options.branches or [("*", "auto")]),

@@ -98,7 +98,9 @@ def _timm(name: str, fitting: dict[str, Any], shape: Shape | None) -> Callable[[
 
     _check_known(name, timm.list_models(), "timm")
     options = {k: v for k, v in fitting.items() if (k, v) != ("in_chans", 3)}
-    if shape is not None and getattr(timm.models.get_pretrained_cfg(name), "fixed_input_size", 0):
+    if shape is not None and getattr(
+        timm.models.get_pretrained_cfg(name), "fixed_input_size", False
+    ):
         options["img_size"] = shape[1:]
     return partial(timm.create_model, name, **options)
 

@@ -112,7 +112,7 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         x = tensors[name]
         sha.update(f"\n{name} {x.dtype} {tuple(x.shape)}\n".encode())
-        sha.update(x.reshape(-1).view(torch.uint8).numpy())
+        sha.update(x.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -130,7 +130,9 @@ def flatten_module(module: nn.Module, prefix: str = "model.") -> Tensors:
 
 
 @torch.no_grad()
-def restore_module(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "model.") -> None:
+def restore_module(
+    module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "model."
+) -> None:
     """The way back from ``flatten_module``, in place.
 
     Raises ``InputError`` with the first tensor that is missing, unknown or of another size.
@@ -152,7 +154,9 @@ def restore_module(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str
         x.copy_(given[name])
 
 
-def flatten_optimizer(state: Mapping[str, Any], prefix: str = "optimizer.") -> tuple[Tensors, Facts]:
+def flatten_optimizer(
+    state: Mapping[str, Any], prefix: str = "optimizer."
+) -> tuple[Tensors, Facts]:
     """An optimizer's ``state_dict``: its tensors as ``optimizer.NUMBER.KEY``, the rest as JSON."""
     tensors: Tensors = {}
     numbers: dict[str, dict[str, Any]] = {}
