@@ -216,39 +216,34 @@ def freeze_idle(net: Net, x: Tensor, y: Tensor) -> list[str]:
 class Statistics:
     """The buffers that steps change, such as batch norm's, as they were before the last step.
 
-    ``keep`` before a step, then ``undo`` if it was bad, then ``settle``. Before the first step all
-    buffers are kept, and then those that have changed so far.
+    ``keep`` before a step, then ``settle``, which finds out which buffers there are: all are kept
+    before the first step, and then those that it changed.
     """
 
     def __init__(self, net: nn.Module) -> None:
         self._net = net
         self._held = {name: b.clone() for name, b in net.named_buffers()}
-        self._changing: set[str] = set()
-        self._versions = self._read_versions()
-
-    def _read_versions(self) -> dict[str, tuple[int, int]]:
-        return {name: (id(b), b._version) for name, b in self._net.named_buffers()}
+        self._found = False
 
     def tensors(self) -> list[Tensor]:
-        """The buffers that changed so far."""
-        return [self._net.get_buffer(name) for name in sorted(self._changing)]
+        """The buffers themselves; none before the first step."""
+        return [self._net.get_buffer(name) for name in self._held] if self._found else []
 
     @torch.no_grad()
     def keep(self) -> None:
         for name, copy in self._held.items():
             copy.copy_(self._net.get_buffer(name))
-        self._versions = self._read_versions()
 
     @torch.no_grad()
-    def undo(self) -> None:
-        for name, copy in self._held.items():
-            self._net.get_buffer(name).copy_(copy)
-
-    def settle(self) -> None:
-        now = self._read_versions()
-        self._changing |= {name for name in now if now[name] != self._versions.get(name)}
-        named = dict(self._net.named_buffers())
-        self._held = {n: self._held.get(n, named[n].clone()) for n in sorted(self._changing)}
+    def settle(self, *, undo: bool) -> None:
+        """The step is done; ``undo``: it was bad."""
+        if not self._found:  # by value: batch norm does not count as a change in place
+            now = dict(self._net.named_buffers())
+            self._held = {n: x for n, x in self._held.items() if not torch.equal(x, now[n])}
+            self._found = True
+        if undo:
+            for name, copy in self._held.items():
+                self._net.get_buffer(name).copy_(copy)
 
 
 class Stepper:
@@ -293,9 +288,7 @@ class Stepper:
             if good or self.scaler.is_enabled():
                 self.scaler.step(self.optimizer)  # skips by itself what overflowed
                 self.scaler.update()
-        if not good:
-            self.statistics.undo()
-        self.statistics.settle()
+        self.statistics.settle(undo=not good)
         if good:
             self.in_row = 0
             names, terms = ["loss", *result.terms], [result.loss, *result.terms.values()]
