@@ -225,10 +225,6 @@ class Statistics:
         self._held = {name: b.clone() for name, b in net.named_buffers()}
         self._found = False
 
-    def tensors(self) -> list[Tensor]:
-        """The buffers themselves; none before the first step."""
-        return [self._net.get_buffer(name) for name in self._held] if self._found else []
-
     @torch.no_grad()
     def keep(self) -> None:
         for name, copy in self._held.items():

@@ -141,7 +141,7 @@ class Run:
         self.static_accuracy = facts["static_accuracy"]
 
     def _save(self) -> None:
-        self.place.share(self.stepper.statistics.tensors())
+        self.place.share([*self.net.buffers()])
         if self.place.rank > 0:
             return
         tensors, optimizer = runs.flatten_optimizer(self.stepper.optimizer.state_dict())
@@ -227,7 +227,7 @@ class Run:
 
     def _end_epoch(self) -> None:
         place, sums = self.place, dict(self.sums)
-        place.share(self.stepper.statistics.tensors())
+        place.share([*self.net.buffers()])
         good = sums.pop("steps", 0.0)
         names = sorted(sums)
         totals = torch.tensor([*(sums[n] for n in names), good], dtype=torch.float64)

@@ -11,6 +11,7 @@ import csv
 import io
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,11 @@ NAMES = {"student": "student", "teacher": "dynamic teacher", "static": "static t
 
 def check_installed() -> None:
     """Raise ``InputError`` if what a run shows itself with is missing."""
-    try:
-        import matplotlib  # noqa: F401
-        import rich  # noqa: F401
-    except ImportError as error:
+    missing = [name for name in ("rich", "matplotlib") if find_spec(name) is None]
+    if missing:
         raise InputError(
-            f"training needs {error.name}", remedy="pip install 'gpdfx[train]'"
-        ) from error
+            f"training needs {', '.join(missing)}", remedy="pip install 'gpdfx[train]'"
+        )
 
 
 class Watch:

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import gpdfx
 from gpdfx import models, runs, steps, train, watch
@@ -27,33 +27,17 @@ from gpdfx.config import TrainConfig, read_config
 from gpdfx.deploy import evaluate, export
 from gpdfx.recipes import RECIPES, TrainingRecipe, with_changes
 
+from . import small_networks
+from .small_networks import tiny
+
 ROOT = Path(__file__).parent.parent
 TINY = with_changes(RECIPES["digits"], epochs=2, batch_size=26, warmup_epochs=0, lr=0.05)
-
-
-def tiny(num_classes: int, in_chans: int) -> nn.Module:
-    """With statistics and dropout, so that a run has all that a checkpoint must hold."""
-    conv = nn.Conv2d(in_chans, 4, 3, 2, bias=False)
-    head = nn.Sequential(nn.Dropout(0.2), nn.Flatten(), nn.Linear(36, num_classes))
-    return nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), head)
-
-
-class Smooth(nn.Module):
-    """Without statistics, and with a layer that nothing depends on."""
-
-    def __init__(self, num_classes: int, in_chans: int) -> None:
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(in_chans, 4, 3, 2), nn.Linear(36, num_classes)
-        self.idle = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.relu(self.conv(x)).flatten(1))
 
 
 def config(out: Path, **changes: Any) -> TrainConfig:
     """Five steps an epoch, two epochs."""
     usual: dict[str, Any] = {
-        "student": "tests.test_train:tiny",
+        "student": "tests.small_networks:tiny",
         "labels": 13,
         "recipe": TINY,
         "device": "cpu",
@@ -74,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def command(out: Path, *more: str) -> list[str]:
     """The run of ``config(out)`` as a command."""
     recipe = ["--epochs", "2", "--batch-size", "26", "--warmup-epochs", "0", "--lr", "0.05"]
-    name = ["--student", "tests.test_train:tiny", "--labels", "13", "--device", "cpu"]
+    name = ["--student", "tests.small_networks:tiny", "--labels", "13", "--device", "cpu"]
     return ["train", *name, *recipe, "--out", str(out), "--no-verify", "--time-steps", "0", *more]
 
 
@@ -121,7 +105,7 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
         assert row["gap"] == row["teacher"] - row["student"]
         assert row["loss"] == pytest.approx(sum(row[name] for name in terms), rel=1e-5)
     assert len((finished / "log.csv").read_text().splitlines()) == 3
-    student = models.load("tests.test_train:tiny", classes=10, shape=(1, 8, 8))
+    student = models.load("tests.small_networks:tiny", classes=10, shape=(1, 8, 8))
     state = load_file(finished / "student.safetensors")
     assert state.keys() == student.state_dict().keys()
     assert summary["parameters"]["student"] == sum(p.numel() for p in student.parameters())
@@ -149,7 +133,7 @@ def test_export_is_onnxruntimes(finished: Path, tmp_path: Path) -> None:
     done = export(finished, tmp_path / "student.onnx")
     assert done["error"] < 1e-5
     session = onnxruntime.InferenceSession(str(tmp_path / "student.onnx"))
-    student = models.load("tests.test_train:tiny", classes=10, shape=(1, 8, 8))
+    student = models.load("tests.small_networks:tiny", classes=10, shape=(1, 8, 8))
     models.load_weights(student, finished / "student.safetensors")
     x = torch.randn(7, 1, 8, 8)
     (logits,) = session.run(None, {"input": x.numpy()})
@@ -216,7 +200,7 @@ def test_networks_fit_the_data() -> None:
     for name in ("timm:vit_tiny_patch16_224", "timm:resnet10t"):
         assert models.load(name, classes=5, shape=(1, 32, 32)).eval()(x).shape == (2, 5)
     colour = x.expand(-1, 3, -1, -1)
-    for name in ("torchvision:squeezenet1_1", "tests.test_train:tiny"):
+    for name in ("torchvision:squeezenet1_1", "tests.small_networks:tiny"):
         shape, images = ((3, 32, 32), colour) if "torch" in name else ((1, 8, 8), x[..., :8, :8])
         assert models.load(name, classes=5, shape=shape).eval()(images).shape == (2, 5)
 
@@ -277,28 +261,31 @@ def kill_and_resume(tmp_path: Path, kills: int, epochs: int) -> None:
     seen = []
     for _ in range(kills):
         process = start(argv)
-        stamp = state.stat().st_mtime_ns if state.exists() else 0
-        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == stamp):
-            time.sleep(0.01)
-        time.sleep(dice.uniform(0, 0.7))
+        stamp, writes = 0, dice.randint(2, 9)  # of the checkpoint, before it is killed
+        while process.poll() is None and writes:
+            now = state.stat().st_mtime_ns if state.exists() else 0
+            writes -= now != stamp
+            stamp = now
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "the run was over before it was killed"
         _, facts = runs.read_state(state)
         seen.append(5 * facts["epoch"] + facts["step"])
-    assert seen == sorted(set(seen))
-    finish(start(argv))
+    assert seen == sorted(set(seen))  # each went on from where the last one was killed
+    go(tmp_path / "killed", **changes)
     student = (tmp_path / "killed" / train.STUDENT).read_bytes()
     assert student == (tmp_path / "whole" / train.STUDENT).read_bytes(), f"killed at steps {seen}"
 
 
 def test_killed_twice(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path, kills=2, epochs=16)
+    kill_and_resume(tmp_path, kills=2, epochs=8)
 
 
 @pytest.mark.slow
 def test_killed_ten_times(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path, kills=10, epochs=80)
+    kill_and_resume(tmp_path, kills=10, epochs=40)
 
 
 # --------------------------------------------------------------------------- refused checkpoints
@@ -394,7 +381,7 @@ def test_another_network_under_the_same_name_is_refused(
     begun: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(begun)
-    monkeypatch.setattr(sys.modules[__name__], "tiny", models.cnn)
+    monkeypatch.setattr(small_networks, "tiny", models.cnn)
     with pytest.raises(gpdfx.InputError, match=r"teacher\.0\.weight is float32 \(32, 1, 3, 3\)"):
         go(begun)
     assert contents(begun) == before
@@ -465,14 +452,14 @@ def relative(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 SMOOTH = [
-    *("--student", "tests.test_train:Smooth", "--labels", "40", "--batch-size", "20"),
+    *("--student", "tests.small_networks:Smooth", "--labels", "40", "--batch-size", "20"),
     *("--epochs", "1", "--lr", "0.01"),
 ]
 
 
 def check_two_against_one(tmp_path: Path) -> None:
     recipe = with_changes(TINY, epochs=1, batch_size=20, lr=0.01)
-    student = "tests.test_train:Smooth"
+    student = "tests.small_networks:Smooth"
     summary = go(tmp_path / "one", student=student, labels=40, recipe=recipe)
     one, facts = runs.read_state(tmp_path / "one" / train.STATE)
     two, others = runs.read_state(tmp_path / "two" / train.STATE)
