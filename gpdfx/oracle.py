@@ -213,34 +213,35 @@ def _verify_in(
         if probe and settled:
             settle(student, inputs)
         twin.load_student(student)
-        for mode, training in _MODES:
-            errors, reached, zero, gradients = compare(
-                student, twin, inputs, training, seed, dead=probe
-            )
-            twin.load_buffers(student)
-            moved |= reached
-            if gradients != "all":
-                unseen[mode] = "of inputs" if gradients == "parameters" else "of anything"
-            vacuous += [f"{which}/{mode}: {z}" for z in zero]
-            worst = max(errors, key=lambda k: errors[k], default="")
-            limit, noise = TOLERANCE, 0.0
-            if worst and errors[worst] > limit:
-                noise = 50 * _sensitivity(student, inputs, training, seed, gradients)
-                limit = max(limit, min(noise, CEILING))
-                limit = max(limit, SINGLE) if single else limit
-            if (worst and not errors[worst] <= limit) or (zero and probe):
-                where = first_difference(widened, student, twin, inputs, mode, seed)
-                noisy = math.isfinite(errors[worst]) and errors[worst] <= noise
-                raise (_AmplifiedError if noisy else LossyError)(
-                    f"{which}, {mode} mode: {worst} differs by {errors[worst]:.2e} "
-                    f"(allowed {limit:.0e})" + (f"; {zero[0]} is zero" if zero else ""),
-                    remedy=_NOISY if noisy else _BUG,
-                    **where,
+        with twin.folded_once():
+            for mode, training in _MODES:
+                errors, reached, zero, gradients = compare(
+                    student, twin, inputs, training, seed, dead=probe
                 )
-            used = max(used, limit)
-            error[f"{which}/{mode}"] = errors.get(worst, 0.0)
-        if probe:
-            free = _free(duplicate(student), twin, inputs, seed, used)
+                twin.load_buffers(student)
+                moved |= reached
+                if gradients != "all":
+                    unseen[mode] = "of inputs" if gradients == "parameters" else "of anything"
+                vacuous += [f"{which}/{mode}: {z}" for z in zero]
+                worst = max(errors, key=lambda k: errors[k], default="")
+                limit, noise = TOLERANCE, 0.0
+                if worst and errors[worst] > limit:
+                    noise = 50 * _sensitivity(student, inputs, training, seed, gradients)
+                    limit = max(limit, min(noise, CEILING))
+                    limit = max(limit, SINGLE) if single else limit
+                if (worst and not errors[worst] <= limit) or (zero and probe):
+                    where = first_difference(widened, student, twin, inputs, mode, seed)
+                    noisy = math.isfinite(errors[worst]) and errors[worst] <= noise
+                    raise (_AmplifiedError if noisy else LossyError)(
+                        f"{which}, {mode} mode: {worst} differs by {errors[worst]:.2e} "
+                        f"(allowed {limit:.0e})" + (f"; {zero[0]} is zero" if zero else ""),
+                        remedy=_NOISY if noisy else _BUG,
+                        **where,
+                    )
+                used = max(used, limit)
+                error[f"{which}/{mode}"] = errors.get(worst, 0.0)
+            if probe:
+                free = _free(duplicate(student), twin, inputs, seed, used)
     _check_student(twin, inputs, seed, used)
     named = dict(original.named_parameters())
     dead = tuple(n for n, p in named.items() if n not in moved and p.is_floating_point())

@@ -6,6 +6,7 @@ import copy
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,6 +84,7 @@ class Teacher(nn.Module):
                 if any(m.wide for m in self._maps[name]):
                     self._means[name] = Mean(self._maps[name], widened.uses.get(name))
                     _place(self, f"_extraction.{name}", self._means[name])
+        self._kept: Folded | None = None
         self._held: Folded = {}  # while the user's Python runs between the parts
         between = None if "" in self._parts else self._make_between()
         object.__setattr__(self, "_between", between)
@@ -142,12 +144,25 @@ class Teacher(nn.Module):
     def fold(self) -> Folded:
         """The weights that branches fold into, by the student's names of them (teacher's width);
         of layers with normalized branches also what trains beside them (see ``gpdfx.fold``)."""
+        if self._kept is not None:
+            return self._kept
         folded: Folded = {}
         for fold in self.folds():
             own = fold.branched
             bias = None if own.bias is None else operator_get(self._net, own.bias)
             folded |= fold(operator_get(self._net, own.weight), bias)
         return folded
+
+    @contextmanager
+    def folded_once(self) -> Iterator[None]:
+        """Fold the branches once for all calls inside, as an evaluation wants it: parameters must
+        not change meanwhile, and get no gradient."""
+        with torch.no_grad():
+            self._kept = self.fold()
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def folds(self) -> Iterator[Fold]:
         """The branches of each layer."""

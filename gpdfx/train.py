@@ -18,6 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -254,9 +255,12 @@ class Run:
         """Accuracies of the plain student and the dynamic teacher, and the gap."""
         self.net.eval()
         networks: list[Callable[[Tensor], Any]] = [self.net.collapse()]
+        once: AbstractContextManager[None] = nullcontext()
         if self.net.teacher is not None:
             networks.append(self.net.teacher)
-        student, *rest = self._accuracies(split, networks)
+            once = self.net.teacher.folded_once()
+        with once:
+            student, *rest = self._accuracies(split, networks)
         self.net.train()
         return {"student": student} | (
             {"teacher": rest[0], "gap": rest[0] - student} if rest else {}
