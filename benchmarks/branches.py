@@ -3,6 +3,7 @@
     python -m benchmarks.branches              # both tables, about ten minutes on two cores
     python -m benchmarks.branches time --size 64 --batch 16
     python -m benchmarks.branches memory
+    python -m benchmarks.branches summary --readme README.md
 
 ``time``: forward and backward of ``teacher.student`` against those of the plain student, runs
 interleaved, the ratio of each pair; ``derive`` is the fold and the extraction alone, forward and
@@ -31,6 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 import gpdfx
+from benchmarks.coverage_summary import write as write_readme
 from benchmarks.networks import RESULTS
 
 Row = dict[str, Any]
@@ -180,22 +182,22 @@ def write(rows: list[Row], path: Path) -> None:
         writer.writerows([*kept, *(row | about for row in rows)])
 
 
+COLUMNS = ("what", "branches", "extract", "size", "batch", "median", "low", "high", "unit")
+
+
+def markdown(path: Path) -> str:
+    """The CSV as a table for the README."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    cells = [[row.get(c) or "" for c in COLUMNS] for row in rows]
+    lines = [[*COLUMNS], ["---"] * len(COLUMNS), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def show(rows: list[Row]) -> None:
-    columns = (
-        "table",
-        "what",
-        "branches",
-        "extract",
-        "size",
-        "batch",
-        "median",
-        "low",
-        "high",
-        "unit",
-    )
-    table = Table(*columns)
+    table = Table(*COLUMNS)
     for row in rows:
-        table.add_row(*(str(row.get(c, "")) for c in columns))
+        table.add_row(*(str(row.get(c, "")) for c in COLUMNS))
     Console().print(table)
 
 
@@ -203,12 +205,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.branches")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
-    parser.add_argument("table", nargs="?", choices=("all", "time", "memory"), default="all")
+    parser.add_argument(
+        "table", nargs="?", choices=("all", "time", "memory", "summary"), default="all"
+    )
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--readme", type=Path, help="with summary: write the table there")
     parser.add_argument("--out", type=Path, default=RESULTS / "branches.csv")
     given = parser.parse_args()
+    if given.table == "summary":
+        text = markdown(given.out)
+        write_readme(given.readme, text, "branches") if given.readme else print(text)
+        return
     rows: list[Row] = []
     if given.table in ("all", "time"):
         rows += time_rows(given.size, given.batch, given.pairs)
