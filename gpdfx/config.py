@@ -97,7 +97,7 @@ class TrainConfig:
             (
                 self.static_teacher and kd == "reviewkd",
                 "training distils logits, and reviewkd is a loss of features",
-                "take kd='kd' or 'dkd', or write the loop with gpdfx.losses.ReviewKD",
+                "take kd='kd' or 'dkd', or write the loop with gpdfx.features.ReviewKD",
             ),
             (self.patience < 1, f"patience is {self.patience}", "pass at least 1"),
             (

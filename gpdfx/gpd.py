@@ -22,7 +22,8 @@ from .control import covers
 from .errors import InputError
 from .expand import expand
 from .explain import suggest
-from .losses import KD, FeatureLoss, Features, soft_cross_entropy
+from .features import FeatureLoss, Features
+from .losses import KD, soft_cross_entropy
 from .teacher import Teacher, collapse
 
 Criterion = Callable[[Tensor, Any], Tensor]
@@ -65,9 +66,9 @@ class GPD(nn.Module):
         ratio, branches, options: see ``gpdfx.expand`` (``shares``, ``extract``, ``keep`` ...).
         kd: loss of logits against the static teacher's, called with (logits, static logits,
             targets): ``gpdfx.losses.KD()`` if not given. It counts for teacher and student.
-        features: loss of features against the static teacher's, by names of modules (see
-            ``gpdfx.losses.FeatureLoss``): ``ReviewKD`` or ``FitNet``. Teacher and student have one
-            each, with parameters of their own, which train along.
+        features: loss of features against the static teacher's, by names of modules, such as
+            ``gpdfx.features.ReviewKD``. Teacher and student have one each, with parameters of
+            their own, which train along.
         lam: weight of the student's cross entropy with the dynamic teacher's softmax.
         temperature, smoothing: of that soft target.
         teacher_weight: of the dynamic teacher's own losses; 0 leaves it to the student's.

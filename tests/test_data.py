@@ -22,15 +22,11 @@ from gpdfx.data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Data,
-    EpochSampler,
     Split,
-    eval_loader,
     generator,
     load_data,
-    mix,
-    steps_per_epoch,
-    train_loader,
 )
+from gpdfx.loaders import EpochSampler, eval_loader, mix, steps_per_epoch, train_loader
 from gpdfx.recipes import (
     RECIPES,
     TrainingRecipe,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import gpdfx
-from gpdfx.losses import KD, Features, FitNet, ReviewKD
+from gpdfx.features import Features, FitNet, ReviewKD
+from gpdfx.losses import KD
 
 from .networks import tensors_equal
 
