@@ -428,13 +428,19 @@ def test_round_widths(weights: list[Spec], ratio: float, unit: int) -> None:
     for leaf, width in plain.size.items():
         own = [a for a in every if leaf in ax.leaves(a)]
         assert width <= rounded.size[leaf] < width + unit * max(1, len(own))
-        if not any(isinstance(x, Sum) or leaf in holders for x in (*own, *sums_in(own))):
+        twice = any(path.count(leaf) > 1 for a in own for path in ax.paths(a))
+        if not twice and not any(
+            isinstance(x, Sum) or leaf in holders for x in (*own, *sums_in(own))
+        ):
             widths = [{leaf: w} for w in range(width, rounded.size[leaf] + 1)]
             fits = [not any(ax.width_of(a, w) % unit for a in own) for w in widths]
             assert fits.index(True) == len(fits) - 1
     for axis in every:
         assert ax.width_of(axis, rounded.size) == freeze(axis, rounded).teacher
         wide = rounded.size.keys() & set(ax.leaves(axis))
+        twice = any(path.count(x) > 1 for path in ax.paths(axis) for x in path)
+        if twice:  # a leaf times itself: left as it comes, the report names it
+            continue
         if wide and not sums_in([axis]) and not (isinstance(axis, Leaf) and axis in holders):
             assert ax.width_of(axis, rounded.size) % unit == 0
 
