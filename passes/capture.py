@@ -14,16 +14,18 @@ import itertools
 import logging
 import operator
 import re
-import signal
 import threading
+import time
 import traceback
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from .. import tree
@@ -265,27 +267,32 @@ class _TooSlowError(BaseException):
     """No ``Exception``: nothing on its way out may take it for one of the model's."""
 
 
+_STOPS = ((ShapeEnv, "evaluate_expr"), (fx.Graph, "create_node"))
+"""What tracing calls all the time, and where an error may leave it as any of its own does. (One
+raised from outside, by a timer, can end the process: it may hit code that must not fail.)"""
+
+
 @contextlib.contextmanager
 def _patience(seconds: float | None) -> Iterator[None]:
-    """Stop the block after some seconds of processor time. Needs a POSIX timer and the main
-    thread; elsewhere nothing is tried that would need it."""
+    """Stop the tracing in the block after some seconds of this thread's processor time."""
     if seconds is None:
         yield
         return
-    timer = getattr(signal, "setitimer", None)
-    if timer is None or threading.current_thread() is not threading.main_thread():
-        raise _TooSlowError
+    thread, deadline = threading.get_ident(), time.thread_time() + seconds
 
-    def stop(*_: Any) -> None:
-        raise _TooSlowError
+    def stopping(call: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread and time.thread_time() > deadline:
+                raise _TooSlowError
+            return call(*args, **kwargs)
 
-    before = signal.signal(signal.SIGVTALRM, stop)
-    timer(signal.ITIMER_VIRTUAL, seconds)
-    try:
+        return checked
+
+    with contextlib.ExitStack() as stack:
+        for kind, name in _STOPS:
+            stopped = stopping(getattr(kind, name))
+            stack.enter_context(mock.patch.object(kind, name, stopped))
         yield
-    finally:
-        timer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 @contextlib.contextmanager

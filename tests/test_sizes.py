@@ -92,6 +92,27 @@ def test_impatience_falls_back_to_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
     assert teacher.report().inputs == {"x": "batch x 3 x 16 x 16"}
 
 
+def test_patience_may_end_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever tracing is stopped, it leaves nothing behind: a timer's error ended the process."""
+    case = NETWORKS["unet"]
+    model, inputs = case.model(), case.inputs()
+    sites = capture.whole(model, inputs, {})
+    asked = 0
+
+    def clock() -> float:
+        nonlocal asked
+        asked += 1
+        return float(asked)
+
+    monkeypatch.setattr(capture.time, "thread_time", clock)
+    monkeypatch.setattr(capture, "PATIENCE", 1e9)
+    assert capture.capture(model, sites).modes["eval"].level == "sizes"
+    assert asked > 300
+    for moment in range(0, asked // 2, asked // 10):  # the first mode
+        monkeypatch.setattr(capture, "PATIENCE", float(moment))
+        assert capture.capture(model, sites).modes["eval"].level == "batch"
+
+
 class Precise(nn.Module):
     """Asks for its own dtype while it trains."""
 
