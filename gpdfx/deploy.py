@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from . import checkpoint, models
 from .config import TrainConfig, read_config
-from .data import generator
 from .errors import GpdfxError, InputError
 from .gpd import find_logits
 from .runs import AsPath, Replacing
+from .splits import generator
 from .steps import join
 from .train import STUDENT, SUMMARY, TEACHER, accuracies, check_logits, open_data
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .data import Data, Split, _number, _permutation, generator
 from .errors import InputError
+from .splits import Data, Split, generator, key_number, permutation
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class EpochSampler(Sampler[int]):
         return max(0, self.length - self.start) // self.world
 
     def __iter__(self) -> Iterator[int]:
-        order = _permutation(self.length, "order", self.seed, self.epoch)
+        order = permutation(self.length, "order", self.seed, self.epoch)
         rest = order[self.start : self.start + len(self) * self.world]
         return iter(rest[self.rank :: self.world].tolist())
 
@@ -58,7 +58,7 @@ class Seeded(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         with torch.random.fork_rng(devices=[]):
-            number = _number("sample", self.seed, self.epoch, index)
+            number = key_number("sample", self.seed, self.epoch, index)
             torch.default_generator.manual_seed(number)  # not the GPUs', as the global would
             return self.samples[index]
 

@@ -39,7 +39,7 @@ class TrainingRecipe:
         schedule: ``"cosine"`` to 0, or ``"step"``: times ``gamma`` at each of ``milestones``.
         warmup_epochs: linear, from 0; part of ``epochs``.
         label_smoothing: of the task's cross entropy.
-        mixup, cutmix: alphas, 0 for off (see ``gpdfx.data.mix``).
+        mixup, cutmix: alphas, 0 for off (see ``gpdfx.loaders.mix``).
         clip: largest norm of the gradient, or ``None``.
         kd: the loss against a static teacher, if there is one: ``"none"``, ``"kd"`` (Hinton et al.
             2015), ``"dkd"`` (Zhao et al. 2022) or ``"reviewkd"`` (Chen et al. 2021).

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import TrainConfig
-from .data import generator
 from .errors import InputError, TrainingError
 from .gpd import GPD, Distillation, Distilled, find_logits
 from .groups import Group, param_groups
 from .losses import DKD, KD
 from .recipes import TrainingRecipe, make_optimizer, set_learning_rate
+from .splits import generator
 from .teacher import Teacher
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from . import models, runs, watch
 from .checkpoint import save, version
 from .config import TrainConfig as TrainConfig
-from .data import Data, Split, generator, load_data
+from .data import load_data
 from .errors import InputError
 from .gpd import find_logits
 from .loaders import eval_loader, mix, steps_per_epoch, train_loader
+from .splits import Data, Split, generator
 from .steps import Net, Place, Plain, Stepper, freeze_idle, join, make_criterion, make_net
 
 STATE, STUDENT, TEACHER, SUMMARY = (

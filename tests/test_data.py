@@ -13,19 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import gpdfx
-from gpdfx.data import (
-    CIFAR_MEAN,
-    CIFAR_RECORD,
-    CIFAR_STD,
-    CIFAR_TEST,
-    CIFAR_TRAIN,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Data,
-    Split,
-    generator,
-    load_data,
-)
+from gpdfx.data import load_data
 from gpdfx.loaders import EpochSampler, eval_loader, mix, steps_per_epoch, train_loader
 from gpdfx.recipes import (
     RECIPES,
@@ -37,6 +25,16 @@ from gpdfx.recipes import (
     set_learning_rate,
     with_changes,
 )
+from gpdfx.sources import (
+    CIFAR_MEAN,
+    CIFAR_RECORD,
+    CIFAR_STD,
+    CIFAR_TEST,
+    CIFAR_TRAIN,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+)
+from gpdfx.splits import Data, Split, generator
 
 Batches = list[tuple[Tensor, Tensor]]
 
