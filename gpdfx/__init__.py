@@ -5,8 +5,6 @@ teacher(x), teacher.student(x)             # trained together, on shared paramet
 plain = gpdfx.collapse(teacher)            # the user's own class again
 """
 
-from .checkpoint import load as load
-from .checkpoint import save as save
 from .checkpoint import to_student as to_student
 from .checkpoint import to_teacher as to_teacher
 from .errors import AxisConflict as AxisConflict
@@ -23,6 +21,8 @@ from .groups import param_groups as param_groups
 from .report import Report as Report
 from .rule import rule as rule
 from .rule import unrule as unrule
+from .storage import load as load
+from .storage import save as save
 from .teacher import Teacher as Teacher
 from .teacher import collapse as collapse
 

@@ -1,26 +1,14 @@
-"""Checkpoints both ways: weights, moving averages and optimizer states of student and teacher, and
-a file that a teacher can be made from again.
-"""
+"""Checkpoints both ways: weights, moving averages and optimizer states of student and teacher."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from .branches import read, spell
-from .control import Recipe
 from .errors import InputError
-from .expand import expand
 from .teacher import Teacher, collapse
 
 State = Mapping[str, Any]
@@ -61,29 +49,29 @@ def to_teacher(state: State, teacher: Teacher, *, strict: bool = True) -> dict[s
     if _of_optimizer(state):
         return _optimizer(state, teacher, strict, back=False)
     prefix, own, rest = _unwrap(state)
-    student = _to_dtype(collapse(teacher), own)
-    _check_keys(own, student.state_dict(), "the student")
+    student = to_dtype(collapse(teacher), own)
+    check_keys(own, student.state_dict(), "the student")
     student.load_state_dict(own)
-    twin = _to_dtype(copy.deepcopy(teacher), own)
+    twin = to_dtype(copy.deepcopy(teacher), own)
     twin.load_student(student)
     return _wrap(prefix, twin.state_dict(), rest)
 
 
 def _reading(teacher: Teacher, state: State) -> Teacher:
     """A copy of the teacher with another one's state."""
-    twin: Teacher = _to_dtype(copy.deepcopy(teacher), state)
-    _check_keys(state, twin.state_dict(), "the teacher")
+    twin: Teacher = to_dtype(copy.deepcopy(teacher), state)
+    check_keys(state, twin.state_dict(), "the teacher")
     twin.load_state_dict(state)
     return twin
 
 
-def _to_dtype(module: Any, state: State) -> Any:
+def to_dtype(module: Any, state: State) -> Any:
     """In the dtype of a state: averages are often kept in a wider one."""
     dtypes = {x.dtype for x in state.values() if isinstance(x, Tensor) and x.is_floating_point()}
     return module.to(dtypes.pop()) if len(dtypes) == 1 else module
 
 
-def _check_keys(given: State, known: State, whose: str) -> None:
+def check_keys(given: State, known: State, whose: str) -> None:
     missing = [k for k in known if k not in given]
     unknown = [k for k in given if k not in known]
     other = [
@@ -187,200 +175,3 @@ def _regroup(
         if names
     ]
     return {"state": {place[n]: m for n, m in moments.items()}, "param_groups": made}
-
-
-# --------------------------------------------------------------------------- files
-FORMAT = "gpdfx teacher 1"
-
-
-def save(teacher: Teacher, path: str | os.PathLike[str]) -> None:
-    """Write a teacher: a safetensors file, tied tensors once, with a JSON header that holds how it
-    was made, so that ``load`` needs the student's class and this file. The file appears whole or
-    not at all."""
-    recipe = teacher._recipe
-    assert recipe is not None
-    first: dict[tuple[int, ...], str] = {}
-    same: dict[str, str] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, x in teacher.state_dict(keep_vars=True).items():
-        known = first.setdefault((id(x),), name)
-        if known == name:
-            tensors[name] = x.detach().contiguous().cpu().clone()
-        else:
-            same[name] = known
-    example, spec = _spell_inputs(recipe.inputs)
-    header = {
-        "format": FORMAT,
-        "versions": {"torch": torch.__version__, "gpdfx": version()},
-        "recipe": _spell_recipe(recipe),
-        "inputs": spec,
-        "same": same,
-        "student": _structure(teacher._student),
-    }
-    header["hash"] = _hash(header["student"])
-    target = Path(path)
-    fresh = target.with_name(target.name + ".tmp")
-    save_file({**tensors, **example}, fresh, {"gpdfx": json.dumps(header)})
-    os.replace(fresh, target)
-
-
-def load(
-    path: str | os.PathLike[str],
-    student: nn.Module,
-    *,
-    example_inputs: tuple[Any, ...] | None = None,
-    example_kwargs: dict[str, Any] | None = None,
-    branches: Any = None,
-) -> Teacher:
-    """Make the teacher of a file again. Nothing but tensors and JSON is read: no code is run.
-
-    Args:
-        path: what ``save`` wrote.
-        student: a module of the student's class and sizes, whatever its weights.
-        example_inputs, example_kwargs: needed where the example's structure is more than tensors
-            in tuples, lists and dicts.
-        branches: needed where branches were of a kind of your own.
-
-    Raises:
-        InputError: not such a file, or one of another architecture: the first difference.
-    """
-    header = _header(path)
-    _check_structure(header["student"], _structure(student))
-    recipe = dict(header["recipe"])
-    with safe_open(str(path), "pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    inputs = _read_inputs(header["inputs"], stored)
-    if example_inputs is not None or example_kwargs is not None:
-        inputs = (tuple(example_inputs or ()), dict(example_kwargs or {}))
-    if inputs is None:
-        raise InputError(
-            "the file does not hold the example inputs: they are more than tensors in tuples, "
-            "lists and dicts",
-            remedy="pass example_inputs= and example_kwargs= as to expand",
-        )
-    spelled = recipe.pop("branches")
-    chosen = branches if branches is not None else {p: read(s) for p, s in spelled.items()}
-    teacher: Teacher = expand(
-        student,
-        **recipe,
-        branches=chosen,
-        example_inputs=inputs[0],
-        example_kwargs=inputs[1],
-        verify=False,
-    )
-    state = {k: v for k, v in stored.items() if not k.startswith(_EXAMPLE)}
-    state |= {name: state[known] for name, known in header["same"].items()}
-    teacher = _to_dtype(teacher, state)
-    _check_keys(state, teacher.state_dict(), "the teacher")
-    teacher.load_state_dict(state)
-    return teacher
-
-
-def _header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        with safe_open(str(path), "pt") as file:
-            text = (file.metadata() or {}).get("gpdfx", "{}")
-        header: dict[str, Any] = json.loads(text)
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}", remedy="pass what gpdfx.save wrote") from None
-    except Exception as error:  # truncated, corrupt or of another kind
-        raise InputError(
-            f"{path} is not a safetensors file: {error}", remedy="pass what gpdfx.save wrote"
-        ) from error
-    if header.get("format") != FORMAT or header.get("hash") != _hash(header.get("student")):
-        raise InputError(f"{path} holds no teacher", remedy="pass what gpdfx.save wrote")
-    return header
-
-
-def version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("gpdfx")
-    except PackageNotFoundError:
-        return "source"
-
-
-def _spell_recipe(recipe: Recipe) -> dict[str, Any]:
-    control = recipe.control
-    return {
-        "ratio": control.ratios,
-        "keep": list(control.keep),
-        "round_to": control.round_to,
-        "branches": {p: spell(s) for p, s in control.branches.items()},
-        **{k: getattr(recipe, k) for k in ("scales", "shares", "extract", "randomness")},
-        **{k: getattr(recipe, k) for k in ("features", "dynamic", "seed")},
-    }
-
-
-def _structure(student: nn.Module) -> dict[str, Any]:
-    """What makes two students the same architecture: their class, and their tensors' sizes."""
-    state = student.state_dict(keep_vars=True)
-    return {
-        "class": type(student).__name__,
-        "tensors": {name: list(x.shape) for name, x in state.items() if isinstance(x, Tensor)},
-    }
-
-
-def _hash(structure: Any) -> str:
-    return hashlib.sha256(json.dumps(structure, sort_keys=True).encode()).hexdigest()
-
-
-def _check_structure(saved: dict[str, Any], given: dict[str, Any]) -> None:
-    if _hash(saved) == _hash(given):
-        return
-    difference = f"a {given['class']}, the file's a {saved['class']}"
-    one, other = saved["tensors"], given["tensors"]
-    for name in dict.fromkeys((*one, *other)):
-        if one.get(name) != other.get(name):
-            mine, theirs = (x.get(name, "absent") for x in (other, one))
-            difference = f"{name} is {mine}, in the file {theirs}"
-            break
-    raise InputError(
-        f"the student is of another architecture: {difference}",
-        remedy="pass a module of the class and sizes that the teacher was made from",
-    )
-
-
-# --------------------------------------------------------------------------- example inputs
-_EXAMPLE = "example_input."
-
-
-def _spell_inputs(inputs: Any) -> tuple[dict[str, Tensor], Any]:
-    """The tensors of an example call, and its structure as JSON; none if that does not hold it."""
-    tensors: dict[str, Tensor] = {}
-
-    def spelled(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            name = f"{_EXAMPLE}{len(tensors)}"
-            tensors[name] = x.detach().contiguous().cpu().clone()
-            return {"tensor": name}
-        if type(x) in (tuple, list):
-            return {type(x).__name__: [spelled(y) for y in x]}
-        if type(x) is dict and all(isinstance(k, str) for k in x):
-            return {"dict": {k: spelled(y) for k, y in x.items()}}
-        if x is None or isinstance(x, bool | int | float | str):
-            return {"value": x}
-        raise TypeError
-
-    try:
-        return tensors, spelled(inputs)
-    except TypeError:
-        return {}, None
-
-
-def _read_inputs(spelled: Any, tensors: dict[str, Tensor]) -> Any:
-    if spelled is None:
-        return None
-    ((kind, x),) = spelled.items()
-    match kind:
-        case "tensor":
-            return tensors[x]
-        case "tuple":
-            return tuple(_read_inputs(y, tensors) for y in x)
-        case "list":
-            return [_read_inputs(y, tensors) for y in x]
-        case "dict":
-            return {k: _read_inputs(y, tensors) for k, y in x.items()}
-        case _:
-            return x

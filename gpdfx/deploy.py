@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, models
+from . import models, storage
 from .config import TrainConfig, read_config
 from .errors import GpdfxError, InputError
 from .gpd import find_logits
@@ -64,7 +64,7 @@ def evaluate(folder: AsPath, data: str | None = None, device: str = "auto") -> d
         networks: dict[str, Callable[[Tensor], Any]] = {"student": student.to(place.device)}
         file = Path(folder) / TEACHER
         if file.exists():
-            teacher = checkpoint.load(file, models.load(config.student, **_like(splits)))
+            teacher = storage.load(file, models.load(config.student, **_like(splits)))
             networks["teacher"] = teacher.eval().to(place.device)
         found: dict[str, Any] = {"data": splits.name}
         for name, split in (("validation", splits.validation), ("test", splits.test)):

@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import models, runs, watch
-from .checkpoint import save, version
 from .config import TrainConfig as TrainConfig
 from .data import load_data
 from .errors import InputError
@@ -35,6 +34,7 @@ from .gpd import find_logits
 from .loaders import eval_loader, mix, steps_per_epoch, train_loader
 from .splits import Data, Split, generator
 from .steps import Net, Place, Plain, Stepper, freeze_idle, join, make_criterion, make_net
+from .storage import save, version
 
 STATE, STUDENT, TEACHER, SUMMARY = (
     "state.safetensors",
