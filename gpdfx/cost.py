@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import tree
@@ -85,19 +86,21 @@ def _count(call: Callable[[], Any]) -> int:
 
 
 def _kept(call: Callable[[], Any]) -> int:
-    """Bytes saved for the backward, every storage once."""
-    seen: dict[int, int] = {}
-    held: list[Any] = []  # so that no storage is used again
+    """Bytes saved for the backward, every storage once; nothing is really saved."""
+    seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def pack(x: Tensor) -> Tensor:
+    def pack(x: Tensor) -> None:
         storage = x.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
-        held.append(x)
-        return x
+        # the weak reference keeps the address from being used again
+        seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
 
-    with torch.enable_grad(), saved_tensors_hooks(pack, lambda x: x):
-        held.append(call())
-    return sum(seen.values())
+    with torch.enable_grad(), saved_tensors_hooks(pack, _never):
+        call()
+    return sum(size for _, size in seen.values())
+
+
+def _never(_: None) -> Tensor:
+    raise AssertionError("there is no backward")
 
 
 @contextmanager

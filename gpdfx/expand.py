@@ -140,11 +140,10 @@ def expand(
             if randomness == "independent":  # equal seeds say nothing: check the other form
                 checked = _widen(widened.program, widened.inference, control, shares, False, seed)
                 checked = tap(checked, features)
-            scratch = Teacher(
-                checked, seed=seed, extract=extract
-            )  # before the real one: both would not always fit
+            # before the real one: both would not always fit
+            scratch = Teacher(checked, seed=seed, extract=extract, empty=True)
             clock.lap("transform")
-            scratch.find_caches(args, kwargs)
+            scratch.find_caches(args, kwargs, checked.program.student)
             single = casts_on_purpose(widened.program)
             check = oracle.verify(checked, scratch, inputs, seed=seed, single=single)
             del scratch
@@ -152,8 +151,9 @@ def expand(
         teacher = Teacher(widened, seed=seed, live=scales == "scratch", extract=extract)
         clock.lap("transform")
         if check:
+            oracle.check_values(widened, teacher)
             teacher.pin(check.free)
-        teacher.find_caches(args, kwargs)
+        teacher.find_caches(args, kwargs, widened.program.student)
         teacher._recipe = Recipe(
             control, scales, shares, extract, tuple(features), randomness, dynamic, seed, inputs
         )

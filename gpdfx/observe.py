@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def observe(
 ) -> dict[str, Tensor]:
     """Run ``call`` with a seeded RNG; its outputs, those of ``parts`` on the way, and the
     gradients of a random projection of them with respect to the floating inputs and to ``wrt``.
-    ``given``: what the parts of another run returned; the user's Python goes on with these."""
+    Of ``wrt`` only whether the gradient has values other than zero. ``given``: what the parts of
+    another run returned; the user's Python goes on with these."""
     leaves, spec = tree.flatten((args, kwargs))
     leaves = [
         x.detach().clone().requires_grad_(x.is_floating_point() and gradients == "all")
@@ -52,11 +54,30 @@ def observe(
     sources = {f"input {k}": x for k, x in enumerate(leaves) if floating(x)}
     sources = (sources if gradients == "all" else {}) | (wrt or {})
     if total.requires_grad and sources:
-        grads = torch.autograd.grad(total, list(sources.values()), allow_unused=True)
-        for name, grad in zip(sources, grads, strict=True):
-            if grad is not None:
-                seen[f"gradient of {name}"] = grad
+        seen |= _gradients(total, sources, set(wrt or {}))
     return {name: y.detach() for name, y in seen.items()}
+
+
+def _gradients(total: Tensor, sources: dict[str, Tensor], brief: set[str]) -> dict[str, Tensor]:
+    """Of the sources that ``total`` depends on; of the ``brief`` ones only ``(grad != 0).any()``,
+    so that no two of them stay."""
+    seen: dict[str, Tensor] = {}
+
+    def take(name: str, x: Tensor) -> None:
+        assert x.grad is not None
+        seen[f"gradient of {name}"] = (x.grad != 0).any() if name in brief else x.grad
+        x.grad = None
+
+    handles = [
+        x.register_post_accumulate_grad_hook(partial(take, name)) for name, x in sources.items()
+    ]
+    try:
+        total.backward(inputs=list(sources.values()))
+    finally:
+        for x, handle in zip(sources.values(), handles, strict=True):
+            x.grad = None
+            handle.remove()
+    return {key: seen[key] for key in (f"gradient of {name}" for name in sources) if key in seen}
 
 
 @contextmanager
@@ -130,6 +151,13 @@ def difference(reference: Tensor, other: Tensor | None, floor: float = 0.0) -> f
     if not math.isfinite(gap) or not math.isfinite(scale):
         return math.inf
     return gap / scale if scale else (0.0 if gap == 0 else math.inf)
+
+
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Equal, number by number; not a number is equal to itself."""
+    if torch.equal(a, b) or a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @contextmanager

@@ -13,25 +13,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import tree
-from .errors import InputError, LossyError
-from .observe import GRADIENTS, HUGE, difference, floating, keep_rng, observe
-from .part import Section
+from .compare import BUG, WrittenError, compare, copied, floor_of
+from .errors import LossyError
+from .free import free_levels
+from .lean import Lean
+from .observe import difference, identical, keep_rng, observe
 from .passes.capture import LEVELS
 from .passes.program import duplicate
 from .passes.widen import Widened, gather
-from .place import call_of, calls_of, first_difference
+from .place import first_difference
 from .probe import Way, convert, randomize, settle, ways
-from .teacher import Teacher, collapse
+from .teacher import Teacher, filled, operator_get
 
 TOLERANCE = 1e-10
 CEILING = 1e-7  # where rounding itself is amplified
 PROBES = 3
 SINGLE = 1e-5  # where the network computes in float32 whatever its parameters are
 _MODES = (("eval", False), ("train", True))
-_BUG = "this is a bug in gpdfx: please report it with the network"
 _NOISY = (
     "rounding alone changes this network's result as much on this example (batch norm over very "
     "few values, as a rule): pass example_inputs with a larger batch or a larger image"
@@ -53,92 +53,6 @@ class Check:
     dtype: torch.dtype
     free: dict[str, str]
     unseen: dict[str, str]
-
-
-# --------------------------------------------------------------------------- comparing
-def compare(
-    student: nn.Module,
-    teacher: Teacher,
-    inputs: tuple[Any, Any],
-    training: bool,
-    seed: int,
-    *,
-    dead: bool = True,
-) -> tuple[dict[str, float], set[str], tuple[str, ...], str]:
-    """Errors of everything observed in one mode; parameters that moved an output (only with
-    ``dead``: their gradients are most of the cost); zero outputs; which of ``GRADIENTS`` the
-    student has."""
-    teacher.train(training)
-    mode = "train" if training else "eval"
-    for gradients in GRADIENTS:
-        run = duplicate(student).train(training)
-        named = run.named_parameters()
-        wrt = {n: p.requires_grad_(dead) for n, p in named if p.is_floating_point()}
-        wrt = wrt if dead else {}
-        try:
-            mine = observe(run, *inputs, seed, wrt, teacher.parts_of(run), gradients=gradients)
-            break
-        except RuntimeError as error:
-            if gradients == GRADIENTS[-1]:
-                raise InputError(
-                    f"the model itself fails in {mode} mode: {error}",
-                    remedy="mend the model, or pass verify=False if it is never used in this mode",
-                ) from error
-    student = run
-    try:
-        between = teacher.parts_of(teacher._between)
-        theirs = observe(teacher, *inputs, seed, parts=between, given=mine, gradients=gradients)
-    except Exception as error:  # whatever torch raises when widths do not fit
-        raise LossyError(
-            f"the teacher fails where the student runs: {error}",
-            remedy=_BUG,
-        ) from error
-    moved = {n for n in wrt if _moved(mine.pop(f"gradient of {n}", None))}
-    moved |= set(wrt) if gradients == "none" else set()  # unknown
-    wide = dict(teacher.named_buffers())
-    for name, buffer in student.named_buffers():
-        maps = teacher._maps[teacher._alias.get(name, name)]
-        if tuple(m.student for m in maps) != buffer.shape:
-            continue  # replaced in forward by one of another shape: a cache (ConViT's positions)
-        mine[f"buffer {name}"] = gather(buffer, maps)
-        theirs[f"buffer {name}"] = wide[name]
-    for n in [n for n in mine if n.startswith("gradient") and n in theirs]:
-        mine[n], theirs[n] = _where_finite(mine[n], theirs[n])
-    errors = {n: difference(x, theirs.get(n), _floor(n, mine, inputs)) for n, x in mine.items()}
-    extra = {name: math.inf for name in theirs if name not in mine}
-    shown = {n: x for n, x in mine.items() if n.startswith("output") and x.numel()}
-    zero = tuple(n for n, x in shown.items() if floating(x) and not x.any())
-    zero = zero if shown else ("every output",)
-    return errors | extra, moved, zero, gradients
-
-
-def _where_finite(mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the gradients that the student itself does not have: a root at zero, say, of the
-    distance between boxes. The teacher must lack the same ones."""
-    missing = ~mine.isfinite()
-    if mine.shape != theirs.shape or not torch.equal(missing, ~theirs.isfinite()):
-        return mine, theirs
-    return mine.masked_fill(missing, 0), theirs.masked_fill(missing, 0)
-
-
-def _floor(name: str, seen: dict[str, Tensor], inputs: tuple[Any, Any]) -> float:
-    """Below what size a value is zero but for rounding: a mean is measured by the standard
-    deviation, a gradient by 1e-6 of output over input (instance norm has a gradient of zero)."""
-    variance = seen.get(name.removesuffix("mean") + "var") if name.endswith("_mean") else None
-    if variance is not None:
-        return math.sqrt(float(variance.max()))
-    if name.startswith("gradient of input"):
-        outputs = [x for n, x in seen.items() if n.startswith("output") and floating(x)]
-        x = tree.leaves(inputs)[int(name.rsplit(" ", 1)[1])]
-        size = float(x.abs().max()) if x.numel() else 0.0
-        finite = (y.abs()[y.abs() < HUGE] for y in outputs)
-        largest = max((float(y.max()) for y in finite if y.numel()), default=0.0)
-        return 1e-6 * largest / size if size else 0.0
-    return 0.0
-
-
-def _moved(grad: Tensor | None) -> bool:
-    return grad is not None and bool((grad != 0).any())
 
 
 def verify(
@@ -186,13 +100,20 @@ def _verify(
     *,
     settled: bool,
 ) -> Check:
+    if teacher._lean is None:
+        teacher._lean = Lean(teacher, widened.graphs)
     student = widened.program.student
     refused = LossyError("the student does not run")
     for way in ways(student, inputs):
         loose = way.dtype is None or (single and not way.lifted)
         try:
             with way():
-                return _verify_in(widened, teacher, way, seed, loose, settled=settled)
+                try:
+                    return _verify_in(widened, teacher, way, seed, loose, settled=settled)
+                except WrittenError:
+                    return _verify_in(
+                        widened, teacher, way, seed, loose, settled=settled, borrow=False
+                    )
         except LossyError as error:
             if not way.lifted or isinstance(error, _StaleError):
                 raise
@@ -201,16 +122,27 @@ def _verify(
 
 
 def _verify_in(
-    widened: Widened, teacher: Teacher, way: Way, seed: int, single: bool, *, settled: bool
+    widened: Widened,
+    teacher: Teacher,
+    way: Way,
+    seed: int,
+    single: bool,
+    *,
+    settled: bool,
+    borrow: bool = True,
 ) -> Check:
     original, inputs, dtype = widened.program.student, way.inputs, way.dtype
-    twin = convert(teacher, dtype).requires_grad_(False)
+    twin, lean = convert(teacher, dtype).requires_grad_(False), teacher._lean
+    assert lean is not None
+    lean.noise = None
     error: dict[str, float] = {}
     moved: set[str] = set()
     vacuous: list[str] = []
     unseen: dict[str, str] = {}
     used, free = TOLERANCE, dict.fromkeys(twin._parts, LEVELS[-1])
     for which in ("probe", "real"):
+        student = None
+        lean.load(None)  # the last student is forgotten before the next is made
         student = duplicate(original)
         probe = which == "probe"
         student = convert(randomize(student, seed) if probe else student, dtype)
@@ -220,7 +152,7 @@ def _verify_in(
         with twin.folded_once():
             for mode, training in _MODES:
                 errors, reached, zero, gradients = compare(
-                    student, twin, inputs, training, seed, dead=probe
+                    student, twin, inputs, training, seed, dead=probe, borrow=borrow
                 )
                 twin.load_buffers(student)
                 moved |= reached
@@ -239,61 +171,18 @@ def _verify_in(
                     raise (_AmplifiedError if noisy else LossyError)(
                         f"{which}, {mode} mode: {worst} differs by {errors[worst]:.2e} "
                         f"(allowed {limit:.0e})" + (f"; {zero[0]} is zero" if zero else ""),
-                        remedy=_NOISY if noisy else _BUG,
+                        remedy=_NOISY if noisy else BUG,
                         **where,
                     )
                 used = max(used, limit)
                 error[f"{which}/{mode}"] = errors.get(worst, 0.0)
             if probe:
-                free = _free(duplicate(student), twin, inputs, seed, used)
+                free = free_levels(copied(student, borrow), twin, inputs, seed, used)
     _check_student(twin, inputs, seed, used)
     named = dict(original.named_parameters())
     dead = tuple(n for n, p in named.items() if n not in moved and p.is_floating_point())
     dtype = dtype or torch.get_default_dtype()
     return Check(error, used, dead, tuple(vacuous), dtype, free, unseen)
-
-
-def _free(
-    student: nn.Module, twin: Teacher, inputs: tuple[Any, Any], seed: int, limit: float
-) -> dict[str, str]:
-    """At which level the parts of the teacher, in eval mode, follow the student to other sizes."""
-    student.eval()
-    twin.eval()
-    found = {}
-    calls = calls_of(student, list(twin._parts), inputs)
-    for path, part in twin._parts.items():
-        sections = [s for s in part.sections if not s.training] or part.sections
-        levels = [
-            _free_section(student.get_submodule(path), section, twin, call, seed, limit)
-            for section, call in ((s, call_of(s, calls.get(path, []))) for s in sections)
-        ]
-        found[path] = max(levels, key=LEVELS.index)
-    return found
-
-
-def _free_section(
-    module: nn.Module, section: Section, twin: Teacher, flat: Any, seed: int, limit: float
-) -> str:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return section(twin._net, twin.fold(), section.flatten(args, kwargs))
-
-    sizes = section.sizes
-    for level in LEVELS[:-1] if flat else ():
-        for moved in sizes.elsewhere(flat, level, section.call.names):
-            args, kwargs = section.call.unflatten(moved)
-            with torch.no_grad(), keep_rng():
-                try:
-                    mine = observe(module, args, kwargs, seed)
-                except Exception:  # a size that the student cannot have: try another
-                    continue
-                try:
-                    theirs = observe(run, args, kwargs, seed)
-                except Exception:  # the graph is not free in this size, whatever capture said
-                    break
-            if all(difference(x, theirs.get(n)) <= 100 * limit for n, x in mine.items()):
-                return level
-            break
-    return LEVELS[-1]
 
 
 def _sensitivity(
@@ -309,7 +198,7 @@ def _sensitivity(
                     p.mul_(1 + torch.finfo(p.dtype).eps * torch.randint(-1, 2, p.shape).to(p))
         results.append(observe(twin, *inputs, seed, gradients=gradients))
     first, second = results
-    floors = {n: _floor(n, first, inputs) for n in first}
+    floors = {n: floor_of(n, first, inputs) for n in first}
     return max(difference(x, second.get(n), floors[n]) for n, x in first.items())
 
 
@@ -318,19 +207,12 @@ def _check_student(twin: Teacher, inputs: tuple[Any, Any], seed: int, limit: flo
     Changes the teacher."""
     args, kwargs = inputs
     twin.eval()
-    plain = collapse(twin)
+    fresh = duplicate(twin._student)  # before it caches anything
     with torch.no_grad(), keep_rng():
         twin.student(*args, **kwargs)  # whatever it caches, it caches now
-        draw = torch.Generator().manual_seed(seed)
-        for p in twin.parameters():
-            if p.is_floating_point():
-                noise = torch.rand(p.shape[-1:], generator=draw, dtype=torch.float64)
-                p.mul_(1 + 0.1 * noise.to(p))
-        fresh = dict(plain.named_parameters())
-        for name, derived in twin.student_parameters():
-            fresh[name].copy_(derived)
+        _perturb(twin, seed)
         got = observe(twin.student, args, kwargs, seed)
-        want = observe(plain, args, kwargs, seed)
+        want = observe(filled(twin, fresh), args, kwargs, seed)
     for name, x in want.items():
         if name.startswith("output") and not difference(x, got.get(name)) <= limit:
             raise _StaleError(
@@ -338,3 +220,23 @@ def _check_student(twin: Teacher, inputs: tuple[Any, Any], seed: int, limit: flo
                 remedy="the model caches tensors outside its parameters; clear the cache in "
                 "forward, or in train()",
             )
+
+
+def _perturb(twin: Teacher, seed: int) -> None:
+    """Change every parameter by at most a tenth, its copies by different numbers."""
+    assert twin._lean is not None
+    twin._lean.noise = seed
+    draw = torch.Generator().manual_seed(seed)
+    for p in twin.parameters():
+        if p.is_floating_point() and not p.is_meta:
+            noise = torch.rand(p.shape[-1:], generator=draw, dtype=torch.float64)
+            p.mul_(1 + 0.1 * noise.to(p))
+
+
+def check_values(widened: Widened, teacher: Teacher) -> None:
+    """Raise ``LossyError`` unless the parameters and buffers of the teacher are the student's at
+    the teacher's indices, bit for bit: ``verify`` gathers them anew and sees no stored ones."""
+    for name, own in widened.program.tensors.items():
+        stored = operator_get(teacher._net, name)
+        if not identical(stored, gather(own.detach(), widened.maps[name])):
+            raise LossyError(f"the teacher's {name} is not the student's", remedy=BUG)

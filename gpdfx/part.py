@@ -23,6 +23,7 @@ class Section:
         self.feeds = feeds
         self.training, self.call, self.out = mode.site.training, mode.site.call, mode.out
         self.sizes = input_sizes(mode.graph)
+        _read_late(graph)
         self.code = _Code(graph)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -95,6 +96,14 @@ class _Forward:
         return self.part(self.net, self.folded, self.module.training, args, kwargs)
 
 
+def _read_late(graph: fx.Graph) -> None:
+    """Move the reading of every tensor to its first use: one that is made when it is read (see
+    ``gpdfx.lean``) is then held for no longer than it is used."""
+    for node in graph.find_nodes(op="get_attr"):
+        if node.users:
+            min(node.users).prepend(node)
+
+
 class _Code:
     """A graph as Python source. fx graphs do not pickle across versions; source does."""
 
@@ -116,6 +125,11 @@ class _Code:
 
     def __call__(self, net: nn.Module, flat: list[Any]) -> Any:
         return self.function(net, *flat)
+
+    def exchange(self, old: Any, new: Any) -> None:
+        """Let the code call another function in place of ``old``."""
+        scope = self.function.__globals__
+        scope.update({name: new for name, value in scope.items() if value is old})
 
     def _compile(self) -> Callable[..., Any]:
         scope: dict[str, Any] = {

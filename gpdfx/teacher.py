@@ -18,6 +18,7 @@ from .errors import InputError
 from .explain import make_story
 from .extract import Mean, take_first
 from .fold import Fold, Folded, merged, module_of
+from .lean import Lean, hollow, moved, wide_of
 from .part import Part, Section
 from .passes.parts import slow_attention
 from .passes.program import Program, duplicate
@@ -48,8 +49,15 @@ class Teacher(nn.Module):
     _between: nn.Module | None  # the user's Python between the parts, which it calls
 
     def __init__(
-        self, widened: Widened, *, seed: int = 0, live: bool = False, extract: str = "first"
+        self,
+        widened: Widened,
+        *,
+        seed: int = 0,
+        live: bool = False,
+        extract: str = "first",
+        empty: bool = False,
     ) -> None:
+        """``empty``: wide parameters get no values yet (see ``gpdfx.lean``)."""
         super().__init__()
         program = widened.program
         self._maps = {n: widened.maps[n] for n in widened.maps}
@@ -63,9 +71,11 @@ class Teacher(nn.Module):
         self._recipe: Recipe | None = None
         self._story = make_story(widened)
         self._caches: list[tuple[str, str, Any]] = []
-        # The user's module hides from nn.Module: its tensors are placeholders for the teacher's.
-        object.__setattr__(self, "_student", duplicate(program.student))
-        self._register(program, widened)
+        self._lean: Lean | None = None
+        # The user's module hides from nn.Module: its parameters are placeholders for the teacher's.
+        placeholders: dict[int, Any] = {id(p): hollow(p) for p in program.student.parameters()}
+        object.__setattr__(self, "_student", duplicate(program.student, placeholders))
+        self._register(program, widened, empty)
         # Generated code names tensors as attributes; `_net` has the same registries and none of
         # this class's methods, so a student may call its own submodules `student` or `report`.
         net = nn.Module()
@@ -74,8 +84,8 @@ class Teacher(nn.Module):
         object.__setattr__(self, "_net", net)
         self._folds = {one.weight: module_of(one.weight) for one in widened.branched}
         for one in widened.branched:
-            own = operator_get(net, one.weight)
-            fold = Fold(one, own, seed + zlib.crc32(one.weight.encode()), live=live)
+            own = program.tensors[program.alias.get(one.weight, one.weight)]
+            fold = Fold(one, own.detach(), seed + zlib.crc32(one.weight.encode()), live=live)
             _place(self, module_of(one.weight), fold)
         self._uses = dict(widened.uses)
         self._means: dict[str, Mean] = {}
@@ -90,12 +100,14 @@ class Teacher(nn.Module):
         object.__setattr__(self, "_between", between)
 
     # ---- construction
-    def _register(self, program: Program, widened: Widened) -> None:
+    def _register(self, program: Program, widened: Widened, empty: bool) -> None:
         made: dict[str, Tensor] = {}
         for name, tensor in program.tensors.items():
-            own = tensor.detach()
-            wide = gather(own, widened.maps[name])
-            wide = own.clone() if wide is own else _in_format_of(own, wide)
+            own, maps = tensor.detach(), widened.maps[name]
+            if empty and isinstance(tensor, nn.Parameter) and any(m.wide for m in maps):
+                own = own.to("meta")
+            wide = wide_of(own, maps)
+            wide = own.clone() if wide is own else wide
             if isinstance(tensor, nn.Parameter):
                 wide = nn.Parameter(wide, requires_grad=tensor.requires_grad)
             made[name] = wide
@@ -226,23 +238,24 @@ class Teacher(nn.Module):
         if name in self._means:
             mean: Tensor = self._means[name](wide, lambda key: operator_get(self._net, key))
             return mean
-        return take_first(wide, self._maps[name])
+        first = take_first(wide, self._maps[name])
+        return first if self._lean is None else first.clone()  # a view would hold all of it
 
     def widen(self, name: str, own: Tensor) -> Tensor:
         """A tensor like the teacher's parameter or buffer ``name``, out of one like the student's:
         every copy takes the student's value."""
         return gather(own, self._maps[self._alias.get(name, name)])
 
-    def find_caches(self, args: Any, kwargs: Any) -> None:
+    def find_caches(self, args: Any, kwargs: Any, student: nn.Module | None = None) -> None:
         """Find tensors that the student keeps outside its registries (LeViT's bias cache): they
-        are put back after every call, so that new weights count."""
+        are put back after every call, so that new weights count. ``student``: one with values."""
         before = {
             (path, k): copy.copy(v)
             for path, module in self._student.named_modules()
             for k, v in module.__dict__.items()
             if isinstance(v, dict | list | Tensor | type(None)) and k not in _REGISTRIES
         }
-        probe = duplicate(self._student)
+        probe = collapse(self) if student is None else duplicate(student)
         with torch.enable_grad():  # what is computed from parameters then says so
             for training in (True, False):
                 probe.train(training)(*args, **kwargs)
@@ -274,11 +287,11 @@ class Teacher(nn.Module):
     def load_student(self, student: nn.Module) -> None:
         """IR: take over all parameters and buffers of a module like the student; branches add
         nothing to them at first."""
-        own = dict(student.named_parameters())
-        for name, tensor in own.items():
-            self._load(name, tensor)
-        for name, p in self._student.named_parameters():
-            p.copy_(own[name])
+        if self._lean is not None:
+            self._lean.load(student)
+        for name, tensor in student.named_parameters():
+            if self._lean is None or name not in self._lean.names:
+                self._load(name, tensor)
         for fold in self.folds():
             fold.reset()
         self.load_buffers(student)
@@ -309,7 +322,7 @@ class Teacher(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)
-        self._student._apply(fn, recurse)
+        self._student._apply(lambda t: moved(fn, t), recurse)
         return self
 
 
@@ -324,14 +337,22 @@ def collapse(teacher: Teacher) -> nn.Module:
             f"collapse takes a teacher, not {type(teacher).__name__}",
             remedy="pass what gpdfx.expand returned",
         )
-    plain: nn.Module = duplicate(teacher._student)
+    return filled(teacher, teacher._student)
+
+
+@torch.no_grad()
+def filled(teacher: Teacher, like: nn.Module) -> nn.Module:
+    """A copy of a student without values (``like``) with the teacher's."""
+    made: dict[int, Any] = {}
+    empty = dict(like.named_parameters())
+    for name, derived in teacher.student_parameters():
+        p = empty[name]
+        own = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype, device=derived.device)
+        made[id(p)] = nn.Parameter(own.copy_(derived), requires_grad=p.requires_grad)
+    plain = duplicate(like, made)
     buffers = dict(teacher._modules[teacher._buffers_name].named_buffers())  # type: ignore[union-attr]
-    with torch.no_grad():
-        own = dict(plain.named_parameters())
-        for name, derived in teacher.student_parameters():
-            own[name].copy_(derived)
-        for name, buffer in plain.named_buffers():
-            buffer.copy_(buffers[name])
+    for name, buffer in plain.named_buffers():
+        buffer.copy_(buffers[name])
     return plain.train(teacher.training)
 
 
@@ -344,15 +365,6 @@ def operator_get(module: nn.Module, name: str) -> Tensor:
     found = module._buffers[leaf] if tensor is None else tensor
     assert found is not None
     return found
-
-
-def _in_format_of(own: Tensor, wide: Tensor) -> Tensor:
-    """Channels-last weights stay so."""
-    if not own.is_contiguous():
-        for rank, kind in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-            if own.ndim == rank and own.is_contiguous(memory_format=kind):
-                return wide.contiguous(memory_format=kind)
-    return wide
 
 
 def _place(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from gpdfx import oracle
+from gpdfx import lean, oracle
 from gpdfx.axes import Frozen
 from gpdfx.control import make_control
 from gpdfx.errors import LossyError
@@ -228,8 +228,11 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], Tamper, float]] = {
 }
 
 
+@pytest.mark.parametrize("keep", [lean.KEEP, 0], ids=["kept", "lean"])
 @pytest.mark.parametrize("name", FAULTS)
-def test_the_oracle_catches(name: str) -> None:
+def test_the_oracle_catches(name: str, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where wide parameters are gathered at every use."""
+    monkeypatch.setattr(lean, "KEEP", keep)
     build, tamper, ratio = FAULTS[name]
     torch.manual_seed(0)
     model = build()
