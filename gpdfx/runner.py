@@ -107,7 +107,7 @@ def failing() -> Iterator[None]:
     try:
         yield
     except torch._dynamo.exc.TorchDynamoException as error:
-        said = str(error).strip().partition("\n")[0]
+        said = " ".join(str(error).strip().splitlines()[:2])
         raise InputError(
             f"torch.compile failed: {said}", remedy="train without --compile"
         ) from error
