@@ -17,10 +17,7 @@ import argparse
 import csv
 import multiprocessing
 import os
-import platform
 import resource
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,8 +31,8 @@ from rich.table import Table
 import gpdfx
 from benchmarks.coverage_summary import write as write_readme
 from benchmarks.networks import RESULTS
+from benchmarks.timing import Row, machine, paired, quantiles, replace
 
-Row = dict[str, Any]
 FIELDS = (
     *("table", "what", "branches", "extract", "size", "batch", "pairs", "median", "low", "high"),
     *("unit", "torch", "threads", "machine"),
@@ -74,32 +71,6 @@ def derive(teacher: gpdfx.Teacher) -> Callable[[], None]:
         sum(p.sum() for _, p in teacher.student_parameters()).backward()  # type: ignore[union-attr]
 
     return run
-
-
-def paired(
-    one: Callable[[], None], other: Callable[[], None], pairs: int
-) -> list[tuple[float, float]]:
-    """Seconds of both, interleaved, the first of a pair by turns."""
-    one(), other()
-    found = []
-    for k in range(pairs):
-        seconds = [0.0, 0.0]
-        for which in (0, 1) if k % 2 else (1, 0):
-            start = time.perf_counter()
-            (one, other)[which]()
-            seconds[which] = time.perf_counter() - start
-        found.append((seconds[0], seconds[1]))
-    return found
-
-
-def quantiles(values: list[float]) -> Row:
-    low, *_, high = statistics.quantiles(values, n=5)
-    return {
-        "median": f"{statistics.median(values):.4g}",
-        "low": f"{low:.4g}",
-        "high": f"{high:.4g}",
-        "pairs": len(values),
-    }
 
 
 def time_rows(size: int, batch: int, pairs: int) -> list[Row]:
@@ -164,22 +135,8 @@ def memory_rows(size: int, batch: int) -> list[Row]:
 
 def write(rows: list[Row], path: Path) -> None:
     """Replace the rows of the same tables and sizes."""
-    about = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
-    kept: list[Row] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            done = {(r["table"], str(r["size"]), str(r["batch"])) for r in rows}
-            kept = [
-                r for r in csv.DictReader(file) if (r["table"], r["size"], r["batch"]) not in done
-            ]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows([*kept, *(row | about for row in rows)])
+    about = machine()
+    replace(path, FIELDS, ("table", "size", "batch"), [row | about for row in rows])
 
 
 COLUMNS = ("what", "branches", "extract", "size", "batch", "median", "low", "high", "unit")

@@ -12,6 +12,7 @@ from .branches import SETS
 from .config import AMP, TrainConfig, default_recipe
 from .data import SOURCES
 from .recipes import CHOICES, RECIPES, TrainingRecipe, get_recipe, with_changes
+from .runner import COMPILE
 
 EXAMPLES = """
 the three scenarios:
@@ -54,6 +55,12 @@ FIELDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "seed": ("of all randomness", {"type": int}),
         "amp": ("the type of autocast", {"choices": AMP}),
         "device": ("where to train", {"choices": ("auto", "cpu", "cuda")}),
+        "compile": (
+            "torch.compile forward and backward; MODE: default (if left out), "
+            + ", ".join(COMPILE[2:]),
+            {"nargs": "?", "const": "default", "choices": COMPILE, "metavar": "MODE"},
+        ),
+        "cuda_graph": ("forward and backward as one CUDA graph", {"action": "store_true"}),
         "workers": ("processes that load data", {"type": int}),
         "checkpoint_every": ("steps; 0: every epoch alone", {"type": int, "metavar": "STEPS"}),
         "patience": ("bad steps in a row after which training stops", {"type": int}),

@@ -10,11 +10,15 @@ from typing import Any
 from .errors import InputError
 from .models import DEFAULTS
 from .recipes import RECIPES, TrainingRecipe
+from .runner import COMPILE, OWN_GRAPHS
 from .runs import as_json
 
 AMP = ("none", "bf16", "fp16")
 # What a run that is continued may change: where, how fast and how carefully, not what.
-FREE = ("out", "device", "workers", "checkpoint_every", "patience", "verify", "time_steps")
+FREE = (
+    *("out", "device", "compile", "cuda_graph", "workers", "checkpoint_every", "patience"),
+    *("verify", "time_steps"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class TrainConfig:
         out: the folder of the run.
         seed: of weights, data, order and all else.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        compile: ``"none"``, or a mode of ``torch.compile`` for forward and backward.
+        cuda_graph: run forward and backward as one captured CUDA graph.
         workers: processes that load data.
         checkpoint_every: steps; 0: at the end of every epoch only.
         patience: steps in a row without a finite loss after which training stops.
@@ -67,6 +73,8 @@ class TrainConfig:
     out: str = "run"
     seed: int = 0
     device: str = "auto"
+    compile: str = "none"
+    cuda_graph: bool = False
     workers: int = 0
     checkpoint_every: int = 0
     patience: int = 10
@@ -88,6 +96,16 @@ class TrainConfig:
                 self.device not in ("auto", "cpu", "cuda"),
                 f"device is {self.device!r}",
                 "pass auto, cpu or cuda",
+            ),
+            (
+                self.compile not in COMPILE,
+                f"compile is {self.compile!r}",
+                f"pass one of {', '.join(COMPILE)}",
+            ),
+            (
+                self.cuda_graph and self.compile in OWN_GRAPHS,
+                f"compile={self.compile!r} makes CUDA graphs of its own",
+                "leave out cuda_graph, or pass compile='max-autotune-no-cudagraphs'",
             ),
             (
                 self.static_weights and not self.static_teacher,

@@ -17,10 +17,11 @@ from . import models, storage
 from .config import TrainConfig, read_config
 from .errors import GpdfxError, InputError
 from .gpd import find_logits
+from .measure import accuracies, check_logits
 from .runs import AsPath, Replacing
 from .splits import generator
 from .steps import join
-from .train import STUDENT, SUMMARY, TEACHER, accuracies, check_logits, open_data
+from .train import STUDENT, SUMMARY, TEACHER, open_data
 
 TOLERANCE = 1e-4  # of ONNX's logits, relative to the largest
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import tree
+from . import streams, tree
 from .control import covers
 from .errors import InputError
 from .expand import expand
@@ -73,10 +73,12 @@ class GPD(nn.Module):
         temperature, smoothing: of that soft target.
         teacher_weight: of the dynamic teacher's own losses; 0 leaves it to the student's.
         start_epoch: the first epoch (``gpd.epoch``, which the training loop sets) in which
-            ``lam`` counts.
+            ``lam`` counts (``gpd.gap_counts``).
         criterion: the task's loss, called with (logits, targets).
         unshared: patterns (see ``gpdfx.control``) of parameters that the student has for itself;
             ``"*"`` shares nothing.
+        overlap_static: run the static teacher on a CUDA stream of its own, beside the other two;
+            eager steps on a GPU only. Off by default: its worth was not measured yet.
         logits: picks the logits out of a network's output; by default the output itself, its
             ``logits`` or ``out``, or its first tensor.
 
@@ -86,6 +88,7 @@ class GPD(nn.Module):
 
     _static: nn.Module | None
     _asked: FeatureLoss | None
+    gap_counts: bool
 
     def __init__(
         self,
@@ -103,6 +106,7 @@ class GPD(nn.Module):
         start_epoch: int = 0,
         criterion: Criterion = F.cross_entropy,
         unshared: str | Sequence[str] = (),
+        overlap_static: bool = False,
         logits: Callable[[Any], Tensor] | None = None,
         **options: Any,
     ) -> None:
@@ -119,6 +123,7 @@ class GPD(nn.Module):
         self.kd, self.lam, self.criterion = kd, lam, criterion
         self.temperature, self.smoothing = temperature, smoothing
         self.teacher_weight, self.start_epoch, self.epoch = teacher_weight, start_epoch, 0
+        self.overlap_static = overlap_static
         self._logits = logits or find_logits
         self._own_names = self._choose_own(unshared)
         self._own = nn.ParameterList(
@@ -158,6 +163,16 @@ class GPD(nn.Module):
                 )
         return [name for name in names if any(covers(p, [name]) for p in patterns)]
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that runs, from 0; the training loop sets it, after ``start_epoch``."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        # Compiled code is made again for every value that it reads: so it reads a flag.
+        self._epoch, self.gap_counts = epoch, epoch >= self.start_epoch
+
     # ---- running
     def forward(self, inputs: Any, targets: Any) -> Distilled:
         """All networks on one batch.
@@ -171,7 +186,7 @@ class GPD(nn.Module):
             "teacher": self.teacher_weight * self.criterion(wide, targets),
             "student": self.criterion(own, targets),
         }
-        if self.epoch >= self.start_epoch and self.lam:
+        if self.gap_counts and self.lam:
             soft = soft_cross_entropy(
                 own, wide.detach(), temperature=self.temperature, smoothing=self.smoothing
             )
@@ -204,6 +219,9 @@ class GPD(nn.Module):
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
         """All networks on one batch, the branches folded once."""
         asked, own = self._asked, self.own_parameters()
+        static = streams.start(
+            lambda: self._run_static(args, kwargs), (args, kwargs), beside=self.overlap_static
+        )
         folded, wide_features = self.teacher.fold(), []  # type: ignore[var-annotated]
         wide = self.teacher._teach(folded, args, kwargs, wide_features)
         narrow, features = _collecting(
@@ -211,15 +229,26 @@ class GPD(nn.Module):
             asked.student_layers if asked else (),
             lambda: self.teacher._study(folded, args, kwargs, own),
         )
-        seen = _Seen(self._logits(wide), self._logits(narrow), None, wide_features, features, [])
-        if self._static is None:
-            return seen
-        static = self._static
-        with torch.no_grad():
-            output, features = _collecting(
-                static, asked.static_layers if asked else (), lambda: static(*args, **kwargs)
-            )
-        return seen._replace(static=self._logits(output).detach(), static_features=features)
+        found, static_features = static()
+        return _Seen(
+            self._logits(wide),
+            self._logits(narrow),
+            found,
+            wide_features,
+            features,
+            static_features,
+        )
+
+    @torch.no_grad()
+    def _run_static(self, args: Any, kwargs: Any) -> tuple[Tensor | None, list[Tensor]]:
+        """The static teacher's logits and features; ``None`` without one."""
+        static, asked = self._static, self._asked
+        if static is None:
+            return None, []
+        output, features = _collecting(
+            static, asked.static_layers if asked else (), lambda: static(*args, **kwargs)
+        )
+        return self._logits(output).detach(), features
 
     @torch.no_grad()
     def collapse(self) -> nn.Module:

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .config import TrainConfig
 from .errors import InputError, TrainingError
@@ -28,10 +27,9 @@ from .gpd import GPD, Distillation, Distilled, find_logits
 from .groups import Group, param_groups
 from .losses import DKD, KD
 from .recipes import TrainingRecipe, make_optimizer, set_learning_rate
+from .runner import buffers_kept, make_runner
 from .splits import generator
 from .teacher import Teacher
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # --------------------------------------------------------------------------- where
@@ -99,6 +97,7 @@ class Plain(nn.Module):
     student: nn.Module
     _static: nn.Module | None
     epoch = 0
+    gap_counts = False
 
     def __init__(
         self,
@@ -200,15 +199,12 @@ def make_groups(net: Net, weight_decay: float) -> list[Group]:
 def freeze_idle(net: Net, x: Tensor, y: Tensor) -> list[str]:
     """Freeze parameters that no loss depends on: distributed training would wait for their
     gradients. Returns their names."""
-    held = [(b, b.clone()) for b in net.buffers()]
-    net.train()(x, y).loss.backward()
+    with buffers_kept(net):
+        net.train()(x, y).loss.backward()
     idle = [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
     for name in idle:
         net.get_parameter(name).requires_grad_(False)
     net.zero_grad()
-    with torch.no_grad():
-        for buffer, before in held:
-            buffer.copy_(before)
     return idle
 
 
@@ -256,27 +252,22 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.amp == "fp16")
         self.skipped = self.in_row = 0
         self.statistics = Statistics(net)
-        self.run: nn.Module = net
-        if place.world > 1:
-            ids = [place.device.index] if place.device.type == "cuda" else None
-            self.run = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+        self.run = make_runner(net, config, place, self.scaler)
 
     def __call__(self, x: Tensor, y: Tensor, at: int) -> dict[str, float] | None:
         """Step ``at`` of the whole run, on a batch: the loss and its terms, or ``None`` if it was
         skipped. Raises ``TrainingError`` after ``patience`` skipped in a row."""
-        recipe, device = self.config.numbers, self.place.device
+        recipe = self.config.numbers
         set_learning_rate(self.optimizer, recipe, at, self.steps)
         # Randomness is a function of seed and step, so that a run that resumes needs no more.
         torch.manual_seed(generator("step", self.config.seed, at, self.place.rank).initial_seed())
         self.statistics.keep()
         self.optimizer.zero_grad()
-        cast = AUTOCAST.get(self.config.amp)
-        with torch.autocast(device.type, cast, enabled=cast is not None):
-            result = self.run(x, y)
+        result = self.run(x, y)
         good = self.place.agree(result.loss.detach().isfinite())
         overflow = False
         if good:
-            self.scaler.scale(result.loss).backward()
+            self.run.backward(result)
             self.scaler.unscale_(self.optimizer)
             clip = math.inf if recipe.clip is None else recipe.clip
             good = bool(nn.utils.clip_grad_norm_(self.net.parameters(), clip).isfinite())

@@ -11,11 +11,9 @@ was killed ends, on CPUs, with the same parameters bit for bit.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -27,13 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import models, runs, watch
+from .clock import Clock
 from .config import TrainConfig as TrainConfig
 from .data import load_data
 from .errors import InputError
-from .gpd import find_logits
-from .loaders import eval_loader, mix, steps_per_epoch, train_loader
+from .loaders import mix, steps_per_epoch, train_loader
+from .measure import accuracies, check_logits
+from .runner import check_way
 from .splits import Data, Split, generator
-from .steps import Net, Place, Plain, Stepper, freeze_idle, join, make_criterion, make_net
+from .steps import Net, Place, Stepper, freeze_idle, join, make_net
 from .storage import save, version
 
 STATE, STUDENT, TEACHER, SUMMARY = (
@@ -42,7 +42,6 @@ STATE, STUDENT, TEACHER, SUMMARY = (
     "teacher.safetensors",
     "summary.json",
 )
-WARM_UP = 2  # steps before times are taken
 
 
 def train(config: TrainConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -70,6 +69,7 @@ class Run:
     def __init__(self, config: TrainConfig, place: Place, quiet: bool) -> None:
         self.config, self.place, self.quiet = config, place, quiet
         self.recipe, self.out = config.numbers, Path(config.out)
+        check_way(config, place)
         saved = self._look()
         place.wait()  # before the first rank writes what the others look for
         self.data = open_data(config)
@@ -91,7 +91,6 @@ class Run:
         self.sums: dict[str, float] = {}
         self.seconds, self.began = 0.0, time.perf_counter()
         self.static_accuracy: float | None = None
-        self.times: list[tuple[float, float]] = []
         self._build(begin=saved is None)
         if saved is not None:
             self._restore(*saved)
@@ -132,6 +131,7 @@ class Run:
         if self.place.world > 1:
             freeze_idle(self.net, example.to(device), torch.tensor([0, 1], device=device))
         self.stepper = Stepper(self.net, config, self.place, self.steps)
+        self.clock = Clock(self.net, self.stepper)
 
     def _restore(self, tensors: runs.Tensors, facts: runs.Facts) -> None:
         runs.restore_module(self.net, tensors)
@@ -208,7 +208,6 @@ class Run:
         self.net.epoch = self.epoch
         self.net.train()
         self.bars.begin_epoch(self.steps, self.step)
-        clock = self._make_clock()
         for x, y in batches:
             x = x.to(place.device, non_blocking=True)
             y = y.to(place.device, non_blocking=True)
@@ -217,7 +216,7 @@ class Run:
                 draw = generator("mix", config.seed, at, place.rank)
                 mixing = {"mixup": recipe.mixup, "cutmix": recipe.cutmix}
                 x, y = mix(x, y, self.data.classes, generator=draw, **mixing)
-            values = clock(x, y, at)
+            values = self.clock(x, y, at)
             for name, value in (values or {}).items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
             self.sums["steps"] = self.sums.get("steps", 0.0) + (values is not None)
@@ -225,7 +224,6 @@ class Run:
             self.bars.advance(values)
             if config.checkpoint_every and (at + 1) % config.checkpoint_every == 0:
                 self._save()
-        del clock
         self._end_epoch()
 
     def _end_epoch(self) -> None:
@@ -271,40 +269,6 @@ class Run:
     def _accuracies(self, split: Split, networks: list[Callable[[Tensor], Any]]) -> list[float]:
         return accuracies(split, networks, self.recipe.batch_size, self.place, self.config.workers)
 
-    def _make_clock(self) -> Callable[[Tensor, Tensor, int], dict[str, float] | None]:
-        """The stepper; for the first steps with a step of the plain student after each, timed."""
-        config, left = self.config, self.config.time_steps + WARM_UP - len(self.times)
-        if config.plain or not config.time_steps or left <= 0:
-            return self.stepper
-        copy = Plain(self.net.collapse(), make_criterion(self.recipe)).train()
-        patient = dataclasses.replace(config, patience=2**62)  # its loss decides nothing
-        plain = Stepper(copy, patient, Place(self.place.device), self.steps)
-
-        def both(x: Tensor, y: Tensor, at: int) -> dict[str, float] | None:
-            if len(self.times) == config.time_steps + WARM_UP:
-                return self.stepper(x, y, at)
-            start = self._now()
-            values = self.stepper(x, y, at)
-            middle = self._now()
-            plain(x, y, at)
-            self.times.append((middle - start, self._now() - middle))
-            return values
-
-        return both
-
-    def _now(self) -> float:
-        if self.place.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def _step_time(self) -> dict[str, float] | None:
-        pairs = self.times[WARM_UP:]
-        if not pairs:
-            return None
-        step, plain = (statistics.median(times) for times in zip(*pairs, strict=True))
-        ratio = statistics.median(a / b for a, b in pairs)
-        return {"step": step, "plain": plain, "ratio": ratio, "pairs": len(pairs)}
-
     # ---- the end
     def _finish(self) -> dict[str, Any]:
         last = self.history[-1]
@@ -336,7 +300,7 @@ class Run:
             "test": test,
             "skipped": self.stepper.skipped,
             "steps": self.epoch * self.steps,
-            "step_time": self._step_time(),
+            "step_time": self.clock.result(),
             "seconds": self._elapsed(),
             "out": str(self.out),
         }
@@ -364,46 +328,6 @@ def open_data(config: TrainConfig) -> Data:
         noise=config.noise,
         size=config.size,
     )
-
-
-@torch.no_grad()
-def accuracies(
-    split: Split,
-    networks: list[Callable[[Tensor], Any]],
-    batch_size: int,
-    place: Place,
-    workers: int = 0,
-) -> list[float]:
-    """The fraction of right predictions of each network; all ranks share the work."""
-    right = torch.zeros(len(networks), dtype=torch.int64, device=place.device)
-    batches = eval_loader(split, batch_size, workers=workers, rank=place.rank, world=place.world)
-    for x, y in batches:
-        x, y = x.to(place.device), y.to(place.device)
-        for k, network in enumerate(networks):
-            right[k] += (find_logits(network(x)).argmax(1) == y).sum()
-    return [count / len(split) for count in place.add(right).tolist()]
-
-
-@torch.no_grad()
-def check_logits(name: str, network: nn.Module, example: Tensor, classes: int) -> None:
-    """Raise ``InputError`` if a network does not take the data, or has other classes."""
-    mode = network.training
-    try:
-        logits = find_logits(network.eval()(example))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        raise InputError(
-            f"{name} does not run on inputs {tuple(example.shape)}: {error}",
-            remedy="name a network for inputs of this shape; one of your own may take num_classes "
-            "and in_chans",
-        ) from error
-    finally:
-        network.train(mode)
-    if logits.shape != (len(example), classes):
-        raise InputError(
-            f"{name} gives {tuple(logits.shape)} for {len(example)} inputs of {classes} classes",
-            remedy=f"name a network with {classes} logits, or one whose constructor takes "
-            "num_classes",
-        )
 
 
 def versions() -> dict[str, str]:
