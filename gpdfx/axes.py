@@ -555,16 +555,21 @@ class Frozen:
 
     @cached_property
     def blocks(self) -> tuple[int, int, int]:
-        """``(outer, wide, narrow)`` if the first copies are the first ``narrow`` of every
-        ``wide`` indices, ``outer`` times over; zeros if they are not."""
-        jumps = np.flatnonzero(np.diff(self.first) != 1)
-        run = int(jumps[0]) + 1 if len(jumps) else self.student
-        outer = self.student // run
-        wide = self.teacher // outer
-        regular = (np.arange(outer)[:, None] * wide + np.arange(run)[None, :]).reshape(-1)
-        if self.teacher % outer or self.student % run or not np.array_equal(regular, self.first):
-            return 0, 0, 0
-        return outer, wide, run
+        """``blocks_of`` the first copies."""
+        return blocks_of(self.first, self.teacher)
+
+
+def blocks_of(index: np.ndarray, size: int) -> tuple[int, int, int]:
+    """``(outer, wide, narrow)`` if ``index`` is the first ``narrow`` of every ``wide`` indices,
+    ``outer`` times over, of ``size`` in all; zeros if it is not."""
+    jumps = np.flatnonzero(np.diff(index) != 1)
+    run = int(jumps[0]) + 1 if len(jumps) else len(index)
+    outer = len(index) // run
+    wide = size // outer
+    regular = (np.arange(outer)[:, None] * wide + np.arange(run)[None, :]).reshape(-1)
+    if size % outer or len(index) % run or not np.array_equal(regular, index):
+        return 0, 0, 0
+    return outer, wide, run
 
 
 def freeze(axis: Axis, width: Callable[[Leaf], int]) -> Frozen:

@@ -29,6 +29,7 @@ from .passes.canonicalize import (
 from .passes.capture import LEVELS, capture, whole
 from .passes.infer import Inference, NeedsFunctional, infer
 from .passes.inline import inline
+from .passes.lower import lower
 from .passes.parts import capture_parts, recapture
 from .passes.program import Program, duplicate, source_line
 from .passes.rules.base import DynamicAxis
@@ -219,7 +220,7 @@ def _widen(
     check_rules(inference)
     widths = assign(program, inference, control)
     widened = widen(program, inference, widths, shares=shares, independent=independent, seed=seed)
-    return branch(widened, control.branches_of)
+    return lower(branch(widened, control.branches_of))
 
 
 class _Clock:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .branches import Branch, BranchSet, Layer
+from .kernels.fold import Site, elements, fold
 
 EPS = 1e-5
 MOMENTUM = 0.1
@@ -25,6 +26,15 @@ class Branched:
     bias: str | None
     layer: Layer
     chosen: BranchSet
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A weight's place in the fused fold, as the lowering pass found it. ``shares``: names of
+    table and classes, if the fold multiplies by them."""
+
+    site: Site
+    shares: tuple[str, ...]
 
 
 Folded = dict[str, Tensor]
@@ -44,6 +54,17 @@ def plain(name: str) -> str:
 def kernel(name: str, branch: str) -> str:
     """The weight of one normalized branch alone."""
     return f"{name} {branch}"
+
+
+def teachers(name: str) -> str:
+    """The weight that the teacher reads, of the fused fold: with its shares."""
+    return f"{name} teacher"
+
+
+def students(name: str) -> str:
+    """The weight that the student reads, of the fused fold: without shares, its part alone if the
+    site has a ``cut``."""
+    return f"{name} student"
 
 
 PREFIX = "_branches"
@@ -198,3 +219,66 @@ def merge(
         total = made if total is None else total + made
     assert total is not None
     return layer.store(total.expand(layer.shape))
+
+
+# --------------------------------------------------------------------------- many layers at once
+CHUNK = 2**20
+"""Elements of weights in one fold. A chunk's backward begins when the gradients of all its weights
+are known, and they wait in memory until then."""
+
+
+class Chunk:
+    """Neighbouring layers that are folded together; ``sites`` by weight; ``places``: path, module
+    and name of each of their tensors; ``index``: whose place each site's tensors have."""
+
+    def __init__(self) -> None:
+        self.sites: dict[str, Site] = {}
+        self.places: dict[str, tuple[nn.Module, str]] = {}
+        self.index: tuple[int, ...] = ()
+
+    def add(self, name: str, lowered: Lowered, net: nn.Module) -> None:
+        own = module_of(name)
+        self.sites[name] = lowered.site
+        paths = [name, f"{own}.scales", *lowered.shares]
+        branches: Fold = net.get_submodule(own)  # type: ignore[assignment]
+        for key, names in zip(branches.linear, lowered.site.names, strict=True):
+            paths += [f"{own}.{key}.{tensor}" for tensor in names]
+        for path in paths:
+            parent, _, leaf = path.rpartition(".")
+            self.places.setdefault(path, (net.get_submodule(parent), leaf))
+        places = list(self.places)
+        self.index += tuple(places.index(path) for path in paths)
+
+    def __call__(self, teacher: bool, student: bool) -> Folded:
+        sites = tuple(self.sites.values())
+        tensors = [find(module, leaf) for module, leaf in self.places.values()]
+        folded: Folded = {}
+        weights = fold(sites, self.index, tensors, teacher=teacher, student=student)
+        for name, (wide, own) in zip(self.sites, weights, strict=True):
+            if wide is not None:
+                folded[teachers(name)] = wide
+            if own is not None:
+                folded[students(name)] = own
+        return folded
+
+
+def chunks(lowered: Mapping[str, Lowered], net: nn.Module) -> list[Chunk]:
+    """All layers of the fused fold, in order, in chunks of about ``CHUNK`` elements."""
+    found: list[Chunk] = []
+    held = CHUNK
+    for name, one in lowered.items():
+        size = elements(one.site.layer)
+        if held + size > CHUNK:
+            found.append(Chunk())
+            held = 0
+        found[-1].add(name, one, net)
+        held += size
+    return found
+
+
+def find(module: nn.Module, leaf: str) -> Tensor:
+    """A parameter or buffer."""
+    tensor = module._parameters.get(leaf)
+    found = module._buffers[leaf] if tensor is None else tensor
+    assert found is not None
+    return found

@@ -214,7 +214,8 @@ class GPD(nn.Module):
 
     def student(self, *args: Any, **kwargs: Any) -> Any:
         """The student alone."""
-        return self.teacher._study(self.teacher.fold(), args, kwargs, self.own_parameters())
+        folded = self.teacher.fold(teacher=False)
+        return self.teacher._study(folded, args, kwargs, self.own_parameters())
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
         """All networks on one batch, the branches folded once."""

@@ -7,6 +7,7 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from .control import Recipe
 from .errors import InputError
 from .explain import make_story
 from .extract import Mean, take_first
-from .fold import Fold, Folded, merged, module_of
+from .fold import Fold, Folded, chunks, find, merged, module_of, students
 from .lean import Lean, hollow, moved, wide_of
 from .part import Part, Section
 from .passes.parts import slow_attention
@@ -94,6 +95,12 @@ class Teacher(nn.Module):
                 if any(m.wide for m in self._maps[name]):
                     self._means[name] = Mean(self._maps[name], widened.uses.get(name))
                     _place(self, f"_extraction.{name}", self._means[name])
+        fused = dict(widened.lowered)
+        for name in self._means.keys() & fused.keys():  # a mean needs all of the copies
+            fused[name] = replace(fused[name], site=replace(fused[name].site, cut=None))
+        self._fused = chunks(fused, net)
+        self._cut = {name for name, one in fused.items() if one.site.cut is not None}
+        self._single = [p for name, p in self._folds.items() if name not in fused]
         self._kept: Folded | None = None
         self._held: Folded = {}  # while the user's Python runs between the parts
         between = None if "" in self._parts else self._make_between()
@@ -142,24 +149,27 @@ class Teacher(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the dynamic teacher. Raises ``InputError`` for inputs of another structure than the
         example's, or of another size where the network has that size baked in."""
-        return self._teach(self.fold(), args, kwargs)
+        return self._teach(self.fold(student=self._between is not None), args, kwargs)
 
     def student(self, *args: Any, **kwargs: Any) -> Any:
         """Run the student on the teacher's parameters; gradients flow into the teacher's."""
-        return self._study(self.fold(), args, kwargs)
+        return self._study(self.fold(teacher=False), args, kwargs)
 
     def both(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """``(teacher(...), teacher.student(...))``, the branches folded once for both."""
         folded = self.fold()
         return self._teach(folded, args, kwargs), self._study(folded, args, kwargs)
 
-    def fold(self) -> Folded:
-        """The weights that branches fold into, by the student's names of them (teacher's width);
-        of layers with normalized branches also what trains beside them (see ``gpdfx.fold``)."""
+    def fold(self, *, teacher: bool = True, student: bool = True) -> Folded:
+        """The weights that branches fold into, by the names of ``gpdfx.fold``: those that the
+        teacher reads, those that the student does, or both."""
         if self._kept is not None:
             return self._kept
         folded: Folded = {}
-        for fold in self.folds():
+        for chunk in self._fused:
+            folded |= chunk(teacher, student)
+        for path in self._single:
+            fold: Fold = self._net.get_submodule(path)  # type: ignore[assignment]
             own = fold.branched
             bias = None if own.bias is None else operator_get(self._net, own.bias)
             folded |= fold(operator_get(self._net, own.weight), bias)
@@ -227,10 +237,11 @@ class Teacher(nn.Module):
     def student_parameters(self, folded: Folded | None = None) -> Iterator[tuple[str, Tensor]]:
         """CBR: the student's parameters. Branches are merged (``folded``: what ``fold`` gave, if
         it is known), then the first copies taken: views where they can be."""
-        folded = self.fold() if folded is None else folded
+        folded = self.fold(teacher=False) if folded is None else folded
         for name, _ in self._student.named_parameters():
-            wide = folded[merged(name)] if merged(name) in folded else operator_get(self._net, name)
-            yield name, self.narrow(name, wide)
+            wide = folded.get(students(name), folded.get(merged(name)))
+            wide = operator_get(self._net, name) if wide is None else wide
+            yield name, wide if name in self._cut else self.narrow(name, wide)
 
     def narrow(self, name: str, wide: Tensor) -> Tensor:
         """A tensor like the student's parameter ``name``, out of one like the teacher's: the first
@@ -359,12 +370,8 @@ def filled(teacher: Teacher, like: nn.Module) -> nn.Module:
 # --------------------------------------------------------------------------- tensors by name
 def operator_get(module: nn.Module, name: str) -> Tensor:
     """``module.a.b.c`` by a dotted name."""
-    *path, leaf = name.split(".")
-    module = module.get_submodule(".".join(path))
-    tensor = module._parameters.get(leaf)
-    found = module._buffers[leaf] if tensor is None else tensor
-    assert found is not None
-    return found
+    path, _, leaf = name.rpartition(".")
+    return find(module.get_submodule(path), leaf)
 
 
 def _place(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -56,12 +56,17 @@ def share(
     table holds the number of copies: uniform shares. ``split``: the sizes into which dimension
     ``dim`` of ``x`` is split first, so that runs, or a factor of it, have their own dimension.
     """
-    table = table.to(x.dtype) if table.is_floating_point() else _reciprocal(table, x)
-    shares = table.index_select(at, classes)
+    shares = factor(table, classes, at, x)
     if split is None:
         return x * shares
     product: Tensor = x.unflatten(dim, split) * shares
     return product.flatten(dim, dim + len(split) - 1)
+
+
+def factor(table: Tensor, classes: Tensor, at: int, like: Tensor) -> Tensor:
+    """What ``share`` multiplies by."""
+    table = table.to(like.dtype) if table.is_floating_point() else _reciprocal(table, like)
+    return table.index_select(at, classes)
 
 
 def dropout_mask(

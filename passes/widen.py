@@ -17,7 +17,7 @@ from torch import fx
 
 from ..axes import Axis, Frozen, Widths, freeze
 from ..extract import Use, uses
-from ..fold import Branched
+from ..fold import Branched, Lowered
 from .effects import has_effect
 from .infer import Inference
 from .program import Program, is_tensor, module_path, mutated, source
@@ -46,7 +46,8 @@ class Widened:
     ``shares`` and ``constants``: tensors that the graphs name and the student does not have.
     ``uses``: weight -> the shares that its op multiplies it by; ``branched``: weights that have
     branches; ``feeds``: what graphs take as further inputs of these, by the names of
-    ``gpdfx.fold``; ``unbranched``: weights that got none -> why.
+    ``gpdfx.fold``; ``unbranched``: weights that got none -> why; ``lowered``: of the branched,
+    those that the fused fold computes; ``unlowered``: the others -> why.
     """
 
     program: Program
@@ -61,6 +62,8 @@ class Widened:
     branched: tuple[Branched, ...] = ()
     feeds: dict[str, tuple[str, ...]] = field(default_factory=dict)
     unbranched: dict[str, str] = field(default_factory=dict)
+    lowered: dict[str, Lowered] = field(default_factory=dict)
+    unlowered: dict[str, str] = field(default_factory=dict)
 
     def frozen(self, axis: Axis) -> Frozen:
         return freeze(self.inference.solver.resolve(axis), self.widths)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import gpdfx
 from gpdfx.branches import SETS, Branch, Full, Layer, LowRank, Shapes
-from gpdfx.fold import Branched, Fold, kernel, merged, plain
+from gpdfx.fold import Branched, Chunk, Fold, kernel, merged, plain
 
 from .networks import NETWORKS, WRITTEN, tensors_equal
 
@@ -217,6 +217,7 @@ def lossless_with(name: str, sets: list[str]) -> None:
     from gpdfx.control import make_control
     from gpdfx.expand import _Clock, _compile
     from gpdfx.passes.branch import branch
+    from gpdfx.passes.lower import lower
     from gpdfx.teacher import Teacher
 
     case = NETWORKS[name]
@@ -224,7 +225,7 @@ def lossless_with(name: str, sets: list[str]) -> None:
     control = make_control(model, 2)
     bare = _compile(model, inputs, control, "random", "shared", "batch", 0, _Clock())
     for one in sets:
-        widened = branch(bare, lambda _, one=one: SETS[one])
+        widened = lower(branch(bare, lambda _, one=one: SETS[one]))
         teacher = Teacher(widened)
         teacher.find_caches(*inputs)
         check = oracle.verify(widened, teacher, inputs)
@@ -362,15 +363,25 @@ def test_normalized_branches_gather_the_statistics_of_batch_norm() -> None:
     assert len({f.branched.bias for f in folds.values()}) == 4
 
 
-def test_the_fold_runs_once_a_step_and_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, teacher, x = plain_teacher("auto")
+@pytest.mark.parametrize("branches", ["auto", "dbb"])
+def test_the_fold_runs_once_a_step_and_layer(
+    branches: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the fused fold has it, and layer by layer."""
+    _, teacher, x = plain_teacher(branches)
     runs: list[str] = []
-    forward = Fold.forward
-    monkeypatch.setattr(
-        Fold, "forward", lambda f, *a: (runs.append(f.branched.weight), forward(f, *a))[1]
-    )
+    for kind, names in ((Chunk, lambda c: [*c.sites]), (Fold, lambda f: [f.branched.weight])):
+        name = "__call__" if kind is Chunk else "forward"
+        call = getattr(kind, name)
+
+        def record(self: Any, *a: Any, call: Any = call, names: Any = names) -> Any:
+            runs.extend(names(self))
+            return call(self, *a)
+
+        monkeypatch.setattr(kind, name, record)
     teacher.both(x)
-    assert sorted(runs) == ["first.weight", "head.weight", "point.weight", "twice.weight"]
+    layers = ["first", "head", "point", "twice"] if branches == "auto" else ["first", "twice"]
+    assert sorted(runs) == [f"{name}.weight" for name in layers]
 
 
 def test_sets_by_pattern_and_branches_of_ones_own() -> None:

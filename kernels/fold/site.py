@@ -1,0 +1,149 @@
+"""What the fold knows of a layer beside its tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...axes import Frozen, blocks_of
+from ...branches import LAYOUTS, Branch, Layer
+
+Blocks = tuple[int, int, int]
+"""``(outer, wide, narrow)``: the first ``narrow`` of every ``wide`` indices, ``outer`` times."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The student's part of a weight (groups, out, in, ...): its first copies, by dimension."""
+
+    g: Blocks
+    o: Blocks
+    i: Blocks
+
+    def layer(self, layer: Layer) -> Layer:
+        """The student's."""
+        groups, outputs, inputs = (outer * narrow for outer, _, narrow in (self.g, self.o, self.i))
+        return replace(layer, groups=groups, outputs=outputs, inputs=inputs)
+
+    def view(self, x: Tensor, axes: str) -> Tensor:
+        """The part of a tensor whose first dimensions are ``axes``, letters of ``goi`` or others,
+        which are taken whole. A dimension with several blocks is split in two."""
+        dim = 0
+        for letter in axes:
+            if letter in "goi":
+                outer, wide, narrow = getattr(self, letter)
+                if wide != narrow:
+                    if outer > 1:
+                        x = x.unflatten(dim, (outer, wide))
+                        dim += 1
+                    x = x.narrow(dim, 0, narrow)
+            dim += 1
+        return x
+
+    def take(self, x: Tensor, axes: str) -> Tensor:
+        """``view`` with the split dimensions joined."""
+        sizes = list(x.shape)
+        for dim, letter in enumerate(axes):
+            if letter in "goi":
+                outer, _, narrow = getattr(self, letter)
+                sizes[dim] = outer * narrow
+        return self.view(x, axes).reshape(sizes)
+
+    def pad(self, part: Tensor, like: Tensor, axes: str) -> Tensor:
+        """The inverse of ``take`` as a gradient: zeros elsewhere."""
+        whole = torch.zeros_like(like)
+        view = self.view(whole, axes)
+        view.copy_(part.reshape(view.shape))
+        return whole
+
+
+def cut_of(layer: Layer, maps: tuple[Frozen, ...]) -> Cut | None:
+    """The student's part of a stored weight; ``None`` if it is not a product of blocks."""
+    split, swapped = LAYOUTS[layer.layout]
+    sizes = (layer.inputs, layer.outputs) if swapped else (layer.outputs, layer.inputs)
+    if any(m.wide for m in maps[2:]):
+        return None
+    # the first stored dimension is (groups x one of the two), the second the other one
+    first = maps[0].first
+    groups = np.unique(first // sizes[0])
+    inner = first[: len(first) // len(groups)] % sizes[0]
+    if not np.array_equal((groups[:, None] * sizes[0] + inner).ravel(), first):
+        return None
+    found = [
+        blocks_of(index, size)
+        for index, size in (
+            (groups, layer.groups if split else 1),
+            (inner, sizes[0]),
+            (maps[1].first, sizes[1]),
+        )
+    ]
+    if not all(outer for outer, _, _ in found):
+        return None
+    g, a, b = found
+    return Cut(g, b, a) if swapped else Cut(g, a, b)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How the teacher's weight is multiplied by shares: what ``copies.share`` takes beside
+    tensors."""
+
+    at: int
+    dim: int
+    split: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer of a fold. Its tensors, in this order: the origin, the scales, table and classes
+    of the ``share`` if there is one, then those of each branch by ``names``.
+
+    ``cut``: what the student's weight is of the whole; ``None``: all of it.
+    """
+
+    layer: Layer
+    branches: tuple[Branch, ...]
+    names: tuple[tuple[str, ...], ...]
+    cut: Cut | None = None
+    share: Share | None = None
+
+    @cached_property
+    def size(self) -> int:
+        """How many tensors it has."""
+        return 2 + 2 * (self.share is not None) + sum(map(len, self.names))
+
+    @property
+    def distinct(self) -> bool:
+        """True if the student's weight is not the teacher's."""
+        return self.cut is not None or self.share is not None
+
+    @cached_property
+    def narrow(self) -> Layer:
+        """The student's layer."""
+        return self.layer if self.cut is None else self.cut.layer(self.layer)
+
+
+def elements(layer: Layer) -> int:
+    """Of a layer's weight."""
+    return math.prod(layer.shape)
+
+
+def load(layer: Layer, weight: Tensor) -> Tensor:
+    """A stored weight as (groups, out, in, taps)."""
+    groups, outputs, inputs, taps = *layer.shape[:3], math.prod(layer.kernel)
+    if LAYOUTS[layer.layout][1]:
+        return weight.reshape(groups, inputs, outputs, taps).transpose(1, 2)
+    return weight.reshape(groups, outputs, inputs, taps)
+
+
+def store(layer: Layer, weight: Tensor) -> Tensor:
+    """The inverse of ``load``."""
+    swapped = LAYOUTS[layer.layout][1]
+    rows, columns = (layer.inputs, layer.outputs) if swapped else (layer.outputs, layer.inputs)
+    weight = weight.transpose(1, 2) if swapped else weight
+    return weight.reshape(layer.groups * rows, columns, *layer.kernel)

@@ -1,0 +1,290 @@
+"""The fused fold: what it computes, its gradients, and what it costs in nodes and memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import gpdfx
+from gpdfx.axes import Frozen
+from gpdfx.branches import SETS, Full, Layer
+from gpdfx.extract import take_first
+from gpdfx.fold import students, teachers
+from gpdfx.kernels import copies
+from gpdfx.kernels.fold import Share, Site, cut_of, fold
+
+from .networks import NETWORKS, tensors_equal
+from .test_branches import LAYERS, a_teacher, leaf, plain_teacher, stored_shape
+
+DENSE = ("orepa", "acnet", "repvgg", "lowrank")
+
+
+# --------------------------------------------------------------------------- one layer
+class Case:
+    """A layer with random branches, its shares, and the student in it: of every axis the first of
+    two copies, of every group where there are several."""
+
+    def __init__(self, layer: Layer, chosen: str, dtype: torch.dtype = torch.float64) -> None:
+        torch.manual_seed(0)
+        self.layer, self.dtype = layer, dtype
+        self.branches = SETS[chosen].on(layer).branches
+        self.origin = self.leaf(*stored_shape(layer))
+        self.scales = self.leaf(1 + len(self.branches), layer.channels)
+        self.own: list[dict[str, Tensor]] = []
+        for branch in self.branches:
+            params = {name: self.leaf(*size) for name, size in branch.shapes(layer).items()}
+            constants = {name: c.to(dtype) for name, c in branch.constants(layer).items()}
+            self.own.append(params | constants)
+        grouped = layer.groups > 1
+        self.maps = tuple(
+            self.axis(layer.groups if grouped and not d else 1, size, d < 2)
+            for d, size in enumerate(self.origin.shape)
+        )
+        first, columns = self.origin.shape[:2]
+        dim = 0 if layer.layout in ("transposed", "matrix") else 1
+        width = (columns, first)[1 - dim]
+        runs = 2 if width % 2 == 0 else 1
+        split = (runs, width // runs)
+        table = [1] * (self.origin.ndim + 1)
+        table[dim], table[1 if dim == 0 else 0] = 2, 1
+        table[2 if dim == 0 else 0] = self.origin.shape[1 - dim]
+        self.share = Share(dim - len(table), dim, split)
+        self.table = torch.rand(table, dtype=dtype)
+        self.classes = torch.arange(runs) % 2
+        site = Site(layer, self.branches, tuple(tuple(own) for own in self.own))
+        cut = cut_of(layer, self.maps)
+        assert cut is not None
+        self.site = Site(site.layer, site.branches, site.names, cut, self.share)
+
+    def leaf(self, *size: int) -> Tensor:
+        return torch.randn(*size, dtype=self.dtype).requires_grad_()
+
+    @staticmethod
+    def axis(groups: int, size: int, wide: bool) -> Frozen:
+        inner = np.arange(size // groups)
+        student = (len(inner) + 1) // 2 if wide else len(inner)
+        index = np.arange(groups)[:, None] * student + inner % student
+        return Frozen(groups * student, index.ravel())
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        own = [t for tensors in self.own for t in tensors.values()]
+        return [self.origin, self.scales, self.table, self.classes, *own]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [t for t in self.tensors if t.requires_grad]
+
+    def naive(self) -> tuple[Tensor, Tensor]:
+        """The teacher's and the student's weight, summand by summand."""
+        layer = self.layer
+        total = layer.view(self.origin) * layer.per_channel(self.scales[0])
+        for k, (branch, own) in enumerate(zip(self.branches, self.own, strict=True)):
+            total = total + branch.kernel(layer, own) * layer.per_channel(self.scales[k + 1])
+        weight = layer.store(total)
+        share = self.share
+        split = list(share.split) if share.split else None
+        wide = copies.share(weight, self.table, self.classes, share.at, share.dim, split)
+        return wide, take_first(weight, self.maps)
+
+    def fused(
+        self, teacher: bool = True, student: bool = True, tensors: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        tensors = self.tensors if tensors is None else tensors
+        index = tuple(range(len(tensors)))
+        ((wide, own),) = fold((self.site,), index, tensors, teacher=teacher, student=student)
+        return [w for w in (wide, own) if w is not None]
+
+
+def close(got: Any, want: Any) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", LAYERS)
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("asked", ["teacher", "student", "both"])
+def test_weights_and_gradients_are_those_of_the_formula(which: str, name: str, asked: str) -> None:
+    case = Case(LAYERS[which], name)
+    wants = [
+        w
+        for w, of in zip(case.naive(), ("teacher", "student"), strict=True)
+        if asked in (of, "both")
+    ]
+    got = case.fused(asked != "student", asked != "teacher")
+    close(got, wants)
+    cotangents = [torch.randn_like(w) for w in wants]
+    theirs = torch.autograd.grad(wants, case.leaves, cotangents)
+    close(torch.autograd.grad(got, case.leaves, cotangents, retain_graph=True), theirs)
+    orders = [c.transpose(0, 1).contiguous().transpose(0, 1) for c in cotangents]
+    close(torch.autograd.grad(got, case.leaves, orders), theirs)
+    if asked == "both":  # the loss may not depend on one of them
+        one = torch.autograd.grad(case.fused()[1], case.leaves, cotangents[1])
+        close(one, torch.autograd.grad(case.naive()[1], case.leaves, cotangents[1]))
+
+
+@pytest.mark.parametrize("which", ["conv1d", "transposed", "depthwise", "linear"])
+def test_gradients_have_gradients(which: str) -> None:
+    layer = {"conv1d": Layer(1, 2, 2, (3,), "conv"), "depthwise": Layer(2, 1, 1, (3,), "conv")}
+    case = Case(layer.get(which, LAYERS[which]), "lowrank" if which == "linear" else "orepa")
+
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(leaves)
+        tensors = [next(rest) if t.requires_grad else t for t in case.tensors]
+        return tuple(case.fused(tensors=tensors))
+
+    assert torch.autograd.gradcheck(call, case.leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, case.leaves, fast_mode=True)
+
+
+def test_only_what_is_asked_for_gets_a_gradient() -> None:
+    case = Case(LAYERS["conv"], "orepa")
+    case.scales.requires_grad_(False)
+    case.own[2]["second"].requires_grad_(False)
+    wide, _ = case.fused()
+    wide.sum().backward()
+    assert case.scales.grad is None
+    assert case.own[2]["second"].grad is None
+    assert all(t.grad is not None for t in case.leaves)
+    with torch.no_grad():
+        assert not case.fused()[0].requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_stays_in_the_type_of_its_parameters(dtype: torch.dtype) -> None:
+    case, exact = Case(LAYERS["conv"], "orepa", dtype), Case(LAYERS["conv"], "orepa")
+    wide, own = case.fused()
+    assert wide.dtype == own.dtype == dtype
+    wide.sum().backward()
+    assert all(t.grad is not None and t.grad.dtype == dtype for t in case.leaves)
+    with torch.no_grad():
+        for t, other in zip(exact.tensors, case.tensors, strict=True):
+            t.copy_(other)
+    noise = 200 * torch.finfo(dtype).eps
+    torch.testing.assert_close(wide, exact.naive()[0].to(dtype), rtol=noise, atol=noise)
+
+
+def test_under_autocast_products_are_in_its_type_in_the_backward_too() -> None:
+    case = Case(LAYERS["conv"], "orepa", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        wide, _ = case.fused()
+    assert wide.dtype == torch.float32
+    plain = case.fused()[0]
+    assert not torch.equal(wide, plain)
+    torch.testing.assert_close(wide, plain, rtol=0.1, atol=0.1)
+    wide.sum().backward()
+    assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in case.leaves)
+
+
+# --------------------------------------------------------------------------- in a teacher
+@pytest.mark.parametrize(
+    ("name", "branches"),
+    [("unet", "auto"), ("gpt", "auto"), ("grouped", "auto"), ("odd", "auto"), ("grouped", "acnet")],
+)
+def test_the_students_part_alone_is_cut_out_of_the_whole(name: str, branches: str) -> None:
+    _, teacher = a_teacher(name, branches)
+    teacher.double().eval()
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    alone, both = teacher.fold(teacher=False), teacher.fold()
+    wide = teacher.fold(student=False)
+    assert alone.keys() | wide.keys() == both.keys()
+    for key, weight in both.items():
+        close(alone.get(key, weight), weight)
+        close(wide.get(key, weight), weight)
+    sites = {name: site for chunk in teacher._fused for name, site in chunk.sites.items()}
+    assert sum(site.cut is not None for site in sites.values()) > len(sites) / 2
+    for weight, site in sites.items():
+        if site.cut is not None:
+            assert alone[students(weight)].shape == teacher._student.get_parameter(weight).shape
+        assert wide[teachers(weight)].shape == teacher.get_parameter(weight).shape
+    leaves = [p for p in teacher.parameters() if p.requires_grad]
+    grads = []
+    for call in (teacher.student, lambda *x: teacher.both(*x)[1]):
+        out = leaf(call(*(double(x) for x in NETWORKS[name].inputs())))
+        grads.append(torch.autograd.grad(out.square().mean(), leaves, allow_unused=True))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def test_shares_are_in_the_weight_that_the_teacher_reads() -> None:
+    _, teacher, _ = plain_teacher("auto")
+    source = teacher._parts[""].sections[0].code.source
+    assert "share" not in source
+    folded = teacher.fold()
+    assert not torch.equal(
+        folded[teachers("point.weight")][:8, :8], folded[students("point.weight")]
+    )
+    assert torch.equal(folded[students("point.weight")], teacher.point.weight[:8, :8])
+
+
+def test_a_layer_without_a_fused_fold_takes_its_own_way() -> None:
+    class Own(Full):
+        """A kind of the user's, although it derives from one of ours."""
+
+        def kernel(self, layer: Layer, params: Any) -> Tensor:
+            return params["weight"].square()
+
+    _, teacher, x = plain_teacher({"*": "orepa", "twice": [Own()], "point": None})
+    (chunk,) = teacher._fused
+    assert list(chunk.sites) == ["first.weight", "head.weight"]
+    with torch.no_grad():
+        for fold in teacher.folds():
+            fold.scales.add_(0.1)
+    teacher.both(x)[1].sum().backward()
+    assert teacher.get_parameter("_branches.twice.weight.own.weight").grad.any()
+    torch.testing.assert_close(gpdfx.collapse(teacher)(x), teacher.student(x))
+
+
+def test_nothing_but_parameters_is_kept_for_the_backward() -> None:
+    _, teacher, _ = plain_teacher("auto")
+    kept: list[Tensor] = []
+    with saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        teacher.fold()
+    own = {t.data_ptr() for t in (*teacher.parameters(), *teacher.buffers())}
+    assert {t.data_ptr() for t in kept} <= own
+
+
+def test_the_fold_of_small_layers_is_one_node() -> None:
+    _, teacher, _ = plain_teacher("auto")
+    nodes = {weight.grad_fn for weight in teacher.fold().values()}
+    assert len(nodes) == 1
+
+
+def test_gradients_by_function_transforms() -> None:
+    _, teacher, x = plain_teacher("orepa")
+    teacher.eval()
+    params = {n: p.detach() for n, p in teacher.named_parameters()}
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(teacher, params, (x,)).square().sum()
+
+    grads = torch.func.grad(loss)(params)
+    teacher(x).square().sum().backward()
+    for name, p in teacher.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, msg=name)
+
+
+def test_extraction_by_the_mean_folds_all_copies() -> None:
+    model, teacher, _ = plain_teacher("orepa", extract="mean")
+    assert all(site.cut is None for chunk in teacher._fused for site in chunk.sites.values())
+    assert tensors_equal(gpdfx.collapse(teacher).state_dict(), model.state_dict())
+
+
+def test_channels_last_weights_stay_so() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    model = model.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 9, 9)
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches="orepa")
+    for weight in teacher.fold().values():
+        assert weight.is_contiguous(memory_format=torch.channels_last)
