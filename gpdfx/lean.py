@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -78,6 +78,15 @@ class _Gathering(dict[str, Any]):
 
 
 # --------------------------------------------------------------------------- the teacher's side
+class _Made(NamedTuple):
+    """A storage whose tensor can be made again; ``name``: of the parameter that it is."""
+
+    storage: StorageWeakRef  # keeps the address from being used again
+    version: int
+    make: Make
+    name: str | None
+
+
 class Lean:
     """The wide parameters of a teacher, as they follow from ``own``, the student's.
 
@@ -90,8 +99,8 @@ class Lean:
         self.noise: int | None = None
         self.teacher = teacher
         self._kept: dict[str, Tensor] = {}
-        self._made: dict[int, tuple[StorageWeakRef, int, Make]] = {}
-        written = _written(graphs)
+        self._made: dict[int, _Made] = {}
+        written, self._once = _written(graphs), _once_shared(graphs)
         self.names = frozenset(
             name
             for name, maps in teacher._maps.items()
@@ -133,16 +142,20 @@ class Lean:
         if self.noise is not None and wide.is_floating_point():
             draw = torch.Generator().manual_seed(self.noise + zlib.crc32(name.encode()))
             noise = torch.rand(wide.shape[-1:], generator=draw, dtype=torch.float64)
-            wide = wide * (1 + 0.1 * noise.to(wide))
+            wide.mul_(1 + 0.1 * noise.to(wide))
         if self._size <= KEEP:
             self._kept[name] = wide
-        return self._know(wide, partial(self.gather, name))
+        return self._know(wide, partial(self.gather, name), name)
 
     def share(self, x: Tensor, *rest: Any) -> Tensor:
-        """``copies.share``; the result is made again where it is made of a parameter."""
-        y = copies.share(x, *rest)
-        make = self._recipe(x)
-        return y if make is None else self._know(y, lambda: copies.share(make(), *rest))
+        """``copies.share``; the result is made again where it is made of a parameter, and takes
+        the place of one that is used for nothing else."""
+        make, made = self._recipe(x), self._made.get(x.untyped_storage()._cdata)
+        if make is None or made is None:
+            return copies.share(x, *rest)
+        fresh = made.name is not None and made.name not in self._kept
+        y = copies.share(x, *rest, write=fresh and made.name in self._once)
+        return self._know(y, lambda: copies.share(make(), *rest, write=fresh))
 
     # ---- what autograd saves
     @contextmanager
@@ -159,19 +172,18 @@ class Lean:
         finally:
             self._made.clear()
 
-    def _know(self, x: Tensor, make: Make) -> Tensor:
+    def _know(self, x: Tensor, make: Make, name: str | None = None) -> Tensor:
         storage = x.untyped_storage()
-        # the weak reference keeps the address from being used again
-        self._made[storage._cdata] = StorageWeakRef(storage), x._version, make
+        self._made[storage._cdata] = _Made(StorageWeakRef(storage), x._version, make, name)
         return x
 
     def _recipe(self, x: Tensor) -> Make | None:
         """How a tensor, or what it is a view of, was made; ``None`` if it is not known or was
         written to since."""
-        _, version, make = self._made.get(x.untyped_storage()._cdata, (None, -1, None))
-        if make is None or version != x._version:
+        made = self._made.get(x.untyped_storage()._cdata)
+        if made is None or made.version != x._version:
             return None
-        size, stride, offset = x.size(), x.stride(), x.storage_offset()
+        make, size, stride, offset = made.make, x.size(), x.stride(), x.storage_offset()
         return lambda: make().as_strided(size, stride, offset)
 
     def _pack(self, x: Tensor) -> Any:
@@ -199,3 +211,14 @@ def _written(graphs: dict[str, fx.Graph]) -> set[str]:
         for _, x in mutated(node)
         if x.op == "get_attr"
     }
+
+
+def _once_shared(graphs: dict[str, fx.Graph]) -> set[str]:
+    """The tensors that graphs do nothing with but multiply by shares, once."""
+    nodes = [node for graph in graphs.values() for node in graph.find_nodes(op="get_attr")]
+    others = {
+        str(node.target)
+        for node in nodes
+        if len(node.users) > 1 or any(user.target is not copies.share for user in node.users)
+    }
+    return {str(node.target) for node in nodes} - others

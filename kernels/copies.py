@@ -47,7 +47,14 @@ def _reciprocal(copies: Tensor, like: Tensor, right: int = 0) -> Tensor:
 
 
 def share(
-    x: Tensor, table: Tensor, classes: Tensor, at: int, dim: int = 0, split: list[int] | None = None
+    x: Tensor,
+    table: Tensor,
+    classes: Tensor,
+    at: int,
+    dim: int = 0,
+    split: list[int] | None = None,
+    *,
+    write: bool = False,
 ) -> Tensor:
     """Multiply a contracted axis by its shares, so that copies count once.
 
@@ -55,11 +62,13 @@ def share(
     dimension ``at`` is expanded by ``classes`` (one for every run of teacher indices). An integer
     table holds the number of copies: uniform shares. ``split``: the sizes into which dimension
     ``dim`` of ``x`` is split first, so that runs, or a factor of it, have their own dimension.
+    ``write``: into ``x``.
     """
     shares = factor(table, classes, at, x)
+    parts = x if split is None else x.unflatten(dim, split)
+    product: Tensor = parts.mul_(shares) if write else parts * shares
     if split is None:
-        return x * shares
-    product: Tensor = x.unflatten(dim, split) * shares
+        return product
     return product.flatten(dim, dim + len(split) - 1)
 
 
