@@ -111,7 +111,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.axvline(1, color="black", lw=0.8)
     labels = [f"{name(r)}  {' '.join(filter(None, (r['branches'], r['way'])))}" for r in shown]
     axes.set_yticks(list(places), labels, fontsize=8)
-    axes.set(xlabel="ratio", xlim=(0, None), title="\n".join(groups(shown)))
+    axes.set(xlabel="ratio", xlim=(0, None), title="\n".join(groups(shown)).replace("; ", "\n"))
     axes.title.set_fontsize(8)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8)

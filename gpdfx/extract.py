@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -36,9 +37,25 @@ def take_first(tensor: Tensor, maps: Maps) -> Tensor:
             parts = tensor.unflatten(dim, (outer, wide)).narrow(dim + 1, 0, narrow)
             tensor = parts.flatten(dim, dim + 1)
         else:
-            index = torch.from_numpy(frozen.first).to(tensor.device)
-            tensor = tensor.index_select(dim, index)
+            tensor = tensor.index_select(dim, _first(frozen, tensor.device))
     return tensor
+
+
+_FIRST: WeakKeyDictionary[Frozen, dict[torch.device, Tensor]] = WeakKeyDictionary()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _first(frozen: Frozen, device: torch.device) -> Tensor:
+    """Where the first copies are. Copied to a device once: every copy would make the host wait,
+    which a CUDA graph cannot hold."""
+    held = _FIRST.setdefault(frozen, {})
+    if device not in held:
+        with torch.inference_mode(False):  # or no later call could have a gradient
+            index = torch.from_numpy(frozen.first).to(device)
+        if type(index) is not Tensor:
+            return index  # a tracer's own
+        held[device] = index
+    return held[device]
 
 
 @dataclass(frozen=True)

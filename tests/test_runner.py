@@ -153,6 +153,22 @@ def test_a_run_with_the_real_compiler(tmp_path: Path, mode: str) -> None:
         torch.testing.assert_close(x, other[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("extract", ["first", "mean"])
+def test_uneven_copies_compile(extract: str) -> None:
+    """The indices of first copies are made once, by whoever is first: here without gradients."""
+    torch._dynamo.reset()
+    x, y = torch.randn(6, 3, 9, 9), torch.tensor([0, 1, 2, 3, 4, 0])
+    gpd = make(ratio=1.5, extract=extract, branches=None, static=False).eval()
+    with torch.inference_mode():
+        expected = gpd(x, y).loss.item()
+    for call in (gpd, torch.compile(gpd, fullgraph=True, backend="aot_eager")):
+        gpd.zero_grad()
+        loss = call(x, y).loss
+        loss.backward()
+        assert loss.item() == pytest.approx(expected)
+        assert gpd.teacher.get_parameter("a.weight").grad is not None
+
+
 # --------------------------------------------------------------------------- refused
 def test_a_graph_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
