@@ -4,8 +4,8 @@
     python -m benchmarks.accuracy final                      # 20 fresh seeds, on test sets
     python -m benchmarks.accuracy summary --readme README.md # table, pairs and picture
 
-``search`` trains every method of every task at the task's four learning rates with seeds 0, 1 and 2
-(compute did not allow five) and looks at validation sets alone. The best mean is frozen in
+``search`` trains every method of every task at the task's four learning rates with seeds 0 to 4 and
+looks at validation sets alone. The best mean is frozen in
 ``results/accuracy_rates.csv``, and the control of the best validation mean is the one that GPD is
 compared with. ``final`` trains seeds 100 to 119 at the frozen rates and looks at test sets, once.
 A seed decides which samples are labeled, which labels are wrong, the init and the batches, the
@@ -36,7 +36,7 @@ from benchmarks.accuracy_methods import METHODS, Method, Rates, accuracy, step_t
 from benchmarks.accuracy_tasks import TASKS, Task, load
 
 RESULTS = Path(__file__).parent / "results"
-SEARCH_SEEDS, FINAL_SEEDS = range(3), range(100, 120)
+SEARCH_SEEDS, FINAL_SEEDS = range(5), range(100, 120)
 Row = dict[str, str]
 
 
