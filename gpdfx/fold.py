@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .branches import Branch, BranchSet, Layer
-from .kernels.fold import Site, elements, fold
+from .kernels.fold import Site, elements, fold, register
 
 EPS = 1e-5
 MOMENTUM = 0.1
@@ -235,6 +236,11 @@ class Chunk:
         self.sites: dict[str, Site] = {}
         self.places: dict[str, tuple[nn.Module, str]] = {}
         self.index: tuple[int, ...] = ()
+        self.key = ""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        register(tuple(self.sites.values()))  # in this process
 
     def add(self, name: str, lowered: Lowered, net: nn.Module) -> None:
         own = module_of(name)
@@ -248,12 +254,12 @@ class Chunk:
             self.places.setdefault(path, (net.get_submodule(parent), leaf))
         places = list(self.places)
         self.index += tuple(places.index(path) for path in paths)
+        self.key = register(tuple(self.sites.values()))
 
     def __call__(self, teacher: bool, student: bool) -> Folded:
-        sites = tuple(self.sites.values())
         tensors = [find(module, leaf) for module, leaf in self.places.values()]
         folded: Folded = {}
-        weights = fold(sites, self.index, tensors, teacher=teacher, student=student)
+        weights = fold(self.key, self.index, tensors, teacher=teacher, student=student)
         for name, (wide, own) in zip(self.sites, weights, strict=True):
             if wide is not None:
                 folded[teachers(name)] = wide

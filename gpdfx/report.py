@@ -12,6 +12,7 @@ from torch import nn
 from .axes import Axis, Leaf, Solver, Widths, leaves, paths
 from .control import Control
 from .cost import Cost, cost
+from .kernels.fold import refusal
 from .passes.widen import Bridge, Widened
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class Report:
     the user's Python, and the parts that were captured stand in ``inputs``. ``conflicts``: where
     the ratios asked for differ; ``unrounded``: widened dimensions of parameters that could not be
     made a multiple of ``round_to``. ``branches``: weight -> its branch set, by name;
-    ``unbranched``: weights that got none of those asked for -> why; ``scales``: of the branches;
+    ``unbranched``: weights that got none of those asked for -> why; ``unfused``: weights whose
+    branches no kernel folds on a GPU, where plain torch does -> why; ``scales``: of the branches;
     ``parameters``: of student and teacher, without the ``extra`` ones of branches.
     """
 
@@ -89,6 +91,7 @@ class Report:
     unrounded: tuple[str, ...]
     branches: dict[str, str]
     unbranched: dict[str, str]
+    unfused: dict[str, str]
     scales: str
     parameters: tuple[int, int]
     extra: int
@@ -182,6 +185,8 @@ class Report:
         counts = Counter(self.branches.values())
         text = ", ".join(f"{name} on {n}" for name, n in counts.items()) or "none"
         text += f"; {len(self.unbranched)} weights got none" if self.unbranched else ""
+        if self.unfused:
+            text += f"; {len(self.unfused)} fold in plain torch on a GPU, too"
         return text
 
     def _exact(self) -> str:
@@ -251,6 +256,7 @@ def make_report(
         _unrounded(widened, control.round_to),
         {one.weight: one.chosen.name for one in widened.branched},
         widened.unbranched,
+        _unfused(widened),
         scales,
         (_count(student), _count(teacher) - extra),
         extra,
@@ -260,6 +266,11 @@ def make_report(
         seconds,
         check,
     )
+
+
+def _unfused(widened: Widened) -> dict[str, str]:
+    whys = {name: refusal(one.site) for name, one in widened.lowered.items()}
+    return widened.unlowered | {name: why for name, why in whys.items() if why}
 
 
 def _inputs(teacher: Teacher) -> dict[str, str]:

@@ -16,7 +16,7 @@ from gpdfx.branches import SETS, Full, Layer
 from gpdfx.extract import take_first
 from gpdfx.fold import students, teachers
 from gpdfx.kernels import copies
-from gpdfx.kernels.fold import Share, Site, cut_of, fold
+from gpdfx.kernels.fold import Share, Site, cut_of, fold, register
 
 from .networks import NETWORKS, tensors_equal
 from .test_branches import LAYERS, a_teacher, leaf, plain_teacher, stored_shape
@@ -97,7 +97,9 @@ class Case:
     ) -> list[Tensor]:
         tensors = self.tensors if tensors is None else tensors
         index = tuple(range(len(tensors)))
-        ((wide, own),) = fold((self.site,), index, tensors, teacher=teacher, student=student)
+        ((wide, own),) = fold(
+            register((self.site,)), index, tensors, teacher=teacher, student=student
+        )
         return [w for w in (wide, own) if w is not None]
 
 

@@ -1,9 +1,11 @@
 """The branch fold: branches, scales and shares of many layers -> their weights, and back."""
 
 from .function import fold as fold
+from .op import refusal as refusal
 from .rules import RULES as RULES
 from .site import Cut as Cut
 from .site import Share as Share
 from .site import Site as Site
 from .site import cut_of as cut_of
 from .site import elements as elements
+from .site import register as register

@@ -11,9 +11,7 @@ from torch import Tensor
 from ...branches import Layer
 from .. import copies
 from .rules import RULES, Grad
-from .site import Site, load, store
-
-Tensors = list[Tensor]
+from .site import Site, Tensors, load, store
 
 
 def forward(
@@ -35,6 +33,29 @@ def forward(
     if site.share is not None:
         wide = _shared(site, wide, tensors, keep=student and cut is None)
     return wide, own
+
+
+def listed(site: Site, wide: Tensor | None, narrow: Tensor | None) -> list[Tensor]:
+    """Weights as an operator returns them: each once."""
+    twice = wide is not None and not site.distinct
+    return [w for w in (wide, None if twice else narrow) if w is not None]
+
+
+def room(site: Site, origin: Tensor) -> Tensor:
+    """An empty tensor like the student's weight, in the memory order of the teacher's."""
+    layer = site.narrow
+    size = store(layer, torch.empty(*layer.shape[:3], *layer.kernel, device="meta")).shape
+    strides = origin.stride()
+    order = sorted(range(origin.ndim), key=lambda d: -strides[d])
+    return torch.empty_permuted(size, order, dtype=origin.dtype, device=origin.device)
+
+
+def differentiable(site: Site) -> list[bool]:
+    """Which of its tensors are parameters."""
+    found = [True, True] + [False] * (2 * (site.share is not None))
+    for branch, names in zip(site.branches, site.names, strict=True):
+        found += [name in branch.shapes(site.layer) for name in names]
+    return found
 
 
 def merge(site: Site, layer: Layer, tensors: Tensors) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 from ...axes import Frozen, blocks_of
 from ...branches import LAYOUTS, Branch, Layer
 
+Tensors = list[Tensor]
 Blocks = tuple[int, int, int]
 """``(outer, wide, narrow)``: the first ``narrow`` of every ``wide`` indices, ``outer`` times."""
 
@@ -126,6 +130,39 @@ class Site:
     def narrow(self) -> Layer:
         """The student's layer."""
         return self.layer if self.cut is None else self.cut.layer(self.layer)
+
+
+SITES: dict[str, tuple[Site, ...]] = {}
+"""The sites of a fold by the key under which operators know them."""
+
+
+def register(sites: tuple[Site, ...]) -> str:
+    """Their key: the same in every process."""
+    key = hashlib.sha256(repr(sites).encode()).hexdigest()[:16]
+    SITES[key] = sites
+    return key
+
+
+def each(key: str, index: Sequence[int], tensors: Sequence[Tensor]) -> list[tuple[Site, Tensors]]:
+    """Every site with its tensors. ``index``: which of ``tensors`` they are, one site after the
+    other."""
+    found = []
+    at = 0
+    for site in SITES[key]:
+        found.append((site, [tensors[k] for k in index[at : at + site.size]]))
+        at += site.size
+    return found
+
+
+def pairs(key: str, weights: Sequence[Any], teacher: bool, student: bool) -> list[tuple[Any, Any]]:
+    """The teacher's and the student's by site, of what a fold gives one after the other; ``None``
+    for one that was not asked for, or that is the other one."""
+    rest = iter(weights)
+    found = []
+    for site in SITES[key]:
+        wide = next(rest) if teacher else None
+        found.append((wide, next(rest) if student and (site.distinct or not teacher) else None))
+    return found
 
 
 def elements(layer: Layer) -> int:

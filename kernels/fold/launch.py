@@ -1,0 +1,319 @@
+"""From tensors to tables to launches of the Triton kernels."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...branches import Average, Branch, Frequency, Full, Layer, LowRank, Product, Separable
+from ..copies import share
+from . import triton_kernels as k
+from .reference import room
+from .rules import some
+from .site import Site, load
+
+BLOCK = 128
+ROWS, SPLITS = 16, 64
+"""Inputs of a program that sums a depthwise kernel's gradient, and rows that it sums over."""
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+Row = list[int]
+
+
+def column(name: str) -> int:
+    """Where a number stands in a layer's row."""
+    found: int = getattr(k, name).value
+    return found
+
+
+# --------------------------------------------------------------------------- of one layer
+class Layout:
+    """The operands of one layer as the kernels want them, and the row that describes them."""
+
+    def __init__(self, site: Site, tensors: Sequence[Tensor], made: torch.dtype) -> None:
+        layer = self.layer = site.layer
+        self.site, self.made = site, made
+        self.row: Row = [0] * column("WIDTH")
+        self.held: list[Tensor] = []  # what a pointer points to must live until the launch
+        self.tensors = [t.detach() for t in tensors]
+        self.origin, self.scales = self.tensors[:2]
+        groups, outputs, inputs = layer.shape[:3]
+        self.taps = math.prod(layer.kernel)
+        self.put("OUTPUTS", outputs, inputs, self.taps)
+        self.put("CHANNELS", layer.channels)
+        self.put("ORIGIN", self.pointer(self.origin), self.pointer(self.scales.contiguous()))
+        self.put("MAIN", *load(layer, self.origin).stride())
+        cut = site.cut
+        for letter, size in zip("goi", (groups, outputs, inputs), strict=True):
+            wide, narrow = (size, size) if cut is None else getattr(cut, letter)[1:]
+            self.put(f"CUT_{letter.upper()}", wide, narrow)
+        self.left: Tensor | None = None
+        self.slots: list[tuple[int, str]] = []  # of the branches' weights: place, column of grads
+        self.filters = self.fulls = 0
+        at = 2 if site.share is None else 4
+        for number, (branch, names) in enumerate(zip(site.branches, site.names, strict=True), 1):
+            own = dict(zip(names, range(at, at + len(names)), strict=True))
+            self.add(branch, number, own)
+            at += len(names)
+
+    def put(self, name: str, *values: int) -> None:
+        start = column(name)
+        self.row[start : start + len(values)] = values
+
+    def pointer(self, x: Tensor) -> int:
+        self.held.append(x)
+        return x.data_ptr()
+
+    def dense(self, place: int) -> Tensor:
+        """A branch's tensor in its plain order."""
+        self.tensors[place] = self.tensors[place].contiguous()
+        return self.tensors[place]
+
+    def add(self, branch: Branch, number: int, own: dict[str, int]) -> None:
+        """The columns of one branch, whose scales are row ``number``."""
+        if isinstance(branch, Full):
+            self.put_slot("FULL", self.fulls, 2, self.pointer(self.dense(own["weight"])), number)
+            self.slots.append((own["weight"], f"D_FULL{self.fulls}"))
+            self.fulls += 1
+        elif isinstance(branch, Product | LowRank):
+            residual = isinstance(branch, Product)
+            first, second = ("first", "second") if residual else ("down", "up")
+            self.products = own[first], own[second]
+            left = self.tensors[own[second]]
+            self.left = left.flatten(3) if residual else left.unsqueeze(3)
+            self.first = self.dense(own[first])
+            hidden = self.hidden = self.first.shape[1]
+            self.put("HIDDEN", hidden)
+            self.put("MADE_SCALE", number)
+            rows = self.left.reshape(self.layer.channels, hidden, self.taps)
+            self.put("LEFT", self.pointer(rows), *rows.stride())
+            size = (self.layer.groups, hidden, self.layer.inputs)
+            self.right = self.empty(size, self.made)
+            self.put("RIGHT", self.pointer(self.right), self.pointer(self.first), int(residual))
+        elif isinstance(branch, Separable):
+            point, depth = self.dense(own["pointwise"]), self.dense(own["depthwise"])
+            self.separable = own["pointwise"], own["depthwise"]
+            self.put("EXPAND", branch.expand)
+            self.put("POINT", self.pointer(point), self.pointer(depth), number)
+        else:
+            filters = filters_of(branch, self.layer, str(self.origin.device))
+            weight = self.pointer(self.dense(own["weight"]))
+            step = self.taps if len(filters) > 1 else 0
+            row = (weight, self.pointer(filters), step, number)
+            self.put_slot("FILTER", self.filters, 4, *row)
+            self.slots.append((own["weight"], f"D_FILTER{self.filters}"))
+            self.filters += 1
+
+    def put_slot(self, name: str, slot: int, width: int, *values: int) -> None:
+        start = column(name) + slot * width
+        self.row[start : start + len(values)] = values
+
+    def empty(self, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=self.origin.device)
+
+    def operand(self) -> Tensor:
+        """``left`` as (groups, out * taps, hidden), in the type of products: to be filled by
+        ``prepare`` if that is another one."""
+        assert self.left is not None
+        size = (self.layer.groups, self.layer.outputs * self.taps, self.hidden)
+        if self.made == self.origin.dtype:
+            return self.left.transpose(2, 3).reshape(size)
+        copy = self.empty(size, self.made)
+        self.put("COPY", self.pointer(copy))
+        return copy
+
+    def programs(self) -> list[tuple[int, int]]:
+        """(row, kind) of the programs that prepare its product."""
+        if self.left is None:
+            return []
+        found = [(row, 1) for row in range(self.layer.groups * self.hidden)]
+        if self.made != self.origin.dtype:
+            found += [(row, 2) for row in range(self.layer.channels)]
+        return found
+
+
+@lru_cache(maxsize=4096)
+def filters_of(branch: Branch, layer: Layer, device: str) -> Tensor:
+    """f of a summand w[o, i] f[o, x]: (channels or 1, taps)."""
+    taps = math.prod(layer.kernel)
+    if isinstance(branch, Frequency):
+        filters = branch.constants(layer)["filters"].reshape(layer.channels, taps)
+    elif isinstance(branch, Average):
+        filters = torch.full((1, taps), 1 / taps)
+    else:
+        filters = torch.zeros(1, taps)
+        filters[:, some(branch, layer)] = 1
+    return filters.float().contiguous().to(device)
+
+
+# --------------------------------------------------------------------------- of many
+class Tables:
+    """What stays from step to step: device copies of tables whose pointers did not change, lists
+    of programs, shares as matrices (channels, in)."""
+
+    def __init__(self) -> None:
+        self.made: OrderedDict[Any, Tensor] = OrderedDict()
+        self.shares: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def upload(self, numbers: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """``numbers``: a tuple of tuples."""
+        key = numbers, dtype, device
+        if key not in self.made:
+            table = torch.tensor(numbers, dtype=dtype)
+            if device.type == "cuda":
+                table = table.pin_memory()
+            self.made[key, "host"] = table  # a captured graph copies it again at every replay
+            self.made[key] = table.to(device, non_blocking=True)
+            while len(self.made) > 256:
+                self.made.popitem(last=False)
+        return self.made[key]
+
+    def share(self, site: Site, tensors: Sequence[Tensor]) -> Tensor:
+        table, classes = tensors[2], tensors[3]
+        version = 0 if table.is_inference() else table._version
+        key = site, table.data_ptr(), classes.data_ptr(), version, table.device
+        if key not in self.shares:
+            how = site.share
+            assert how is not None
+            split = list(how.split) if how.split else None
+            ones = torch.ones_like(tensors[0], dtype=torch.float32)
+            shares = share(ones, table, classes, how.at, how.dim, split)
+            matrix = load(site.layer, shares)[..., 0].reshape(site.layer.channels, -1)
+            self.shares[key] = (matrix.contiguous(), table)  # the table lives on: no other takes
+            while len(self.shares) > 1024:  # its address
+                self.shares.popitem(last=False)
+        return self.shares[key][0]
+
+
+TABLES = Tables()
+
+
+def launch(
+    kernel: Any,
+    layouts: Sequence[Layout],
+    programs: Sequence[tuple[int, int, int]],
+    **constants: Any,
+) -> None:
+    """One program for each (layer, index, kind)."""
+    if not programs:
+        return
+    origin = layouts[0].origin
+    rows = tuple(tuple(one.row) for one in layouts)
+    table = TABLES.upload(rows, torch.int64, origin.device)
+    listed = TABLES.upload(tuple(programs), torch.int32, origin.device)
+    kernel[(len(programs),)](table, listed, dtype=TYPES[origin.dtype], **constants)
+
+
+def forward(
+    sites: Sequence[Site], owned: Sequence[Sequence[Tensor]], student: bool, made: torch.dtype
+) -> list[tuple[Tensor, Tensor | None]]:
+    """The weights of teacher and student; see ``reference.forward``."""
+    layouts, found, products = [], [], []
+    for site, tensors in zip(sites, owned, strict=True):
+        one = Layout(site, tensors, made)
+        wide = torch.empty_like(one.origin)
+        own = room(site, one.origin) if student and site.distinct else None
+        one.put("WIDE", one.pointer(wide))
+        _common(one, own)
+        if one.left is not None:
+            size = (site.layer.groups, site.layer.outputs * one.taps, site.layer.inputs)
+            target = one.empty(size, made)
+            one.put("MADE", one.pointer(target))
+            products.append((one.operand(), one.right, target))
+        layouts.append(one)
+        found.append((wide, own))
+    types = {"made": TYPES[made], "BLOCK": BLOCK}
+    before = [(n, *p) for n, one in enumerate(layouts) for p in one.programs()]
+    launch(k.prepare, layouts, before, **types)
+    for left, right, target in products:
+        torch.bmm(left, right, out=target)
+    launch(k.combine, layouts, _rows(layouts), **types, EXPANDED=_expanded(layouts))
+    return found
+
+
+def backward(
+    sites: Sequence[Site],
+    owned: Sequence[Sequence[Tensor]],
+    grads: Sequence[tuple[Tensor | None, Tensor | None]],
+    made: torch.dtype,
+) -> list[list[Tensor | None]]:
+    """The gradients of all tensors, from those of the weights; see ``reference.backward``."""
+    layouts, found, products = [], [], []
+    after: list[tuple[int, int, int]] = []
+    last: list[tuple[int, int, int]] = []
+    for n, (site, tensors, (wide, own)) in enumerate(zip(sites, owned, grads, strict=True)):
+        one = Layout(site, tensors, made)
+        layer = site.layer
+        if wide is not None:
+            if wide.stride() != one.origin.stride():
+                wide = torch.empty_like(one.origin).copy_(wide)
+            one.put("WIDE", one.pointer(wide))
+        _common(one, own)
+        mine: list[Tensor | None] = [None] * site.size
+        mine[:2] = torch.empty_like(one.origin), one.empty(one.scales.shape, one.scales.dtype)
+        one.put("D_ORIGIN", *(one.pointer(t) for t in mine[:2] if t is not None))
+        for place, name in one.slots:
+            target = torch.empty_like(one.tensors[place])
+            one.put_slot(name[:-1], int(name[-1]), 1, one.pointer(target))
+            mine[place] = target
+        flat = (layer.groups, layer.outputs * one.taps, layer.inputs)
+        if one.left is not None or one.row[column("EXPAND")]:
+            plain = one.empty(flat, made)
+            one.put("D_FLAT", one.pointer(plain))
+        if one.left is not None:
+            scaled = one.empty(flat, made)
+            moved = one.empty((*flat[:2], one.hidden), made)
+            place_first, place = one.products
+            target = mine[place] = torch.empty_like(one.tensors[place])
+            one.put("D_SCALED", one.pointer(scaled))
+            one.put("D_MOVED", one.pointer(moved), one.pointer(target))
+            products.append((one, plain, scaled, moved, mine, place_first))
+            after += [(n, row, 0) for row in range(layer.channels)]
+        if expand := one.row[column("EXPAND")]:
+            splits = triton.cdiv(layer.outputs, SPLITS)
+            for name, place in zip(("D_POINT", "D_DEPTH"), one.separable, strict=True):
+                target = mine[place] = torch.empty_like(one.tensors[place])
+                one.put(name, one.pointer(target))
+            size = layer.groups * layer.inputs * expand * one.taps
+            one.put("D_PARTS", one.pointer(one.empty((splits, size), torch.float32)))
+            one.put("SPLIT", splits)
+            blocks = splits * layer.groups * triton.cdiv(layer.inputs, ROWS)
+            after += [(n, block, 1) for block in range(blocks)]
+            last += [(n, block, 0) for block in range(triton.cdiv(size, 8 * BLOCK))]
+        layouts.append(one)
+        found.append(mine)
+    operands = [one.operand() for one, *_ in products]
+    types = {"made": TYPES[made], "BLOCK": BLOCK, "EXPANDED": _expanded(layouts)}
+    first = [(n, *p) for n, one in enumerate(layouts) for p in one.programs()]
+    launch(k.scatter, layouts, _rows(layouts) + first, **types)
+    for (one, plain, scaled, moved, mine, place), left in zip(products, operands, strict=True):
+        torch.bmm(plain, one.right.transpose(1, 2), out=moved)
+        mine[place] = torch.bmm(left.transpose(1, 2), scaled).to(one.origin.dtype)
+    launch(k.finish, layouts, after, **types, ROWS=ROWS, SPLITS=SPLITS)
+    launch(k.reduce, layouts, last, BLOCK=8 * BLOCK)
+    return found
+
+
+def _common(one: Layout, own: Tensor | None) -> None:
+    """The columns of the student's weight or its gradient, and of shares."""
+    if own is not None:
+        one.put("OWN", one.pointer(own))
+        one.put("OWN_STRIDES", *load(one.site.narrow, own).stride())
+    if one.site.share is not None:
+        one.put("SHARE", one.pointer(TABLES.share(one.site, one.tensors)))
+
+
+def _rows(layouts: Sequence[Layout]) -> list[tuple[int, int, int]]:
+    return [(n, row, 0) for n, one in enumerate(layouts) for row in range(one.layer.channels)]
+
+
+def _expanded(layouts: Sequence[Layout]) -> int:
+    """A power of two that holds the channels of every depthwise kernel."""
+    return int(triton.next_power_of_2(max(1, *(one.row[column("EXPAND")] for one in layouts))))
