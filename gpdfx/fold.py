@@ -224,8 +224,8 @@ def merge(
 
 # --------------------------------------------------------------------------- many layers at once
 CHUNK = 2**20
-"""Elements of weights in one fold. A chunk's backward begins when the gradients of all its weights
-are known, and they wait in memory until then."""
+"""Elements of weights in one fold on the CPU. A chunk's backward begins when the gradients of all
+its weights are known, and they wait in memory until then; on a GPU launches count for more."""
 
 
 class Chunk:
@@ -237,6 +237,10 @@ class Chunk:
         self.places: dict[str, tuple[nn.Module, str]] = {}
         self.index: tuple[int, ...] = ()
         self.key = ""
+
+    @property
+    def on_gpu(self) -> bool:
+        return find(*next(iter(self.places.values()))).is_cuda
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -268,13 +272,13 @@ class Chunk:
         return folded
 
 
-def chunks(lowered: Mapping[str, Lowered], net: nn.Module) -> list[Chunk]:
-    """All layers of the fused fold, in order, in chunks of about ``CHUNK`` elements."""
+def chunks(lowered: Mapping[str, Lowered], net: nn.Module, limit: float = CHUNK) -> list[Chunk]:
+    """All layers of the fused fold, in order, in chunks of about ``limit`` elements."""
     found: list[Chunk] = []
-    held = CHUNK
+    held = 0
     for name, one in lowered.items():
         size = elements(one.site.layer)
-        if held + size > CHUNK:
+        if not found or held + size > limit:
             found.append(Chunk())
             held = 0
         found[-1].add(name, one, net)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -99,6 +100,7 @@ class Teacher(nn.Module):
         for name in self._means.keys() & fused.keys():  # a mean needs all of the copies
             fused[name] = replace(fused[name], site=replace(fused[name].site, cut=None))
         self._fused = chunks(fused, net)
+        self._whole = chunks(fused, net, math.inf)
         self._cut = {name for name, one in fused.items() if one.site.cut is not None}
         self._single = [p for name, p in self._folds.items() if name not in fused]
         self._kept: Folded | None = None
@@ -166,7 +168,8 @@ class Teacher(nn.Module):
         if self._kept is not None:
             return self._kept
         folded: Folded = {}
-        for chunk in self._fused:
+        on_gpu = bool(self._fused) and self._fused[0].on_gpu
+        for chunk in self._whole if on_gpu else self._fused:
             folded |= chunk(teacher, student)
         for path in self._single:
             fold: Fold = self._net.get_submodule(path)  # type: ignore[assignment]
