@@ -64,18 +64,13 @@ def share(
     ``dim`` of ``x`` is split first, so that runs, or a factor of it, have their own dimension.
     ``write``: into ``x``.
     """
-    shares = factor(table, classes, at, x)
+    table = table.to(x.dtype) if table.is_floating_point() else _reciprocal(table, x)
+    shares = table.index_select(at, classes)
     parts = x if split is None else x.unflatten(dim, split)
     product: Tensor = parts.mul_(shares) if write else parts * shares
     if split is None:
         return product
     return product.flatten(dim, dim + len(split) - 1)
-
-
-def factor(table: Tensor, classes: Tensor, at: int, like: Tensor) -> Tensor:
-    """What ``share`` multiplies by."""
-    table = table.to(like.dtype) if table.is_floating_point() else _reciprocal(table, like)
-    return table.index_select(at, classes)
 
 
 def dropout_mask(

@@ -121,12 +121,11 @@ def _unpack(
 
 def _shared(site: Site, weight: Tensor, tensors: Tensors, *, keep: bool) -> Tensor:
     """A stored weight times its shares, in place unless it is to be kept."""
-    share = site.share
-    assert share is not None
-    factor = copies.factor(tensors[2], tensors[3], share.at, weight)
-    parts = weight if share.split is None else weight.unflatten(share.dim, share.split)
-    product = parts * factor if keep else parts.mul_(factor)
-    return product if share.split is None else product.reshape(weight.shape)
+    how = site.share
+    assert how is not None
+    split = list(how.split) if how.split else None
+    table, classes = tensors[2:4]
+    return copies.share(weight, table, classes, how.at, how.dim, split, write=not keep)
 
 
 # --------------------------------------------------------------------------- the student's part
