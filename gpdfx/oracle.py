@@ -154,7 +154,10 @@ def _verify_in(
                 errors, reached, zero, gradients = compare(
                     student, twin, inputs, training, seed, dead=probe, borrow=borrow
                 )
-                twin.load_buffers(student)
+                if borrow:
+                    twin.load_buffers(student)
+                else:  # the call wrote to its parameters, too
+                    twin.load_student(student)
                 moved |= reached
                 if gradients != "all":
                     unseen[mode] = "of inputs" if gradients == "parameters" else "of anything"

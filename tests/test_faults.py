@@ -344,3 +344,39 @@ def test_settled_statistics_are_the_batchs() -> None:
     torch.testing.assert_close(model.norm.running_mean, seen[-1].mean((0, 2, 3)))
     torch.testing.assert_close(model.norm.running_var, seen[-1].var((0, 2, 3)))
     assert model.norm.momentum == 0.1
+
+
+@pytest.mark.parametrize("name", ["b.weight", "norm.running_var"])
+def test_what_ships_is_compared_value_by_value(name: str) -> None:
+    """The check runs on gathered weights; a stored one that differs by a bit must not pass."""
+    widened, _ = compiled(Plain(), image())
+    teacher = Teacher(widened)
+    oracle.check_values(widened, teacher)
+    stored = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
+    with torch.no_grad():
+        flat = stored[name].view(-1)
+        flat[-1] = torch.nextafter(flat[-1], flat[-1] + 1)
+    with pytest.raises(LossyError, match=name):
+        oracle.check_values(widened, teacher)
+
+
+class Writes(nn.Module):
+    """Scales its own weight, the student's and the teacher's alike, at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.a.weight.mul_(0.5)
+        return self.b(self.a(x).relu())
+
+
+def test_a_student_that_writes_to_its_parameters_is_checked_on_copies() -> None:
+    model, x = Writes(), torch.randn(4, 4)
+    before = model.a.weight.detach().clone()
+    widened, call = compiled(model, x)
+    check(widened, call)
+    assert torch.equal(model.a.weight, before)
+    assert torch.equal(widened.program.student.a.weight, before)
