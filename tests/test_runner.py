@@ -109,6 +109,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, steps: int) -> Iterator[None]:
             yield
 
 
+@pytest.mark.slow
 def test_a_compiled_run_may_stop_and_change_its_way(
     tmp_path: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
