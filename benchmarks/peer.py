@@ -1,7 +1,6 @@
-"""The reference implementation's step, out of a checkout of it; nothing of it is copied here.
+"""The reference implementation's step, out of a checkout of guoyongcs/GPD; nothing of it is copied.
 
-git clone https://github.com/guoyongcs/GPD PATH
-python -m benchmarks.speed --peer PATH
+    python -m benchmarks.speed --peer PATH
 
 Its calls are those of its CNN/train_dkd.py without a static teacher (``--use_orepa
 --kd_loss_type sce --kd_ratio 3``): forward and backward of the teacher, then those of the student.
