@@ -8,7 +8,9 @@
 A step is zero_grad, forward, backward and optimizer step (SGD with momentum). All runs in one
 process, in interleaved pairs; a row is the median of the pairs' ratios with 20 % and 80 %. Both of
 a pair run in the same way: eager, by torch.compile, or as one CUDA graph. On GPUs: bf16 autocast,
-channels last, cudnn.benchmark, fused optimizer.
+channels last, cudnn.benchmark, fused optimizer. On CPUs: an allocator that keeps freed memory
+(``gpdfx.keep_memory``, as in ``gpdfx train``) for both of a pair, or glibc's default
+(``--allocator system``), which gives it back to the system.
 
     noise    plain wide network / itself (A/A)
     wide     plain wide network / plain student
@@ -44,7 +46,7 @@ from benchmarks.timing import Row
 
 KINDS = ("noise", "wide", "teacher", "gpd", "fold", "peer")
 SETS = ("none", "acnet", "repvgg", "orepa", "auto", "dbb", "mobileone")
-SETTING = ("network", "width", "dtype", "size", "batch")
+SETTING = ("network", "width", "dtype", "size", "batch", "allocator")
 KEY = ("what", "against", "branches", "way", *SETTING)
 FIELDS = (
     *KEY,
@@ -184,7 +186,7 @@ def run(bench: Bench, jobs: Sequence[Callable[[], Iterator[Row]]], out: Path) ->
     setting, console = bench.setting, Console(stderr=True, highlight=False)
     about: Row = {"network": setting.network, "width": f"{setting.ratio:g}", "steps": bench.steps}
     about |= {"dtype": setting.dtype, "size": setting.size, "batch": setting.batch}
-    about |= timing.machine(setting.device)
+    about |= timing.machine(setting.device) | {"allocator": setting.allocator}
     rows: list[Row] = []
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -220,6 +222,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--size", type=int, help="pixels; 224 on GPUs, 64 on CPUs")
     add("--channels", type=int, default=3, help="of the input")
     add("--batch", type=int, help="256 on GPUs, 16 on CPUs")
+    text = "on CPUs: keep freed memory (%(default)s), or give it back"
+    add("--allocator", choices=("keep", "system"), default="keep", help=text)
     add("--dtype", choices=("fp32", "bf16"), help="of autocast; bf16 on GPUs, fp32 on CPUs")
     add("--pairs", type=int, help="20 on GPUs, 5 on CPUs")
     add("--steps", type=int, help="per side of a pair; 10 on GPUs, 1 on CPUs")
@@ -258,7 +262,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             given.ratio,
             given.dtype,
             given.channels,
+            given.allocator if given.device == "cpu" else "",
         )
+        if setting.allocator == "keep" and not gpdfx.keep_memory():
+            raise SystemExit("this C library has no mallopt: pass --allocator system")
         bench = Bench(setting, given.pairs, given.steps, peer)
         run(bench, bench.plan(given.only, given.branches, given.compile), given.out)
     rows = speed_summary.read(given.out)

@@ -23,7 +23,8 @@ WAYS = ("eager", "default", "max-autotune", GRAPH)
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows of a run share. ``dtype``: of autocast; ``channels``: of the input."""
+    """What all rows of a run share. ``dtype``: of autocast; ``channels``: of the input;
+    ``allocator``: what a CPU does with freed memory."""
 
     network: str
     device: str
@@ -32,6 +33,7 @@ class Setting:
     ratio: float
     dtype: str
     channels: int = 3
+    allocator: str = ""
 
     def student(self) -> nn.Module:
         """The same weights every time."""

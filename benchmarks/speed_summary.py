@@ -47,7 +47,7 @@ def sentence(row: Row) -> str:
 
 def setting(row: Row) -> str:
     """What rows of a table share."""
-    tools = ", ".join(f"{k} {row[k]}" for k in ("torch", "cuda") if row.get(k))
+    tools = ", ".join(f"{k} {row[k]}" for k in ("torch", "cuda", "allocator") if row.get(k))
     return (
         f"{row['network']} x{row['width']}, {row['size']} px, batch {row['batch']}, "
         f"{row['dtype']}; {row['machine']}, {row['threads']} threads, {tools}"

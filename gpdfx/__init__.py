@@ -5,6 +5,7 @@ teacher(x), teacher.student(x)             # trained together, on shared paramet
 plain = gpdfx.collapse(teacher)            # the user's own class again
 """
 
+from .allocator import keep_memory as keep_memory
 from .checkpoint import to_student as to_student
 from .checkpoint import to_teacher as to_teacher
 from .errors import AxisConflict as AxisConflict

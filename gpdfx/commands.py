@@ -213,10 +213,16 @@ def make_config(options: argparse.Namespace) -> TrainConfig:
 
 
 def _train(options: argparse.Namespace) -> tuple[str, Any]:
+    import torch
+
     from . import watch
+    from .allocator import keep_memory
     from .train import train
 
-    summary = train(make_config(options), quiet=options.quiet)
+    config = make_config(options)
+    if config.device == "cpu" or not torch.cuda.is_available():
+        keep_memory()
+    summary = train(config, quiet=options.quiet)
     return watch.table(summary), summary
 
 

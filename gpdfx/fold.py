@@ -31,14 +31,14 @@ class Branched:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A weight's place in the fused fold, as the lowering pass found it. ``shares``: names of
-    table and classes, if the fold multiplies by them."""
+    """A weight's place in the fused fold, with branches or without, as the lowering pass found
+    it. ``shares``: names of table and classes, if the fold multiplies by them."""
 
     site: Site
     shares: tuple[str, ...]
 
 
-Folded = dict[str, Tensor]
+Folded = Mapping[str, Tensor]
 """What graphs and student read instead of parameters, by these names:"""
 
 
@@ -155,6 +155,15 @@ class Fold(nn.Module):
             }
         )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what a call gives."""
+        name, bias = self.branched.weight, self.branched.bias
+        if not self.normed:
+            return (merged(name),)
+        kernels = (kernel(name, k) for k in self.normed)
+        return (plain(name), *kernels, merged(name), *(() if bias is None else (merged(bias),)))
+
     @torch.no_grad()
     def reset(self) -> None:
         """Scales at which the origin alone counts."""
@@ -172,7 +181,7 @@ class Fold(nn.Module):
         base = self._merge(origin, self.scales, self.linear)
         if not self.normed:
             return {merged(name): base}
-        folded = {plain(name): base}
+        folded: dict[str, Tensor] = {plain(name): base}
         for k, b in self.normed.items():
             folded[kernel(name, k)] = self._merge(None, torch.ones_like(self.scales[:1]), {k: b})
         norms = [self.norms[k] for k in self.normed]
@@ -249,9 +258,9 @@ class Chunk:
     def add(self, name: str, lowered: Lowered, net: nn.Module) -> None:
         own = module_of(name)
         self.sites[name] = lowered.site
-        paths = [name, f"{own}.scales", *lowered.shares]
-        branches: Fold = net.get_submodule(own)  # type: ignore[assignment]
-        for key, names in zip(branches.linear, lowered.site.names, strict=True):
+        branches: Fold | None = net.get_submodule(own) if lowered.site.branches else None  # type: ignore[assignment]
+        paths = [name, *([f"{own}.scales"] if branches else []), *lowered.shares]
+        for key, names in zip(branches.linear if branches else (), lowered.site.names, strict=True):
             paths += [f"{own}.{key}.{tensor}" for tensor in names]
         for path in paths:
             parent, _, leaf = path.rpartition(".")
@@ -260,9 +269,13 @@ class Chunk:
         self.index += tuple(places.index(path) for path in paths)
         self.key = register(tuple(self.sites.values()))
 
+    def tensors(self) -> list[Tensor]:
+        """Those of its places."""
+        return [find(module, leaf) for module, leaf in self.places.values()]
+
     def __call__(self, teacher: bool, student: bool) -> Folded:
-        tensors = [find(module, leaf) for module, leaf in self.places.values()]
-        folded: Folded = {}
+        tensors = self.tensors()
+        folded: dict[str, Tensor] = {}
         weights = fold(self.key, self.index, tensors, teacher=teacher, student=student)
         for name, (wide, own) in zip(self.sites, weights, strict=True):
             if wide is not None:

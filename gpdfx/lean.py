@@ -9,7 +9,7 @@ again. What a network saves beside its parameters (activations) is saved as ever
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .axes import Frozen
+from .fold import Chunk, Folded, chunks, students, teachers
 from .kernels import copies
+from .kernels.fold import each, reference
 from .passes.program import mutated
 from .passes.widen import gather
 
@@ -154,8 +156,29 @@ class Lean:
         if make is None or made is None:
             return copies.share(x, *rest)
         fresh = made.name is not None and made.name not in self._kept
-        y = copies.share(x, *rest, write=fresh and made.name in self._once)
-        return self._know(y, lambda: copies.share(make(), *rest, write=fresh))
+
+        def again() -> Tensor:
+            x = make()
+            return copies.share(x, *rest, out=x if fresh else None)
+
+        y = copies.share(x, *rest, out=x if fresh and made.name in self._once else None)
+        return self._know(y, again)
+
+    # ---- folded weights
+    def fold(self) -> Folded:
+        """``Teacher.fold`` for calls without a graph of the parameters; of a large teacher every
+        weight is made when it is read."""
+        return self.teacher.fold() if self._size <= KEEP else _Late(self)
+
+    @torch.no_grad()
+    def fold_one(self, name: str, chunk: Chunk, wide: bool) -> Tensor:
+        """The teacher's (``wide``) or the student's weight of a chunk of one; the teacher's takes
+        the place of the parameter."""
+        ((site, tensors),) = each(chunk.key, chunk.index, chunk.tensors())
+        into = tensors[0] if wide and name in self.names and name not in self._kept else None
+        made = reference.forward(site, tensors, wide, not wide, into)[not wide]
+        assert made is not None
+        return made
 
     # ---- what autograd saves
     @contextmanager
@@ -164,13 +187,15 @@ class Lean:
         if self._size <= KEEP:
             yield
             return
-        for folded in (self.teacher._kept or {}).values():
-            self._know(folded, lambda x=folded: x)  # type: ignore[misc]
         try:
             with saved_tensors_hooks(self._pack, self._unpack):
                 yield
         finally:
             self._made.clear()
+
+    def known(self, make: Make) -> Tensor:
+        """What ``make`` makes; autograd keeps the recipe."""
+        return self._know(make(), make)
 
     def _know(self, x: Tensor, make: Make, name: str | None = None) -> Tensor:
         storage = x.untyped_storage()
@@ -200,6 +225,39 @@ class Lean:
             )
         result: Tensor = x
         return result
+
+
+class _Late(Mapping[str, Tensor]):
+    """Folded weights, made when they are read."""
+
+    def __init__(self, lean: Lean) -> None:
+        self.lean = lean
+        self.made: dict[str, Make] = {}
+        teacher = lean.teacher
+        for chunk in chunks(teacher._lowered, teacher._net, 0):
+            (name,) = chunk.sites
+            self.made[teachers(name)] = partial(lean.fold_one, name, chunk, True)
+            self.made[students(name)] = partial(lean.fold_one, name, chunk, False)
+        for path in teacher._single:
+            for name in teacher._net.get_submodule(path).names:  # type: ignore[union-attr]
+                self.made[name] = partial(_of_single, teacher, path, name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.lean.known(self.made[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.made)
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+
+@torch.no_grad()
+def _of_single(teacher: Teacher, path: str, name: str) -> Tensor:
+    return teacher.fold_single(path)[name]
 
 
 def _written(graphs: dict[str, fx.Graph]) -> set[str]:

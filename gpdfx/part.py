@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import types
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,9 +21,10 @@ class Section:
     """One graph of a part: which calls it takes, its code, and the structure it returns."""
 
     def __init__(self, mode: Mode, graph: fx.Graph, feeds: tuple[str, ...] = ()) -> None:
-        self.feeds = feeds
+        self.fed = bool(feeds)
         self.training, self.call, self.out = mode.site.training, mode.site.call, mode.out
         self.sizes = input_sizes(mode.graph)
+        graph = _fed_late(graph, feeds) if feeds else graph
         _read_late(graph)
         self.code = _Code(graph)
 
@@ -37,7 +39,7 @@ class Section:
     ) -> Any:
         """Run on the teacher's tensors, and on the weights that its branches fold into. ``taps``:
         takes what comes out beside the outputs."""
-        results = self.code(net, [*flat, *(folded[name] for name in self.feeds)])
+        results = self.code(net, [*flat, folded] if self.fed else flat)
         own = sum(self.out.slots)
         if taps is not None:
             taps += results[own:]
@@ -94,6 +96,24 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.part(self.net, self.folded, self.module.training, args, kwargs)
+
+
+def _fed_late(graph: fx.Graph, feeds: tuple[str, ...]) -> fx.Graph:
+    """A copy whose last inputs, of these names, come as one mapping and are looked up there."""
+    late = fx.Graph()
+    late.output(late.graph_copy(graph, {}))
+    inputs = late.find_nodes(op="placeholder")[-len(feeds) :]
+    title = "folded"
+    while any(n.target == title for n in late.find_nodes(op="placeholder")):
+        title += "_"
+    with late.inserting_before(inputs[0]):
+        folded = late.placeholder(title)
+    for name, node in zip(feeds, inputs, strict=True):
+        if node.users:
+            with late.inserting_before(min(node.users)):
+                node.replace_all_uses_with(late.call_function(operator.getitem, (folded, name)))
+        late.erase_node(node)
+    return late
 
 
 def _read_late(graph: fx.Graph) -> None:

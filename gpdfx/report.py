@@ -269,7 +269,7 @@ def make_report(
 
 
 def _unfused(widened: Widened) -> dict[str, str]:
-    whys = {name: refusal(one.site) for name, one in widened.lowered.items()}
+    whys = {n: refusal(one.site) for n, one in widened.lowered.items() if one.site.branches}
     return widened.unlowered | {name: why for name, why in whys.items() if why}
 
 

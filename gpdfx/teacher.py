@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import zlib
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -99,12 +100,14 @@ class Teacher(nn.Module):
         fused = dict(widened.lowered)
         for name in self._means.keys() & fused.keys():  # a mean needs all of the copies
             fused[name] = replace(fused[name], site=replace(fused[name].site, cut=None))
+        self._lowered = fused
         self._fused = chunks(fused, net)
         self._whole = chunks(fused, net, math.inf)
         self._cut = {name for name, one in fused.items() if one.site.cut is not None}
         self._single = [p for name, p in self._folds.items() if name not in fused]
         self._kept: Folded | None = None
-        self._held: Folded = {}  # while the user's Python runs between the parts
+        # what the parts read while the user's Python runs between them
+        self._held: ChainMap[str, Tensor] = ChainMap()
         between = None if "" in self._parts else self._make_between()
         object.__setattr__(self, "_between", between)
 
@@ -167,15 +170,20 @@ class Teacher(nn.Module):
         teacher reads, those that the student does, or both."""
         if self._kept is not None:
             return self._kept
-        folded: Folded = {}
+        folded: dict[str, Tensor] = {}
         on_gpu = bool(self._fused) and self._fused[0].on_gpu
         for chunk in self._whole if on_gpu else self._fused:
             folded |= chunk(teacher, student)
         for path in self._single:
-            fold: Fold = self._net.get_submodule(path)  # type: ignore[assignment]
-            own = fold.branched
-            bias = None if own.bias is None else operator_get(self._net, own.bias)
-            folded |= fold(operator_get(self._net, own.weight), bias)
+            folded |= self.fold_single(path)
+        return folded
+
+    def fold_single(self, path: str) -> Folded:
+        """The weights of one layer that is not in the fused fold."""
+        fold: Fold = self._net.get_submodule(path)  # type: ignore[assignment]
+        own = fold.branched
+        bias = None if own.bias is None else operator_get(self._net, own.bias)
+        folded: Folded = fold(operator_get(self._net, own.weight), bias)
         return folded
 
     @contextmanager
@@ -183,7 +191,7 @@ class Teacher(nn.Module):
         """Fold the branches once for all calls inside, as an evaluation wants it: parameters must
         not change meanwhile, and get no gradient."""
         with torch.no_grad():
-            self._kept = self.fold()
+            self._kept = self.fold() if self._lean is None else self._lean.fold()
         try:
             yield
         finally:
@@ -204,12 +212,12 @@ class Teacher(nn.Module):
         for name, _ in self._student.named_buffers():
             wide = operator_get(self._net, name)
             tensors[name] = take_first(wide, self._maps[self._alias.get(name, name)])
-        self._held.update(folded)
+        self._held.maps[:] = [folded]  # type: ignore[list-item]
         try:
             with slow_attention():
                 return self._run(self._between, tensors, args, kwargs)
         finally:
-            self._held.clear()
+            self._held.maps[:] = [{}]
 
     def _study(
         self, folded: Folded, args: Any, kwargs: Any, own: Mapping[str, Tensor] | None = None

@@ -54,7 +54,7 @@ def share(
     dim: int = 0,
     split: list[int] | None = None,
     *,
-    write: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Multiply a contracted axis by its shares, so that copies count once.
 
@@ -62,15 +62,19 @@ def share(
     dimension ``at`` is expanded by ``classes`` (one for every run of teacher indices). An integer
     table holds the number of copies: uniform shares. ``split``: the sizes into which dimension
     ``dim`` of ``x`` is split first, so that runs, or a factor of it, have their own dimension.
-    ``write``: into ``x``.
+    ``out``: of the shape of ``x``, which it may be.
     """
     table = table.to(x.dtype) if table.is_floating_point() else _reciprocal(table, x)
     shares = table.index_select(at, classes)
     parts = x if split is None else x.unflatten(dim, split)
-    product: Tensor = parts.mul_(shares) if write else parts * shares
-    if split is None:
-        return product
-    return product.flatten(dim, dim + len(split) - 1)
+    if out is x:
+        parts.mul_(shares)
+        return x
+    if out is not None:
+        torch.mul(parts, shares, out=out if split is None else out.unflatten(dim, split))
+        return out
+    product: Tensor = parts * shares
+    return product if split is None else product.flatten(dim, dim + len(split) - 1)
 
 
 def dropout_mask(

@@ -7,7 +7,8 @@ layer, however often the weight is used, and for teacher and student together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -18,7 +19,7 @@ from torch import fx
 from ..branches import NONE, BranchSet, Layer
 from ..fold import Branched, kernel, merged, module_of, plain
 from ..kernels import copies
-from .program import bind
+from .program import Program, bind
 from .widen import Widened
 
 aten = torch.ops.aten
@@ -39,6 +40,9 @@ LAYERS: dict[Any, tuple[str, str, str]] = {
 }
 """Op -> how it stores its weight, and the names of its weight and bias."""
 
+Uses = dict[str, list[tuple[fx.Node, fx.Node]]]
+"""Parameter -> where it is read: its node, and the op."""
+
 
 def branch(widened: Widened, choose: Callable[[list[str]], BranchSet]) -> Widened:
     """Give every trainable layer the branches that ``choose`` says for the names of its weight."""
@@ -47,7 +51,10 @@ def branch(widened: Widened, choose: Callable[[list[str]], BranchSet]) -> Widene
     for other, first in program.alias.items():
         names[first].append(other)
     asked = {n: choose(names[n]) for n in widened.inference.parameters(program, rank=2)}
-    each = {n: _branched(widened, n, chosen) for n, chosen in asked.items() if chosen is not NONE}
+    uses = uses_of(program)
+    each = {
+        n: _branched(widened, uses, n, chosen) for n, chosen in asked.items() if chosen is not NONE
+    }
     found = [one for one in each.values() if isinstance(one, Branched)]
     left = {name: why for name, why in each.items() if isinstance(why, str)}
     graphs: dict[str, fx.Graph] = {}
@@ -55,41 +62,38 @@ def branch(widened: Widened, choose: Callable[[list[str]], BranchSet]) -> Widene
     for key, mode in program.modes.items():
         graphs[key] = fx.Graph()
         graphs[key].output(graphs[key].graph_copy(widened.graphs[key], {}))
-        feeds[key] = _rewrite(graphs[key], found, mode.site.training)
+        feeds[key] = feed(graphs[key], found, mode.site.training)
     return replace(widened, graphs=graphs, feeds=feeds, branched=tuple(found), unbranched=left)
 
 
 # --------------------------------------------------------------------------- finding layers
-def _branched(widened: Widened, name: str, chosen: BranchSet) -> Branched | str:
+def _branched(widened: Widened, uses: Uses, name: str, chosen: BranchSet) -> Branched | str:
     """A weight with those of the branches that fit, or why it has none."""
-    layer = _layer(widened, name)
+    layer = layer_of(widened, uses, name)
     if isinstance(layer, str):
         return layer
-    if not widened.program.tensors[name].requires_grad:
-        return "it is frozen"
     chosen = chosen.on(layer)
     if layer.layout == "matrix":  # a plain product has no place for what these add
         chosen = replace(chosen, branches=tuple(b for b in chosen.branches if not b.norm))
     if not chosen.branches:
         return "no branch of its set fits a layer of this form"
-    bias = _bias(widened, name) if any(b.norm for b in chosen.branches) else None
+    bias = _bias(widened, uses, name) if any(b.norm for b in chosen.branches) else None
     return Branched(name, bias, layer, chosen)
 
 
-def _uses(widened: Widened, name: str) -> list[tuple[fx.Node, fx.Node]]:
-    """(parameter node, op that reads it), over all of the student's graphs."""
-    return [
-        (node, user)
-        for _, node in widened.program.each()
-        if node.op == "get_attr" and node.target == name
-        for user in node.users
-    ]
+def uses_of(program: Program) -> Uses:
+    """All of the student's graphs, by what they read."""
+    found: Uses = defaultdict(list)
+    for _, node in program.each():
+        if node.op == "get_attr":
+            found[str(node.target)] += [(node, user) for user in node.users]
+    return found
 
 
-def _layer(widened: Widened, name: str) -> Layer | str:
-    """The geometry of a weight in the teacher, or why it is not a layer's weight."""
+def layer_of(widened: Widened, uses: Uses, name: str) -> Layer | str:
+    """The geometry of a weight in the teacher, or why it is not that of a layer that trains."""
     found: set[Layer] = set()
-    for node, user in _uses(widened, name):
+    for node, user in uses[name]:
         layout, argument, _ = LAYERS.get(user.target, ("", "", ""))
         if not layout or bind(user)[argument] is not node:
             return f"{user.target} reads it, too" if found else f"{user.target} reads it"
@@ -107,19 +111,21 @@ def _layer(widened: Widened, name: str) -> Layer | str:
         found.add(Layer(groups, outputs, inputs, tuple(shape[2:]), layout))
     if len(found) != 1:
         return "layers of several forms read it" if found else "no layer reads it"
+    if not widened.program.tensors[name].requires_grad:
+        return "it is frozen"
     (layer,) = found
     return layer if prod(layer.shape) else "it is empty"
 
 
-def _bias(widened: Widened, name: str) -> str | None:
+def _bias(widened: Widened, uses: Uses, name: str) -> str | None:
     """The bias parameter that goes with a weight, wherever either is used."""
-    ops = [user for _, user in _uses(widened, name)]
+    ops = [user for _, user in uses[name]]
     biases = {bind(op).get(LAYERS[op.target][2]) for op in ops}
     targets = {b.target if isinstance(b, fx.Node) and b.op == "get_attr" else None for b in biases}
     if len(targets) != 1 or None in targets:
         return None
     (bias,) = targets
-    own = all(user in ops for _, user in _uses(widened, str(bias)))
+    own = all(user in ops for _, user in uses[str(bias)])
     return (
         str(bias)
         if own and isinstance(widened.program.tensors[str(bias)], torch.nn.Parameter)
@@ -128,14 +134,17 @@ def _bias(widened: Widened, name: str) -> str | None:
 
 
 # --------------------------------------------------------------------------- rewriting
-def _rewrite(graph: fx.Graph, found: list[Branched], training: bool) -> tuple[str, ...]:
-    """Folded weights come in as further inputs of the graph; their names, in order."""
+def feed(
+    graph: fx.Graph, found: Sequence[Branched], training: bool, before: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Folded weights come in as further inputs of the graph; their names, in order, after those
+    of ``before``, which are there."""
     nodes = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
-    feeds: list[str] = []
+    feeds = list(before)
     last = [n for n in graph.nodes if n.op == "placeholder"]
     first = next(iter(graph.nodes))
 
-    def feed(name: str) -> fx.Node:
+    def add(name: str) -> fx.Node:
         with graph.inserting_after(last[-1]) if last else graph.inserting_before(first):
             node: fx.Node = graph.placeholder(f"folded_{len(feeds)}")
         feeds.append(name)
@@ -147,17 +156,15 @@ def _rewrite(graph: fx.Graph, found: list[Branched], training: bool) -> tuple[st
         if node is None:
             continue
         normed = [name for name, b in one.chosen.named().items() if b.norm]
-        new = feed(plain(one.weight) if normed and training else merged(one.weight))
+        new = add(plain(one.weight) if normed and training else merged(one.weight))
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         if normed and training:
             for layer in _layers_on(new):
-                _add_normed(
-                    graph, one, layer, new, {b: feed(kernel(one.weight, b)) for b in normed}
-                )
+                _add_normed(graph, one, layer, new, {b: add(kernel(one.weight, b)) for b in normed})
         elif one.bias is not None:
             bias = nodes[one.bias]
-            bias.replace_all_uses_with(feed(merged(one.bias)))
+            bias.replace_all_uses_with(add(merged(one.bias)))
             graph.erase_node(bias)
     graph.lint()
     return tuple(feeds)

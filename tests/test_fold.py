@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import gpdfx
 from gpdfx.axes import Frozen
-from gpdfx.branches import SETS, Full, Layer
+from gpdfx.branches import NONE, SETS, Full, Layer
 from gpdfx.extract import take_first
 from gpdfx.fold import students, teachers
 from gpdfx.kernels import copies
@@ -21,7 +21,7 @@ from gpdfx.kernels.fold import Share, Site, cut_of, fold, register
 from .networks import NETWORKS, tensors_equal
 from .test_branches import LAYERS, a_teacher, leaf, plain_teacher, stored_shape
 
-DENSE = ("orepa", "acnet", "repvgg", "lowrank")
+DENSE = ("none", "orepa", "acnet", "repvgg", "lowrank")
 
 
 # --------------------------------------------------------------------------- one layer
@@ -32,9 +32,9 @@ class Case:
     def __init__(self, layer: Layer, chosen: str, dtype: torch.dtype = torch.float64) -> None:
         torch.manual_seed(0)
         self.layer, self.dtype = layer, dtype
-        self.branches = SETS[chosen].on(layer).branches
+        self.branches = (SETS | {"none": NONE})[chosen].on(layer).branches
         self.origin = self.leaf(*stored_shape(layer))
-        self.scales = self.leaf(1 + len(self.branches), layer.channels)
+        self.scales = [self.leaf(1 + len(self.branches), layer.channels)] if self.branches else []
         self.own: list[dict[str, Tensor]] = []
         for branch in self.branches:
             params = {name: self.leaf(*size) for name, size in branch.shapes(layer).items()}
@@ -74,7 +74,7 @@ class Case:
     @property
     def tensors(self) -> list[Tensor]:
         own = [t for tensors in self.own for t in tensors.values()]
-        return [self.origin, self.scales, self.table, self.classes, *own]
+        return [self.origin, *self.scales, self.table, self.classes, *own]
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -83,9 +83,12 @@ class Case:
     def naive(self) -> tuple[Tensor, Tensor]:
         """The teacher's and the student's weight, summand by summand."""
         layer = self.layer
-        total = layer.view(self.origin) * layer.per_channel(self.scales[0])
-        for k, (branch, own) in enumerate(zip(self.branches, self.own, strict=True)):
-            total = total + branch.kernel(layer, own) * layer.per_channel(self.scales[k + 1])
+        total = layer.view(self.origin)
+        rows = list(self.scales[0]) if self.scales else []
+        if rows:
+            total = total * layer.per_channel(rows.pop(0))
+        for branch, own, row in zip(self.branches, self.own, rows, strict=True):
+            total = total + branch.kernel(layer, own) * layer.per_channel(row)
         weight = layer.store(total)
         share = self.share
         split = list(share.split) if share.split else None
@@ -145,11 +148,11 @@ def test_gradients_have_gradients(which: str) -> None:
 
 def test_only_what_is_asked_for_gets_a_gradient() -> None:
     case = Case(LAYERS["conv"], "orepa")
-    case.scales.requires_grad_(False)
+    case.scales[0].requires_grad_(False)
     case.own[2]["second"].requires_grad_(False)
     wide, _ = case.fused()
     wide.sum().backward()
-    assert case.scales.grad is None
+    assert case.scales[0].grad is None
     assert case.own[2]["second"].grad is None
     assert all(t.grad is not None for t in case.leaves)
     with torch.no_grad():
@@ -238,7 +241,7 @@ def test_a_layer_without_a_fused_fold_takes_its_own_way() -> None:
 
     _, teacher, x = plain_teacher({"*": "orepa", "twice": [Own()], "point": None})
     (chunk,) = teacher._fused
-    assert list(chunk.sites) == ["first.weight", "head.weight"]
+    assert list(chunk.sites) == ["first.weight", "point.weight", "head.weight"]
     with torch.no_grad():
         for fold in teacher.folds():
             fold.scales.add_(0.1)

@@ -1,5 +1,6 @@
 """The branch fold: branches, scales and shares of many layers -> their weights, and back."""
 
+from . import reference as reference
 from .function import fold as fold
 from .op import refusal as refusal
 from .rules import RULES as RULES
@@ -7,5 +8,6 @@ from .site import Cut as Cut
 from .site import Share as Share
 from .site import Site as Site
 from .site import cut_of as cut_of
+from .site import each as each
 from .site import elements as elements
 from .site import register as register

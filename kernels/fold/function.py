@@ -70,6 +70,11 @@ class _Fold(torch.autograd.Function):
         ctx.key, ctx.index, ctx.teacher, ctx.student, ctx.half, *tensors = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
+        frozen = _frozen(ctx.key, ctx.index, tensors)
+        if any(frozen):
+            made = pairs(ctx.key, output, ctx.teacher, ctx.student)
+            still = [w for pair, fixed in zip(made, frozen, strict=True) if fixed for w in pair]
+            ctx.mark_non_differentiable(*(w for w in still if w is not None))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -84,6 +89,11 @@ class _Fold(torch.autograd.Function):
             *(None, None, None, None, None),
             *(g if need else None for g, need in zip(found, needed, strict=True)),
         )
+
+
+def _frozen(key: str, index: Sequence[int], tensors: Sequence[Tensor]) -> list[bool]:
+    """Which sites have no tensor that takes a gradient."""
+    return [not any(t.requires_grad for t in own) for _, own in each(key, index, tensors)]
 
 
 def _backward(

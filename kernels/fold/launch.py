@@ -43,12 +43,14 @@ class Layout:
         self.row: Row = [0] * column("WIDTH")
         self.held: list[Tensor] = []  # what a pointer points to must live until the launch
         self.tensors = [t.detach() for t in tensors]
-        self.origin, self.scales = self.tensors[:2]
+        self.origin = self.tensors[0]
         groups, outputs, inputs = layer.shape[:3]
         self.taps = math.prod(layer.kernel)
         self.put("OUTPUTS", outputs, inputs, self.taps)
         self.put("CHANNELS", layer.channels)
-        self.put("ORIGIN", self.pointer(self.origin), self.pointer(self.scales.contiguous()))
+        self.put("ORIGIN", self.pointer(self.origin))
+        if not site.bare:
+            self.put("SCALES", self.pointer(self.tensors[1].contiguous()))
         self.put("MAIN", *load(layer, self.origin).stride())
         cut = site.cut
         for letter, size in zip("goi", (groups, outputs, inputs), strict=True):
@@ -57,7 +59,7 @@ class Layout:
         self.left: Tensor | None = None
         self.slots: list[tuple[int, str]] = []  # of the branches' weights: place, column of grads
         self.filters = self.fulls = 0
-        at = 2 if site.share is None else 4
+        at = site.first
         for number, (branch, names) in enumerate(zip(site.branches, site.names, strict=True), 1):
             own = dict(zip(names, range(at, at + len(names)), strict=True))
             self.add(branch, number, own)
@@ -176,7 +178,7 @@ class Tables:
         return self.made[key]
 
     def share(self, site: Site, tensors: Sequence[Tensor]) -> Tensor:
-        table, classes = tensors[2], tensors[3]
+        table, classes = tensors[site.first - 2 : site.first]
         version = 0 if table.is_inference() else table._version
         key = site, table.data_ptr(), classes.data_ptr(), version, table.device
         if key not in self.shares:
@@ -257,8 +259,11 @@ def backward(
             one.put("WIDE", one.pointer(wide))
         _common(one, own)
         mine: list[Tensor | None] = [None] * site.size
-        mine[:2] = torch.empty_like(one.origin), one.empty(one.scales.shape, one.scales.dtype)
-        one.put("D_ORIGIN", *(one.pointer(t) for t in mine[:2] if t is not None))
+        target = mine[0] = torch.empty_like(one.origin)
+        one.put("D_ORIGIN", one.pointer(target))
+        if not site.bare:
+            target = mine[1] = one.empty(tensors[1].shape, tensors[1].dtype)
+            one.put("D_SCALES", one.pointer(target))
         for place, name in one.slots:
             target = torch.empty_like(one.tensors[place])
             one.put_slot(name[:-1], int(name[-1]), 1, one.pointer(target))

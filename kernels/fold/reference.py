@@ -1,6 +1,8 @@
 """The fold of one layer in plain torch, forward and backward.
 
 W = s_0 origin + sum_b s_b K_b        teacher: W * shares        student: the first copies of W
+
+Without branches W is the origin.
 """
 
 from __future__ import annotations
@@ -10,29 +12,35 @@ from torch import Tensor
 
 from ...branches import Layer
 from .. import copies
-from .rules import RULES, Grad
+from .rules import RULES, Grad, dot, scaled
 from .site import Site, Tensors, load, store
 
 
 def forward(
-    site: Site, tensors: Tensors, teacher: bool, student: bool
+    site: Site, tensors: Tensors, teacher: bool, student: bool, into: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The teacher's and the student's weight, as far as they are asked for; the same tensor twice
-    if they are not distinct."""
-    layer, cut = site.layer, site.cut
+    if they are not distinct. ``into``: where the teacher's is made; it may be the origin."""
+    layer, cut, bare = site.layer, site.cut, site.bare
     if not teacher and cut is not None:
-        return None, store(site.narrow, merge(site, site.narrow, _part(site, tensors)))
-    total = merge(site, layer, tensors)
-    own = total
-    if cut is not None and student:
-        own = cut.take(total, "goi").clone()  # shares are multiplied in place
-    own = store(site.narrow, own) if student else None  # type: ignore[assignment]
+        part = merge(site, site.narrow, _part(site, tensors))
+        return None, store(site.narrow, part.clone() if bare else part)
+    total = merge(site, layer, tensors, into)
+    part, own = total if cut is None else cut.take(total, "goi"), None
+    if student:  # shares are multiplied in place
+        own = store(site.narrow, part if cut is None and not bare else part.clone())
     if not teacher:
         return None, own
     wide = store(layer, total)
     if site.share is not None:
-        wide = _shared(site, wide, tensors, keep=student and cut is None)
+        wide = _shared(site, wide, tensors, _place(wide, into, bare, student and cut is None))
     return wide, own
+
+
+def _place(wide: Tensor, into: Tensor | None, bare: bool, kept: bool) -> Tensor | None:
+    """Where the teacher's weight goes when it is multiplied by shares: another place than the
+    origin, or than what the student reads."""
+    return into if bare else None if kept else wide
 
 
 def listed(site: Site, wide: Tensor | None, narrow: Tensor | None) -> list[Tensor]:
@@ -52,23 +60,29 @@ def room(site: Site, origin: Tensor) -> Tensor:
 
 def differentiable(site: Site) -> list[bool]:
     """Which of its tensors are parameters."""
-    found = [True, True] + [False] * (2 * (site.share is not None))
+    found = [True] * (1 + (not site.bare)) + [False] * (2 * (site.share is not None))
     for branch, names in zip(site.branches, site.names, strict=True):
         found += [name in branch.shapes(site.layer) for name in names]
     return found
 
 
-def merge(site: Site, layer: Layer, tensors: Tensors) -> Tensor:
-    """(groups, out, in, taps); ``layer``: whose the tensors are, the teacher's or the student's."""
+def merge(site: Site, layer: Layer, tensors: Tensors, into: Tensor | None = None) -> Tensor:
+    """(groups, out, in, taps); ``layer``: whose the tensors are, the teacher's or the student's.
+    Without branches it is the origin itself."""
+    if site.bare:
+        return load(layer, tensors[0])
     origin, rows, owned = _unpack(site, layer, tensors)
-    total = load(layer, origin) * rows[0]
+    total = torch.mul(load(layer, origin), rows[0], out=into if into is None else load(layer, into))
     for branch, row, own in zip(site.branches, rows[1:], owned, strict=True):
         RULES[type(branch)].add(branch, layer, total, row, *own)
     return total
 
 
 def backward(
-    site: Site, tensors: Tensors, teacher: Tensor | None, student: Tensor | None
+    site: Site,
+    tensors: Tensors,
+    teacher: Tensor | None,
+    student: Tensor | None,
 ) -> list[Tensor | None]:
     """The gradients of the tensors, from those of the weights."""
     layer, cut = site.layer, site.cut
@@ -81,20 +95,27 @@ def backward(
     if teacher is None:
         assert student is not None
         return unmerge(site, layer, tensors, load(layer, student))
-    if site.share is not None:
-        teacher = _shared(site, teacher, tensors, keep=True)
+    fresh = site.share is not None
+    if fresh:
+        teacher = _shared(site, teacher, tensors, None)
     grad = load(layer, teacher)
     if student is not None:
-        grad = grad if site.share is not None else grad.clone()
+        grad = grad if fresh else grad.clone()
         view = grad if cut is None else cut.view(grad, "goi")
         view.add_(load(site.narrow, student).reshape(view.shape))
-    return unmerge(site, layer, tensors, grad)
+    return unmerge(site, layer, tensors, grad, fresh=fresh or student is not None)
 
 
-def unmerge(site: Site, layer: Layer, tensors: Tensors, grad: Tensor) -> list[Tensor | None]:
-    """The backward of ``merge``, in the order of ``tensors``."""
+def unmerge(
+    site: Site, layer: Layer, tensors: Tensors, grad: Tensor, *, fresh: bool = False
+) -> list[Tensor | None]:
+    """The backward of ``merge``, in the order of ``tensors``. ``fresh``: ``grad`` may be written
+    to."""
+    rest: list[Tensor | None] = [] if site.share is None else [None, None]
+    if site.bare:
+        return [store(layer, grad), *rest]
     origin, rows, owned = _unpack(site, layer, tensors)
-    of_scales = [(grad * load(layer, origin)).sum((2, 3))]
+    of_scales = [dot(grad, load(layer, origin))]
     both = Grad(grad)
     found: list[Tensor | None] = []
     for branch, row, own in zip(site.branches, rows[1:], owned, strict=True):
@@ -102,8 +123,8 @@ def unmerge(site: Site, layer: Layer, tensors: Tensors, grad: Tensor) -> list[Te
         of_scales.append(of_row)
         found += of_own
     scales = torch.stack([s.view(-1) for s in of_scales])
-    rest: list[Tensor | None] = [] if site.share is None else [None, None]
-    return [store(layer, grad * rows[0]), scales, *rest, *found]
+    of_origin = scaled(grad, rows[0]) if fresh else grad * rows[0]
+    return [store(layer, of_origin), scales, *rest, *found]
 
 
 def _unpack(
@@ -111,7 +132,7 @@ def _unpack(
 ) -> tuple[Tensor, tuple[Tensor, ...], list[Tensors]]:
     """Origin, scales by branch (groups, out, 1, 1), tensors by branch."""
     rows = tensors[1].reshape(-1, layer.groups, layer.outputs, 1, 1).unbind(0)
-    at = 2 if site.share is None else 4
+    at = site.first
     owned = []
     for names in site.names:
         owned.append(tensors[at : at + len(names)])
@@ -119,13 +140,13 @@ def _unpack(
     return tensors[0], rows, owned
 
 
-def _shared(site: Site, weight: Tensor, tensors: Tensors, *, keep: bool) -> Tensor:
-    """A stored weight times its shares, in place unless it is to be kept."""
+def _shared(site: Site, weight: Tensor, tensors: Tensors, out: Tensor | None) -> Tensor:
+    """A stored weight times its shares."""
     how = site.share
     assert how is not None
     split = list(how.split) if how.split else None
-    table, classes = tensors[2:4]
-    return copies.share(weight, table, classes, how.at, how.dim, split, write=not keep)
+    table, classes = tensors[site.first - 2 : site.first]
+    return copies.share(weight, table, classes, how.at, how.dim, split, out=out)
 
 
 # --------------------------------------------------------------------------- the student's part
@@ -136,10 +157,11 @@ def _axes(site: Site) -> list[str]:
 
 def _part(site: Site, tensors: Tensors) -> Tensors:
     """All tensors as the student has them."""
-    cut, layer = site.cut, site.layer
+    cut, layer, at = site.cut, site.layer, site.first
     assert cut is not None
-    at = 2 if site.share is None else 4
     origin = store(site.narrow, cut.take(load(layer, tensors[0]), "goi"))
+    if site.bare:
+        return [origin, *tensors[1:]]
     scales = cut.take(tensors[1].unflatten(1, (layer.groups, layer.outputs)), ".go").flatten(1)
     rest = zip(tensors[at:], _axes(site), strict=True)
     return [origin, scales, *tensors[2:at], *(cut.take(t, axes) for t, axes in rest)]
@@ -147,19 +169,19 @@ def _part(site: Site, tensors: Tensors) -> Tensors:
 
 def _whole(site: Site, tensors: Tensors, found: list[Tensor | None]) -> list[Tensor | None]:
     """Gradients of these parts as those of all."""
-    cut, layer = site.cut, site.layer
+    cut, layer, at = site.cut, site.layer, site.first
     assert cut is not None
-    origin, scales = tensors[:2]
-    size = (layer.groups, layer.outputs)
-    at = 2 if site.share is None else 4
-    rest = zip(found[at:], tensors[at:], _axes(site), strict=True)
-    of_origin, of_scales = found[:2]
+    of_origin, of_scales = found[0], None if site.bare else found[1]
     assert of_origin is not None
-    assert of_scales is not None
+    padded = cut.pad(load(site.narrow, of_origin), load(layer, tensors[0]), "goi")
+    if of_scales is None:
+        return [store(layer, padded), *found[1:]]
     of_scales = of_scales.unflatten(1, site.narrow.shape[:2])
+    scales = tensors[1].unflatten(1, (layer.groups, layer.outputs))
+    rest = zip(found[at:], tensors[at:], _axes(site), strict=True)
     return [
-        store(layer, cut.pad(load(site.narrow, of_origin), load(layer, origin), "goi")),
-        cut.pad(of_scales, scales.unflatten(1, size), ".go").flatten(1),
+        store(layer, padded),
+        cut.pad(of_scales, scales, ".go").flatten(1),
         *found[2:at],
         *(None if g is None else cut.pad(g, t, axes) for g, t, axes in rest),
     ]

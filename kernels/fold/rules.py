@@ -70,6 +70,14 @@ def scaled(x: Tensor, row: Tensor) -> Tensor:
     return x * row if torch.is_grad_enabled() else x.mul_(row)
 
 
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """``(x * y).sum((2, 3))``, without the product in memory."""
+    n = x.shape[2] * x.shape[3]
+    with torch.autocast(x.device.type, enabled=False):
+        rows = torch.bmm(x.reshape(-1, 1, n), y.reshape(-1, n, 1))
+    return rows.view(x.shape[:2])
+
+
 def copied(x: Tensor, like: Tensor) -> Tensor:
     """A copy in the memory order and type of another tensor."""
     return torch.empty_like(like).copy_(x)
@@ -93,7 +101,7 @@ def add_full(branch: Branch, layer: Layer, total: Tensor, row: Tensor, w: Tensor
 
 
 def back_full(branch: Branch, layer: Layer, grad: Grad, row: Tensor, w: Tensor) -> Gradients:
-    rows = (grad.whole * w.reshape(grad.whole.shape)).sum((2, 3))
+    rows = dot(grad.whole, w.reshape(grad.whole.shape))
     return rows, ((grad.whole * row).reshape(w.shape),)
 
 

@@ -104,8 +104,8 @@ class Share:
 
 @dataclass(frozen=True)
 class Site:
-    """One layer of a fold. Its tensors, in this order: the origin, the scales, table and classes
-    of the ``share`` if there is one, then those of each branch by ``names``.
+    """One layer of a fold. Its tensors, in this order: the origin, the scales if it has branches,
+    table and classes of the ``share`` if there is one, then those of each branch by ``names``.
 
     ``cut``: what the student's weight is of the whole; ``None``: all of it.
     """
@@ -116,10 +116,20 @@ class Site:
     cut: Cut | None = None
     share: Share | None = None
 
+    @property
+    def bare(self) -> bool:
+        """True without branches."""
+        return len(self.branches) == 0
+
+    @cached_property
+    def first(self) -> int:
+        """Where the tensors of its branches begin."""
+        return 1 + (not self.bare) + 2 * (self.share is not None)
+
     @cached_property
     def size(self) -> int:
         """How many tensors it has."""
-        return 2 + 2 * (self.share is not None) + sum(map(len, self.names))
+        return self.first + sum(map(len, self.names))
 
     @property
     def distinct(self) -> bool:

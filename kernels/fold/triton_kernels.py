@@ -77,9 +77,9 @@ def _there(t, column: tl.constexpr):
 
 @triton.jit
 def _scale(t, row, index, dtype: tl.constexpr):
-    """A branch's scale of a row."""
-    scales = _pointer(t, SCALES, dtype)
-    return tl.load(scales + index * _int(t, CHANNELS) + row).to(tl.float32)
+    """A branch's scale of a row; 1 in a layer without scales."""
+    at = _pointer(t, SCALES, dtype) + index * _int(t, CHANNELS) + row
+    return tl.load(at, mask=_there(t, SCALES), other=1.0).to(tl.float32)
 
 
 @triton.jit
@@ -354,7 +354,7 @@ def _scatter(
         of_depth += tl.sum(sums * value.to(tl.float32), axis=1)
         tl.store(d_point + at, (sums * s_depth).to(dtype), mask=pairs)
         start += BLOCK
-    _store_sum(t, row, 0, of_origin, True, dtype)
+    _store_sum(t, row, 0, of_origin, _there(t, D_SCALES), dtype)
     _store_sum(t, row, _int(t, FULL + 1), of_full_0, has_full_0, dtype)
     _store_sum(t, row, _int(t, FULL + 3), of_full_1, has_full_1, dtype)
     _store_sum(t, row, _int(t, FILTER + 3), of_filter_0, has_0, dtype)
