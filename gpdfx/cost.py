@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import tree
+from .fold import Late, Make
 from .teacher import Teacher
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
@@ -44,18 +48,31 @@ def cost(teacher: Teacher, student: nn.Module, example: Example) -> Cost:
     """Run student and teacher on the example, in eval mode, and count."""
     args, kwargs = example
     with _undisturbed(teacher), _undisturbed(student), torch.no_grad():
-        folded = teacher.fold()
+        folded = Late({n: partial(_uncounted, make) for n, make in teacher.late().made.items()})
         macs = (
             _macs(lambda: student(*args, **kwargs), example),
             _macs(lambda: teacher._teach(folded, args, kwargs), example),
         )
-        fold = _count(teacher.fold)
+        fold = _count(lambda: deque(teacher.late(student=False).values(), maxlen=0))
     with _undisturbed(teacher, freeze=False), _undisturbed(student, freeze=False):
         try:
-            kept = _per_sample(student, example), _per_sample(teacher.both, example)
+            both = partial(_both, teacher)
+            kept = _per_sample(student, example), _per_sample(both, example)
         except Exception:  # a batch of one may not do, eval mode overwrite what a gradient needs
             return Cost(macs, fold, None)
     return Cost(macs, fold, kept if min(kept) > 0 else None)
+
+
+def _uncounted(make: Make) -> Tensor:
+    with _disable_current_modes():
+        return make()
+
+
+def _both(teacher: Teacher, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """``Teacher.both`` up to gradients of branches, with one folded weight at a time."""
+    made = teacher.late().made
+    folded = Late({name: lambda make=make: make().requires_grad_() for name, make in made.items()})  # type: ignore[misc]
+    return teacher._teach(folded, args, kwargs), teacher._study(folded, args, kwargs)
 
 
 def _per_sample(call: Callable[..., Any], example: Example) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +38,7 @@ class Lowered:
     shares: tuple[str, ...]
 
 
+Make = Callable[[], Tensor]
 Folded = Mapping[str, Tensor]
 """What graphs and student read instead of parameters, by these names:"""
 
@@ -283,6 +284,25 @@ class Chunk:
             if own is not None:
                 folded[students(name)] = own
         return folded
+
+
+class Late(Mapping[str, Tensor]):
+    """Folded weights that are made when they are read, each time."""
+
+    def __init__(self, made: Mapping[str, Make]) -> None:
+        self.made = made
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.made[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.made)
+
+    def __len__(self) -> int:
+        return len(self.made)
 
 
 def chunks(lowered: Mapping[str, Lowered], net: nn.Module, limit: float = CHUNK) -> list[Chunk]:

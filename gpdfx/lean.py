@@ -9,7 +9,7 @@ again. What a network saves beside its parameters (activations) is saved as ever
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .axes import Frozen
-from .fold import Chunk, Folded, chunks, students, teachers
+from .fold import Chunk, Folded, Late, Make, teachers
 from .kernels import copies
 from .kernels.fold import each, reference
 from .passes.program import mutated
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 KEEP = 2**30
 """Bytes of wide parameters, in float64, up to which they are gathered once and kept (faster)."""
-
-Make = Callable[[], Tensor]
 
 
 # --------------------------------------------------------------------------- placeholders
@@ -168,17 +166,22 @@ class Lean:
     def fold(self) -> Folded:
         """``Teacher.fold`` for calls without a graph of the parameters; of a large teacher every
         weight is made when it is read."""
-        return self.teacher.fold() if self._size <= KEEP else _Late(self)
+        if self._size <= KEEP:
+            return self.teacher.fold()
+        made: dict[str, Make] = dict(self.teacher.late().made)
+        for chunk in self.teacher._alone:
+            (name,) = chunk.sites
+            if name in self.names:
+                made[teachers(name)] = partial(self._in_place, chunk)
+        return Late({name: partial(self._known, make) for name, make in made.items()})
 
     @torch.no_grad()
-    def fold_one(self, name: str, chunk: Chunk, wide: bool) -> Tensor:
-        """The teacher's (``wide``) or the student's weight of a chunk of one; the teacher's takes
-        the place of the parameter."""
+    def _in_place(self, chunk: Chunk) -> Tensor:
+        """The teacher's weight of a chunk of one, in the place of the parameter."""
         ((site, tensors),) = each(chunk.key, chunk.index, chunk.tensors())
-        into = tensors[0] if wide and name in self.names and name not in self._kept else None
-        made = reference.forward(site, tensors, wide, not wide, into)[not wide]
-        assert made is not None
-        return made
+        wide, _ = reference.forward(site, tensors, True, False, into=tensors[0])
+        assert wide is not None
+        return wide
 
     # ---- what autograd saves
     @contextmanager
@@ -193,8 +196,7 @@ class Lean:
         finally:
             self._made.clear()
 
-    def known(self, make: Make) -> Tensor:
-        """What ``make`` makes; autograd keeps the recipe."""
+    def _known(self, make: Make) -> Tensor:
         return self._know(make(), make)
 
     def _know(self, x: Tensor, make: Make, name: str | None = None) -> Tensor:
@@ -225,39 +227,6 @@ class Lean:
             )
         result: Tensor = x
         return result
-
-
-class _Late(Mapping[str, Tensor]):
-    """Folded weights, made when they are read."""
-
-    def __init__(self, lean: Lean) -> None:
-        self.lean = lean
-        self.made: dict[str, Make] = {}
-        teacher = lean.teacher
-        for chunk in chunks(teacher._lowered, teacher._net, 0):
-            (name,) = chunk.sites
-            self.made[teachers(name)] = partial(lean.fold_one, name, chunk, True)
-            self.made[students(name)] = partial(lean.fold_one, name, chunk, False)
-        for path in teacher._single:
-            for name in teacher._net.get_submodule(path).names:  # type: ignore[union-attr]
-                self.made[name] = partial(_of_single, teacher, path, name)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.lean.known(self.made[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.made
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.made)
-
-    def __len__(self) -> int:
-        return len(self.made)
-
-
-@torch.no_grad()
-def _of_single(teacher: Teacher, path: str, name: str) -> Tensor:
-    return teacher.fold_single(path)[name]
 
 
 def _written(graphs: dict[str, fx.Graph]) -> set[str]:

@@ -10,6 +10,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,19 @@ from .control import Recipe
 from .errors import InputError
 from .explain import make_story
 from .extract import Mean, take_first
-from .fold import Fold, Folded, chunks, find, merged, module_of, students
+from .fold import (
+    Chunk,
+    Fold,
+    Folded,
+    Late,
+    Make,
+    chunks,
+    find,
+    merged,
+    module_of,
+    students,
+    teachers,
+)
 from .lean import Lean, hollow, moved, wide_of
 from .part import Part, Section
 from .passes.parts import slow_attention
@@ -100,8 +113,8 @@ class Teacher(nn.Module):
         fused = dict(widened.lowered)
         for name in self._means.keys() & fused.keys():  # a mean needs all of the copies
             fused[name] = replace(fused[name], site=replace(fused[name].site, cut=None))
-        self._lowered = fused
         self._fused = chunks(fused, net)
+        self._alone = chunks(fused, net, 0)
         self._whole = chunks(fused, net, math.inf)
         self._cut = {name for name, one in fused.items() if one.site.cut is not None}
         self._single = [p for name, p in self._folds.items() if name not in fused]
@@ -154,11 +167,11 @@ class Teacher(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the dynamic teacher. Raises ``InputError`` for inputs of another structure than the
         example's, or of another size where the network has that size baked in."""
-        return self._teach(self.fold(student=self._between is not None), args, kwargs)
+        return self._teach(self._folded(student=self._between is not None), args, kwargs)
 
     def student(self, *args: Any, **kwargs: Any) -> Any:
         """Run the student on the teacher's parameters; gradients flow into the teacher's."""
-        return self._study(self.fold(teacher=False), args, kwargs)
+        return self._study(self._folded(teacher=False), args, kwargs)
 
     def both(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """``(teacher(...), teacher.student(...))``, the branches folded once for both."""
@@ -175,10 +188,36 @@ class Teacher(nn.Module):
         for chunk in self._whole if on_gpu else self._fused:
             folded |= chunk(teacher, student)
         for path in self._single:
-            folded |= self.fold_single(path)
+            folded |= self._fold_single(path)
         return folded
 
-    def fold_single(self, path: str) -> Folded:
+    def late(self, *, teacher: bool = True, student: bool = True) -> Late:
+        """``fold`` without gradients, for calls that read a weight once: one is in memory at a
+        time."""
+        made: dict[str, Make] = {}
+        for chunk in self._alone:
+            (name,) = chunk.sites
+            if teacher:
+                made[teachers(name)] = partial(_part, chunk, teachers(name))
+            if student:
+                made[students(name)] = partial(_part, chunk, students(name))
+        for path in self._single:
+            for name in self._net.get_submodule(path).names:  # type: ignore[union-attr]
+                made[name] = partial(self._late_single, path, name)
+        return Late(made)
+
+    def _folded(self, *, teacher: bool = True, student: bool = True) -> Folded:
+        """What one call reads."""
+        on_cpu = bool(self._fused) and not self._fused[0].on_gpu
+        late = on_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        make = self.late if late and self._kept is None else self.fold
+        return make(teacher=teacher, student=student)
+
+    @torch.no_grad()
+    def _late_single(self, path: str, name: str) -> Tensor:
+        return self._fold_single(path)[name]
+
+    def _fold_single(self, path: str) -> Folded:
         """The weights of one layer that is not in the fused fold."""
         fold: Fold = self._net.get_submodule(path)  # type: ignore[assignment]
         own = fold.branched
@@ -376,6 +415,13 @@ def filled(teacher: Teacher, like: nn.Module) -> nn.Module:
     for name, buffer in plain.named_buffers():
         buffer.copy_(buffers[name])
     return plain.train(teacher.training)
+
+
+@torch.no_grad()
+def _part(chunk: Chunk, name: str) -> Tensor:
+    """One of the two weights of a chunk of one."""
+    (weight,) = chunk.sites
+    return chunk(name == teachers(weight), name == students(weight))[name]
 
 
 # --------------------------------------------------------------------------- tensors by name

@@ -279,6 +279,31 @@ def test_gradients_by_function_transforms() -> None:
         torch.testing.assert_close(grads[name], p.grad, msg=name)
 
 
+@pytest.mark.parametrize("branches", [None, "auto", "dbb", "acnet"])
+def test_weights_made_when_they_are_read_are_those_of_the_fold(branches: Any) -> None:
+    _, teacher, x = plain_teacher(branches)
+    teacher.eval()
+    late, folded = teacher.late(), teacher.fold()
+    assert late.keys() == folded.keys()
+    for name, weight in folded.items():
+        assert torch.equal(late[name], weight)
+        assert not late[name].requires_grad
+    assert late.keys() == teacher.late(student=False).keys() | teacher.late(teacher=False).keys()
+    with torch.no_grad():
+        assert torch.equal(teacher(x), teacher._teach(folded, (x,), {}))
+
+
+def test_what_is_frozen_takes_no_gradient() -> None:
+    _, teacher, x = plain_teacher(None)
+    teacher.point.weight.requires_grad_(False)
+    folded = teacher.fold()
+    assert folded[teachers("head.weight")].requires_grad
+    assert not folded[teachers("point.weight")].requires_grad
+    assert not folded[students("point.weight")].requires_grad
+    teacher.both(x)[1].sum().backward()
+    assert teacher.point.weight.grad is None
+
+
 def test_extraction_by_the_mean_folds_all_copies() -> None:
     model, teacher, _ = plain_teacher("orepa", extract="mean")
     assert all(site.cut is None for chunk in teacher._fused for site in chunk.sites.values())
