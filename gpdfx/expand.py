@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,14 +143,16 @@ def expand(
                 checked = _widen(widened.program, widened.inference, control, shares, False, seed)
                 checked = tap(checked, features)
             # before the real one: both would not always fit
-            scratch = Teacher(checked, seed=seed, extract=extract, empty=True)
             clock.lap("transform")
+            with _gc_paused():
+                scratch = Teacher(checked, seed=seed, extract=extract, empty=True)
             scratch.find_caches(args, kwargs, checked.program.student)
             single = casts_on_purpose(widened.program)
             check = oracle.verify(checked, scratch, inputs, seed=seed, single=single)
             del scratch
             clock.lap("verify")
-        teacher = Teacher(widened, seed=seed, live=scales == "scratch", extract=extract)
+        with _gc_paused():
+            teacher = Teacher(widened, seed=seed, live=scales == "scratch", extract=extract)
         clock.lap("transform")
         if check:
             oracle.check_values(widened, teacher)
@@ -180,10 +183,12 @@ def _compile(
         program = _capture(model, inputs, functional, dynamic)
         dynamic = min((mode.level for mode in program.modes.values()), key=LEVELS.index)
         clock.lap("capture")
-        program = canonicalize(program)
         try:
-            inference = infer(program)
-            return _widen(program, inference, control, shares, randomness == "independent", seed)
+            with _gc_paused():
+                program = canonicalize(program)
+                inference = infer(program)
+                independent = randomness == "independent"
+                return _widen(program, inference, control, shares, independent, seed)
         except NeedsFunctional:
             if functional:
                 raise
@@ -221,6 +226,18 @@ def _widen(
     widths = assign(program, inference, control)
     widened = widen(program, inference, widths, shares=shares, independent=independent, seed=seed)
     return lower(branch(widened, control.branches_of))
+
+
+@contextlib.contextmanager
+def _gc_paused() -> Iterator[None]:
+    """Passes make many objects and hardly any garbage, and looking for it takes their time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Clock:

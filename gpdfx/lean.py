@@ -169,7 +169,7 @@ class Lean:
         if self._size <= KEEP:
             return self.teacher.fold()
         made: dict[str, Make] = dict(self.teacher.late().made)
-        for chunk in self.teacher._alone:
+        for chunk in self.teacher._folding.alone:
             (name,) = chunk.sites
             if name in self.names:
                 made[teachers(name)] = partial(self._in_place, chunk)

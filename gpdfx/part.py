@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import operator
 import types
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from torch import fx, nn
 
 from .errors import InputError
 from .fold import Folded
+from .passes.feed import reads
 from .passes.program import Mode
 from .sizes import input_sizes
 
@@ -20,11 +20,10 @@ from .sizes import input_sizes
 class Section:
     """One graph of a part: which calls it takes, its code, and the structure it returns."""
 
-    def __init__(self, mode: Mode, graph: fx.Graph, feeds: tuple[str, ...] = ()) -> None:
-        self.fed = bool(feeds)
+    def __init__(self, mode: Mode, graph: fx.Graph) -> None:
+        self.fed = bool(reads(graph))
         self.training, self.call, self.out = mode.site.training, mode.site.call, mode.out
         self.sizes = input_sizes(mode.graph)
-        graph = _fed_late(graph, feeds) if feeds else graph
         _read_late(graph)
         self.code = _Code(graph)
 
@@ -98,28 +97,10 @@ class _Forward:
         return self.part(self.net, self.folded, self.module.training, args, kwargs)
 
 
-def _fed_late(graph: fx.Graph, feeds: tuple[str, ...]) -> fx.Graph:
-    """A copy whose last inputs, of these names, come as one mapping and are looked up there."""
-    late = fx.Graph()
-    late.output(late.graph_copy(graph, {}))
-    inputs = late.find_nodes(op="placeholder")[-len(feeds) :]
-    title = "folded"
-    while any(n.target == title for n in late.find_nodes(op="placeholder")):
-        title += "_"
-    with late.inserting_before(inputs[0]):
-        folded = late.placeholder(title)
-    for name, node in zip(feeds, inputs, strict=True):
-        if node.users:
-            with late.inserting_before(min(node.users)):
-                node.replace_all_uses_with(late.call_function(operator.getitem, (folded, name)))
-        late.erase_node(node)
-    return late
-
-
 def _read_late(graph: fx.Graph) -> None:
     """Move the reading of every tensor to its first use: one that is made when it is read (see
     ``gpdfx.lean``) is then held for no longer than it is used."""
-    for node in graph.find_nodes(op="get_attr"):
+    for node in (*graph.find_nodes(op="get_attr"), *reads(graph).values()):
         if node.users:
             min(node.users).prepend(node)
 

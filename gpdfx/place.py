@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from .errors import InputError
 from .observe import difference, keep_rng
 from .part import Section
+from .passes.feed import reads
 from .passes.infer import Inference
 from .passes.parts import Calls, recording
 from .passes.program import Program, Site, module_path, source
@@ -35,8 +36,7 @@ def first_difference(
             flat = call_of(section, calls.get(site.path, []))
             mine = _record(_root(program, student), captured.graph, flat, seed, "")
             teacher.load_student(student)
-            folded = teacher.fold()
-            fed = [*flat, *(folded[name] for name in widened.feeds.get(key, ()))]
+            fed = [*flat, teacher.fold()] if reads(widened.graphs[key]) else flat
             theirs = _record(teacher._net, widened.graphs[key], fed, seed, "student")
         except Exception as error:  # the message about the mismatch matters more than its place
             return {"source": f"(the first differing node is unknown: {type(error).__name__})"}

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import zlib
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,19 +19,7 @@ from .control import Recipe
 from .errors import InputError
 from .explain import make_story
 from .extract import Mean, take_first
-from .fold import (
-    Chunk,
-    Fold,
-    Folded,
-    Late,
-    Make,
-    chunks,
-    find,
-    merged,
-    module_of,
-    students,
-    teachers,
-)
+from .fold import Fold, Folded, Folding, Late, find, merged, module_of, students
 from .lean import Lean, hollow, moved, wide_of
 from .part import Part, Section
 from .passes.parts import slow_attention
@@ -80,9 +66,7 @@ class Teacher(nn.Module):
         self._alias = dict(program.alias)
         self._parts = {path: Part(path) for path in program.parts}
         for key, mode in program.modes.items():
-            self._parts[mode.site.path].sections.append(
-                Section(mode, widened.graphs[key], widened.feeds.get(key, ()))
-            )
+            self._parts[mode.site.path].sections.append(Section(mode, widened.graphs[key]))
         self._report: Report | None = None
         self._recipe: Recipe | None = None
         self._story = make_story(widened)
@@ -113,12 +97,8 @@ class Teacher(nn.Module):
         fused = dict(widened.lowered)
         for name in self._means.keys() & fused.keys():  # a mean needs all of the copies
             fused[name] = replace(fused[name], site=replace(fused[name].site, cut=None))
-        self._fused = chunks(fused, net)
-        self._alone = chunks(fused, net, 0)
-        self._whole = chunks(fused, net, math.inf)
-        self._cut = {name for name, one in fused.items() if one.site.cut is not None}
-        self._single = [p for name, p in self._folds.items() if name not in fused]
-        self._kept: Folded | None = None
+        singles = [path for name, path in self._folds.items() if name not in fused]
+        self._folding = Folding(net, fused, singles)
         # what the parts read while the user's Python runs between them
         self._held: ChainMap[str, Tensor] = ChainMap()
         between = None if "" in self._parts else self._make_between()
@@ -167,11 +147,11 @@ class Teacher(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the dynamic teacher. Raises ``InputError`` for inputs of another structure than the
         example's, or of another size where the network has that size baked in."""
-        return self._teach(self._folded(student=self._between is not None), args, kwargs)
+        return self._teach(self._folding.for_call(student=self._between is not None), args, kwargs)
 
     def student(self, *args: Any, **kwargs: Any) -> Any:
         """Run the student on the teacher's parameters; gradients flow into the teacher's."""
-        return self._study(self._folded(teacher=False), args, kwargs)
+        return self._study(self._folding.for_call(teacher=False), args, kwargs)
 
     def both(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """``(teacher(...), teacher.student(...))``, the branches folded once for both."""
@@ -181,60 +161,16 @@ class Teacher(nn.Module):
     def fold(self, *, teacher: bool = True, student: bool = True) -> Folded:
         """The weights that branches fold into, by the names of ``gpdfx.fold``: those that the
         teacher reads, those that the student does, or both."""
-        if self._kept is not None:
-            return self._kept
-        folded: dict[str, Tensor] = {}
-        on_gpu = bool(self._fused) and self._fused[0].on_gpu
-        for chunk in self._whole if on_gpu else self._fused:
-            folded |= chunk(teacher, student)
-        for path in self._single:
-            folded |= self._fold_single(path)
-        return folded
+        return self._folding(teacher=teacher, student=student)
 
     def late(self, *, teacher: bool = True, student: bool = True) -> Late:
-        """``fold`` without gradients, for calls that read a weight once: one is in memory at a
-        time."""
-        made: dict[str, Make] = {}
-        for chunk in self._alone:
-            (name,) = chunk.sites
-            if teacher:
-                made[teachers(name)] = partial(_part, chunk, teachers(name))
-            if student:
-                made[students(name)] = partial(_part, chunk, students(name))
-        for path in self._single:
-            for name in self._net.get_submodule(path).names:  # type: ignore[union-attr]
-                made[name] = partial(self._late_single, path, name)
-        return Late(made)
+        """``fold`` without gradients; every weight is made when it is read."""
+        return self._folding.late(teacher=teacher, student=student)
 
-    def _folded(self, *, teacher: bool = True, student: bool = True) -> Folded:
-        """What one call reads."""
-        on_cpu = bool(self._fused) and not self._fused[0].on_gpu
-        late = on_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        make = self.late if late and self._kept is None else self.fold
-        return make(teacher=teacher, student=student)
-
-    @torch.no_grad()
-    def _late_single(self, path: str, name: str) -> Tensor:
-        return self._fold_single(path)[name]
-
-    def _fold_single(self, path: str) -> Folded:
-        """The weights of one layer that is not in the fused fold."""
-        fold: Fold = self._net.get_submodule(path)  # type: ignore[assignment]
-        own = fold.branched
-        bias = None if own.bias is None else operator_get(self._net, own.bias)
-        folded: Folded = fold(operator_get(self._net, own.weight), bias)
-        return folded
-
-    @contextmanager
-    def folded_once(self) -> Iterator[None]:
+    def folded_once(self) -> AbstractContextManager[None]:
         """Fold the branches once for all calls inside, as an evaluation wants it: parameters must
         not change meanwhile, and get no gradient."""
-        with torch.no_grad():
-            self._kept = self.fold() if self._lean is None else self._lean.fold()
-        try:
-            yield
-        finally:
-            self._kept = None
+        return self._folding.once(self.fold if self._lean is None else self._lean.fold)
 
     def folds(self) -> Iterator[Fold]:
         """The branches of each layer."""
@@ -287,11 +223,11 @@ class Teacher(nn.Module):
     def student_parameters(self, folded: Folded | None = None) -> Iterator[tuple[str, Tensor]]:
         """CBR: the student's parameters. Branches are merged (``folded``: what ``fold`` gave, if
         it is known), then the first copies taken: views where they can be."""
-        folded = self.fold(teacher=False) if folded is None else folded
+        folded = self._folding.for_call(teacher=False) if folded is None else folded
         for name, _ in self._student.named_parameters():
             wide = folded.get(students(name), folded.get(merged(name)))
             wide = operator_get(self._net, name) if wide is None else wide
-            yield name, wide if name in self._cut else self.narrow(name, wide)
+            yield name, wide if name in self._folding.cut else self.narrow(name, wide)
 
     def narrow(self, name: str, wide: Tensor) -> Tensor:
         """A tensor like the student's parameter ``name``, out of one like the teacher's: the first
@@ -415,13 +351,6 @@ def filled(teacher: Teacher, like: nn.Module) -> nn.Module:
     for name, buffer in plain.named_buffers():
         buffer.copy_(buffers[name])
     return plain.train(teacher.training)
-
-
-@torch.no_grad()
-def _part(chunk: Chunk, name: str) -> Tensor:
-    """One of the two weights of a chunk of one."""
-    (weight,) = chunk.sites
-    return chunk(name == teachers(weight), name == students(weight))[name]
 
 
 # --------------------------------------------------------------------------- tensors by name

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import fx
 from ..branches import NONE, BranchSet, Layer
 from ..fold import Branched, kernel, merged, module_of, plain
 from ..kernels import copies
-from .program import Program, bind
+from . import feed
+from .program import Program, bind, copied
 from .widen import Widened
 
 aten = torch.ops.aten
@@ -57,13 +59,11 @@ def branch(widened: Widened, choose: Callable[[list[str]], BranchSet]) -> Widene
     }
     found = [one for one in each.values() if isinstance(one, Branched)]
     left = {name: why for name, why in each.items() if isinstance(why, str)}
-    graphs: dict[str, fx.Graph] = {}
-    feeds: dict[str, tuple[str, ...]] = {}
-    for key, mode in program.modes.items():
-        graphs[key] = fx.Graph()
-        graphs[key].output(graphs[key].graph_copy(widened.graphs[key], {}))
-        feeds[key] = feed(graphs[key], found, mode.site.training)
-    return replace(widened, graphs=graphs, feeds=feeds, branched=tuple(found), unbranched=left)
+    graphs = dict(widened.graphs)
+    for key, mode in program.modes.items() if found else ():
+        graphs[key] = copied(graphs[key])
+        read_folded(graphs[key], found, mode.site.training)
+    return replace(widened, graphs=graphs, branched=tuple(found), unbranched=left)
 
 
 # --------------------------------------------------------------------------- finding layers
@@ -134,23 +134,10 @@ def _bias(widened: Widened, uses: Uses, name: str) -> str | None:
 
 
 # --------------------------------------------------------------------------- rewriting
-def feed(
-    graph: fx.Graph, found: Sequence[Branched], training: bool, before: Sequence[str] = ()
-) -> tuple[str, ...]:
-    """Folded weights come in as further inputs of the graph; their names, in order, after those
-    of ``before``, which are there."""
-    nodes = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
-    feeds = list(before)
-    last = [n for n in graph.nodes if n.op == "placeholder"]
-    first = next(iter(graph.nodes))
-
-    def add(name: str) -> fx.Node:
-        with graph.inserting_after(last[-1]) if last else graph.inserting_before(first):
-            node: fx.Node = graph.placeholder(f"folded_{len(feeds)}")
-        feeds.append(name)
-        last.append(node)
-        return node
-
+def read_folded(graph: fx.Graph, found: Sequence[Branched], training: bool) -> None:
+    """Folded weights take the place of parameters."""
+    nodes = {str(n.target): n for n in graph.find_nodes(op="get_attr")}
+    add = partial(feed.add, graph)
     for one in found:
         node = nodes.get(one.weight)
         if node is None:
@@ -167,7 +154,6 @@ def feed(
             bias.replace_all_uses_with(add(merged(one.bias)))
             graph.erase_node(bias)
     graph.lint()
-    return tuple(feeds)
 
 
 def _layers_on(weight: fx.Node) -> list[fx.Node]:

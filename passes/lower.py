@@ -16,45 +16,37 @@ from ..branches import NONE, Layer
 from ..fold import Branched, Lowered, merged, teachers
 from ..kernels import copies
 from ..kernels.fold import RULES, Share, Site, cut_of
-from .branch import feed, layer_of, uses_of
+from .branch import layer_of, read_folded, uses_of
+from .feed import reads
+from .program import copied
 from .widen import Widened
 
 
 def lower(widened: Widened) -> Widened:
     """Fill in ``lowered`` and ``unlowered``."""
-    widened, bare = _fed_bare(widened)
+    bare = _bare(widened)
+    graphs = {key: copied(graph) for key, graph in widened.graphs.items()}
+    for key, graph in graphs.items():
+        read_folded(graph, bare, widened.program.modes[key].site.training)
     unlowered = {one.weight: why for one in widened.branched if (why := _refusal(one))}
-    read = _reads(widened)
-    lowered = {
-        one.weight: _lowered(widened, one, read.get(one.weight, []))
-        for one in (*widened.branched, *bare)
-        if one.weight not in unlowered
-    }
-    graphs: dict[str, fx.Graph] = {}
-    feeds: dict[str, tuple[str, ...]] = {}
-    for key, graph in widened.graphs.items():
-        graphs[key] = _copied(graph)
-        nodes = _fed(widened, key, graphs[key])
-        for name, its in lowered.items():
-            node = nodes.get(merged(name))
-            if node is not None and its.shares:
-                for user in list(node.users):
+    read = [reads(graph) for graph in graphs.values()]
+    lowered = {}
+    for one in (*widened.branched, *bare):
+        if one.weight not in unlowered:
+            nodes = [its[merged(one.weight)] for its in read if merged(one.weight) in its]
+            lowered[one.weight] = _lowered(widened, one, nodes)
+            for node in nodes:
+                node.args = (node.args[0], teachers(one.weight))
+                for user in list(node.users) if lowered[one.weight].shares else ():
                     user.replace_all_uses_with(node)
-                    graphs[key].erase_node(user)
-        for node in graphs[key].find_nodes(op="get_attr"):
+                    user.graph.erase_node(user)
+    for graph in graphs.values():
+        for node in graph.find_nodes(op="get_attr"):
             if not node.users:  # tables of shares
-                graphs[key].erase_node(node)
-        graphs[key].lint()
-        moved = {merged(name): teachers(name) for name in lowered}
-        feeds[key] = tuple(moved.get(name, name) for name in widened.feeds.get(key, ()))
+                graph.erase_node(node)
+        graph.lint()
     ordered = {name: lowered[name] for name in widened.maps if name in lowered}
-    return replace(widened, graphs=graphs, feeds=feeds, lowered=ordered, unlowered=unlowered)
-
-
-def _copied(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    return copy
+    return replace(widened, graphs=graphs, lowered=ordered, unlowered=unlowered)
 
 
 def _refusal(one: Branched) -> str:
@@ -67,49 +59,26 @@ def _refusal(one: Branched) -> str:
     return ""
 
 
-# --------------------------------------------------------------------------- without branches
-def _fed_bare(widened: Widened) -> tuple[Widened, list[Branched]]:
-    """Layers without branches that have shares, and a student's part that is a block: their
-    weights, too, come in as inputs."""
-    reads: dict[str, list[fx.Node]] = {}
+def _bare(widened: Widened) -> list[Branched]:
+    """Layers without branches that have shares, and a student's part that is a block."""
+    nodes: dict[str, list[fx.Node]] = {}
     for graph in widened.graphs.values():
         for node in graph.find_nodes(op="get_attr"):
-            reads.setdefault(str(node.target), []).append(node)
-    uses, bare = uses_of(widened.program), []
+            nodes.setdefault(str(node.target), []).append(node)
+    uses, found = uses_of(widened.program), []
     for name in widened.inference.parameters(widened.program, rank=2):
-        layer = layer_of(widened, uses, name) if _shares(reads.get(name, [])) else ""
+        layer = layer_of(widened, uses, name) if _shares(nodes.get(name, [])) else ""
         if isinstance(layer, Layer) and cut_of(layer, widened.maps[name]) is not None:
-            bare.append(Branched(name, None, layer, NONE))
-    graphs, feeds = {}, {}
-    for key, graph in widened.graphs.items():
-        graphs[key] = _copied(graph)
-        training = widened.program.modes[key].site.training
-        feeds[key] = feed(graphs[key], bare, training, widened.feeds.get(key, ()))
-    return replace(widened, graphs=graphs, feeds=feeds), bare
-
-
-# --------------------------------------------------------------------------- shares
-def _fed(widened: Widened, key: str, graph: fx.Graph) -> dict[str, fx.Node]:
-    """Feed -> its placeholder: the last ones."""
-    feeds = widened.feeds.get(key, ())
-    inputs = graph.find_nodes(op="placeholder")
-    return dict(zip(feeds, inputs[len(inputs) - len(feeds) :], strict=True))
-
-
-def _reads(widened: Widened) -> dict[str, list[fx.Node]]:
-    """Weight -> where graphs read it merged, under its own name."""
-    found: dict[str, list[fx.Node]] = {}
-    for key, graph in widened.graphs.items():
-        for name, node in _fed(widened, key, graph).items():
-            found.setdefault(name, []).append(node)
+            found.append(Branched(name, None, layer, NONE))
     return found
 
 
-def _shares(reads: list[fx.Node]) -> tuple[Any, ...] | None:
+# --------------------------------------------------------------------------- shares
+def _shares(nodes: list[fx.Node]) -> tuple[Any, ...] | None:
     """The arguments of ``copies.share``, if all that reads a weight multiplies it by the same
     ones."""
     uses: list[Any] = []
-    for node in reads:
+    for node in nodes:
         for user in node.users:
             use: Any = None
             if user.target is copies.share:
@@ -119,9 +88,9 @@ def _shares(reads: list[fx.Node]) -> tuple[Any, ...] | None:
     return uses[0] if len(uses) == 1 else None
 
 
-def _lowered(widened: Widened, one: Branched, reads: list[fx.Node]) -> Lowered:
+def _lowered(widened: Widened, one: Branched, nodes: list[fx.Node]) -> Lowered:
     """With its shares, if it has them everywhere."""
-    found = _shares(reads)
+    found = _shares(nodes)
     names: tuple[str, ...] = ()
     share = None
     if found is not None:

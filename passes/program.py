@@ -102,6 +102,13 @@ def check(program: Program) -> Program:
     return program
 
 
+def copied(graph: fx.Graph) -> fx.Graph:
+    """Another graph of the same nodes."""
+    twin = fx.Graph()
+    twin.output(twin.graph_copy(graph, {}))
+    return twin
+
+
 def duplicate(module: Module, memo: dict[int, Any] | None = None) -> Module:
     """A deep copy, also of modules that hold a computed tensor (the old ``weight_norm``), which
     ``copy`` alone refuses. ``memo``: what is shared, by ``id``."""

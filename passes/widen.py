@@ -45,8 +45,7 @@ class Widened:
     ``maps``: name -> one frozen axis per dimension, for every parameter and buffer;
     ``shares`` and ``constants``: tensors that the graphs name and the student does not have.
     ``uses``: weight -> the shares that its op multiplies it by; ``branched``: weights that have
-    branches; ``feeds``: what graphs take as further inputs of these, by the names of
-    ``gpdfx.fold``; ``unbranched``: weights that got none -> why; ``lowered``: of the branched,
+    branches; ``unbranched``: weights that got none -> why; ``lowered``: of the branched,
     those that the fused fold computes; ``unlowered``: the others -> why.
     """
 
@@ -60,7 +59,6 @@ class Widened:
     bridges: tuple[Bridge, ...]
     uses: dict[str, Use]
     branched: tuple[Branched, ...] = ()
-    feeds: dict[str, tuple[str, ...]] = field(default_factory=dict)
     unbranched: dict[str, str] = field(default_factory=dict)
     lowered: dict[str, Lowered] = field(default_factory=dict)
     unlowered: dict[str, str] = field(default_factory=dict)

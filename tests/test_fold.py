@@ -202,7 +202,7 @@ def test_the_students_part_alone_is_cut_out_of_the_whole(name: str, branches: st
     for key, weight in both.items():
         close(alone.get(key, weight), weight)
         close(wide.get(key, weight), weight)
-    sites = {name: site for chunk in teacher._fused for name, site in chunk.sites.items()}
+    sites = {name: site for chunk in teacher._folding.fused for name, site in chunk.sites.items()}
     assert sum(site.cut is not None for site in sites.values()) > len(sites) / 2
     for weight, site in sites.items():
         if site.cut is not None:
@@ -240,7 +240,7 @@ def test_a_layer_without_a_fused_fold_takes_its_own_way() -> None:
             return params["weight"].square()
 
     _, teacher, x = plain_teacher({"*": "orepa", "twice": [Own()], "point": None})
-    (chunk,) = teacher._fused
+    (chunk,) = teacher._folding.fused
     assert list(chunk.sites) == ["first.weight", "point.weight", "head.weight"]
     with torch.no_grad():
         for fold in teacher.folds():
@@ -306,7 +306,9 @@ def test_what_is_frozen_takes_no_gradient() -> None:
 
 def test_extraction_by_the_mean_folds_all_copies() -> None:
     model, teacher, _ = plain_teacher("orepa", extract="mean")
-    assert all(site.cut is None for chunk in teacher._fused for site in chunk.sites.values())
+    assert all(
+        site.cut is None for chunk in teacher._folding.fused for site in chunk.sites.values()
+    )
     assert tensors_equal(gpdfx.collapse(teacher).state_dict(), model.state_dict())
 
 

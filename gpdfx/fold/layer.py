@@ -1,80 +1,19 @@
-"""Fold: one layer's branches and scales -> its weight."""
+"""One layer's branches and scales -> its weight, in plain torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .branches import Branch, BranchSet, Layer
-from .kernels.fold import Site, elements, fold, register
+from ..branches import Branch, Layer
+from .names import Branched, Folded, kernel, merged, plain
 
 EPS = 1e-5
 MOMENTUM = 0.1
-
-
-@dataclass(frozen=True)
-class Branched:
-    """A weight with branches, as the branch pass found it. ``bias``: the layer's, if it has one,
-    which takes what normalized branches add to every pixel."""
-
-    weight: str
-    bias: str | None
-    layer: Layer
-    chosen: BranchSet
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """A weight's place in the fused fold, with branches or without, as the lowering pass found
-    it. ``shares``: names of table and classes, if the fold multiplies by them."""
-
-    site: Site
-    shares: tuple[str, ...]
-
-
-Make = Callable[[], Tensor]
-Folded = Mapping[str, Tensor]
-"""What graphs and student read instead of parameters, by these names:"""
-
-
-def merged(name: str) -> str:
-    """The weight (or bias) with all branches in it: the student's, and the teacher's in eval."""
-    return name
-
-
-def plain(name: str) -> str:
-    """The weight without its normalized branches: the teacher's in train mode."""
-    return f"{name} plain"
-
-
-def kernel(name: str, branch: str) -> str:
-    """The weight of one normalized branch alone."""
-    return f"{name} {branch}"
-
-
-def teachers(name: str) -> str:
-    """The weight that the teacher reads, of the fused fold: with its shares."""
-    return f"{name} teacher"
-
-
-def students(name: str) -> str:
-    """The weight that the student reads, of the fused fold: without shares, its part alone if the
-    site has a ``cut``."""
-    return f"{name} student"
-
-
-PREFIX = "_branches"
-
-
-def module_of(name: str) -> str:
-    """Where the teacher keeps the branches of a weight."""
-    return f"{PREFIX}.{name}"
 
 
 class BranchNorm(nn.Module):
@@ -230,98 +169,3 @@ def merge(
         total = made if total is None else total + made
     assert total is not None
     return layer.store(total.expand(layer.shape))
-
-
-# --------------------------------------------------------------------------- many layers at once
-CHUNK = 2**20
-"""Elements of weights in one fold on the CPU. A chunk's backward begins when the gradients of all
-its weights are known, and they wait in memory until then; on a GPU launches count for more."""
-
-
-class Chunk:
-    """Neighbouring layers that are folded together; ``sites`` by weight; ``places``: path, module
-    and name of each of their tensors; ``index``: whose place each site's tensors have."""
-
-    def __init__(self) -> None:
-        self.sites: dict[str, Site] = {}
-        self.places: dict[str, tuple[nn.Module, str]] = {}
-        self.index: tuple[int, ...] = ()
-        self.key = ""
-
-    @property
-    def on_gpu(self) -> bool:
-        return find(*next(iter(self.places.values()))).is_cuda
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        register(tuple(self.sites.values()))  # in this process
-
-    def add(self, name: str, lowered: Lowered, net: nn.Module) -> None:
-        own = module_of(name)
-        self.sites[name] = lowered.site
-        branches: Fold | None = net.get_submodule(own) if lowered.site.branches else None  # type: ignore[assignment]
-        paths = [name, *([f"{own}.scales"] if branches else []), *lowered.shares]
-        for key, names in zip(branches.linear if branches else (), lowered.site.names, strict=True):
-            paths += [f"{own}.{key}.{tensor}" for tensor in names]
-        for path in paths:
-            parent, _, leaf = path.rpartition(".")
-            self.places.setdefault(path, (net.get_submodule(parent), leaf))
-        places = list(self.places)
-        self.index += tuple(places.index(path) for path in paths)
-        self.key = register(tuple(self.sites.values()))
-
-    def tensors(self) -> list[Tensor]:
-        """Those of its places."""
-        return [find(module, leaf) for module, leaf in self.places.values()]
-
-    def __call__(self, teacher: bool, student: bool) -> Folded:
-        tensors = self.tensors()
-        folded: dict[str, Tensor] = {}
-        weights = fold(self.key, self.index, tensors, teacher=teacher, student=student)
-        for name, (wide, own) in zip(self.sites, weights, strict=True):
-            if wide is not None:
-                folded[teachers(name)] = wide
-            if own is not None:
-                folded[students(name)] = own
-        return folded
-
-
-class Late(Mapping[str, Tensor]):
-    """Folded weights that are made when they are read, each time."""
-
-    def __init__(self, made: Mapping[str, Make]) -> None:
-        self.made = made
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.made[name]()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.made
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.made)
-
-    def __len__(self) -> int:
-        return len(self.made)
-
-
-def chunks(lowered: Mapping[str, Lowered], net: nn.Module, limit: float = CHUNK) -> list[Chunk]:
-    """All layers of the fused fold, in order, in chunks of about ``limit`` elements."""
-    found: list[Chunk] = []
-    held = 0
-    for name, one in lowered.items():
-        size = elements(one.site.layer)
-        if not found or held + size > limit:
-            found.append(Chunk())
-            held = 0
-        found[-1].add(name, one, net)
-        held += size
-    return found
-
-
-def find(module: nn.Module, leaf: str) -> Tensor:
-    """A parameter or buffer."""
-    tensor = module._parameters.get(leaf)
-    found = module._buffers[leaf] if tensor is None else tensor
-    assert found is not None
-    return found
