@@ -12,9 +12,9 @@ def keep_memory() -> bool:
     """Let the process keep memory that is freed, and use it again.
 
     By default glibc gives large tensors back to the system when they are freed, and the next one
-    of that size is paid for page by page: a quarter of the time of a training step whose cost is
-    its weights. Numbers do not change; the process stays as large as it was at most. For the
-    whole process and for good; best before the first step. ``gpdfx train`` does it on CPUs.
+    of that size is paid for page by page, which shows where a training step costs its weights.
+    Numbers do not change; the process stays as large as it was at most. For the whole process and
+    for good; best before the first step. ``gpdfx train`` does it on CPUs.
 
     Returns whether it could: False without glibc. It has no effect where another allocator
     (jemalloc, tcmalloc) is loaded.

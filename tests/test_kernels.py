@@ -7,6 +7,7 @@ import csv
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +177,16 @@ def test_kernels_are_there_for_channels_last() -> None:
 
 
 # --------------------------------------------------------------------------- the operator
-@pytest.mark.parametrize("which", ["grouped", "transposed", "linear"])
-def test_the_operator_is_registered_well(which: str) -> None:
-    case = Case(LAYERS[which], "lowrank" if which == "linear" else "orepa", torch.float32)
+@pytest.mark.parametrize(
+    ("which", "chosen"),
+    [("grouped", "orepa"), ("transposed", "orepa"), ("linear", "lowrank"), ("grouped", "none")],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_operator_is_registered_well(which: str, chosen: str, whole: bool) -> None:
+    """``whole``: the student's weight is all of the teacher's."""
+    case = Case(LAYERS[which], chosen, torch.float32)
+    if whole:
+        case.site = replace(case.site, cut=None)
     key, index = register((case.site,)), list(range(len(case.tensors)))
     for asked in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(fold_op, (case.tensors, index, key, *asked, None))
@@ -186,6 +194,7 @@ def test_the_operator_is_registered_well(which: str) -> None:
     grads = [torch.randn_like(w) for w in made]
     detached = [t.detach() for t in case.tensors]
     torch.library.opcheck(backward_op, (grads, detached, index, key, True, True, None))
+    torch.library.opcheck(backward_op, (grads[1:], detached, index, key, False, True, None))
     torch.autograd.backward(made, grads)
     operator = [t.grad for t in case.leaves]
     function = torch.autograd.grad(case.fused(), case.leaves, grads)

@@ -79,10 +79,7 @@ def merge(site: Site, layer: Layer, tensors: Tensors, into: Tensor | None = None
 
 
 def backward(
-    site: Site,
-    tensors: Tensors,
-    teacher: Tensor | None,
-    student: Tensor | None,
+    site: Site, tensors: Tensors, teacher: Tensor | None, student: Tensor | None
 ) -> list[Tensor | None]:
     """The gradients of the tensors, from those of the weights."""
     layer, cut = site.layer, site.cut
@@ -94,7 +91,8 @@ def backward(
         return _whole(site, tensors, found)
     if teacher is None:
         assert student is not None
-        return unmerge(site, layer, tensors, load(layer, student))
+        grad = load(layer, student)  # an operator may not return what it was given
+        return unmerge(site, layer, tensors, grad.clone() if site.bare else grad)
     fresh = site.share is not None
     if fresh:
         teacher = _shared(site, teacher, tensors, None)
