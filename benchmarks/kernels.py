@@ -47,7 +47,7 @@ def configurations() -> Iterator[tuple[Any, torch.dtype, torch.dtype, dict[str, 
     for own, made in TYPES:
         yield k.prepare, own, made, block
         yield k.combine, own, made, wide
-        yield k.scatter, own, made, wide
+        yield k.scatter, own, made, wide | {"BLOCK": launch.block(wide["EXPANDED"])}
         yield k.finish, own, made, sums
         if own == made:
             yield k.reduce, own, made, {"BLOCK": 8 * launch.BLOCK}

@@ -91,7 +91,7 @@ class Folding:
             self.kept = None
 
     def _on_gpu(self) -> bool:
-        return bool(self.fused) and self.fused[0].on_gpu
+        return len(self.fused) > 0 and self.fused[0].on_gpu
 
     def _single(self, path: str) -> Folded:
         """The weights of one layer that is not in the fused fold."""

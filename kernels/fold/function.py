@@ -12,6 +12,10 @@ from . import reference
 from .op import fold_op
 from .site import SITES, each, pairs
 
+_KINDS = ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "maia", "xla")
+_CASTING = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
+"""Devices with autocast: found out here, for compilers of torch 2.11 cannot."""
+
 Weights = tuple[Tensor | None, Tensor | None]
 """The teacher's and the student's."""
 
@@ -45,7 +49,7 @@ def fold(
 
 def _autocast(kind: str) -> torch.dtype | None:
     """The type of products under autocast, if it is on."""
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in _CASTING and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 

@@ -295,9 +295,10 @@ def backward(
         layouts.append(one)
         found.append(mine)
     operands = [one.operand() for one, *_ in products]
-    types = {"made": TYPES[made], "BLOCK": BLOCK, "EXPANDED": _expanded(layouts)}
+    expanded = _expanded(layouts)
+    types = {"made": TYPES[made], "BLOCK": BLOCK, "EXPANDED": expanded}
     first = [(n, *p) for n, one in enumerate(layouts) for p in one.programs()]
-    launch(k.scatter, layouts, _rows(layouts) + first, **types)
+    launch(k.scatter, layouts, _rows(layouts) + first, **types | {"BLOCK": block(expanded)})
     for (one, plain, scaled, moved, mine, place), left in zip(products, operands, strict=True):
         torch.bmm(plain, one.right.transpose(1, 2), out=moved)
         mine[place] = torch.bmm(left.transpose(1, 2), scaled).to(one.origin.dtype)
@@ -317,6 +318,11 @@ def _common(one: Layout, own: Tensor | None) -> None:
 
 def _rows(layouts: Sequence[Layout]) -> list[tuple[int, int, int]]:
     return [(n, row, 0) for n, one in enumerate(layouts) for row in range(one.layer.channels)]
+
+
+def block(expanded: int) -> int:
+    """Inputs at once in ``scatter``, which has no registers for more with a depthwise kernel."""
+    return BLOCK if expanded == 1 else BLOCK // 2
 
 
 def _expanded(layouts: Sequence[Layout]) -> int:
