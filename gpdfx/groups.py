@@ -9,8 +9,8 @@ from torch import nn
 
 from .control import covers
 from .errors import InputError
-from .fold import PREFIX
-from .teacher import Teacher, operator_get
+from .fold import PREFIX, operator_get
+from .teacher import Teacher
 
 Group = dict[str, Any]
 PARAMETRIZATIONS = ("student", "paper")

@@ -17,6 +17,7 @@ from torch import nn
 
 from .compare import BUG, WrittenError, compare, copied, floor_of
 from .errors import LossyError
+from .fold import operator_get
 from .free import free_levels
 from .lean import Lean
 from .observe import difference, identical, keep_rng, observe
@@ -25,7 +26,7 @@ from .passes.program import duplicate
 from .passes.widen import Widened, gather
 from .place import first_difference
 from .probe import Way, convert, randomize, settle, ways
-from .teacher import Teacher, filled, operator_get
+from .teacher import Teacher, filled
 
 TOLERANCE = 1e-10
 CEILING = 1e-7  # where rounding itself is amplified

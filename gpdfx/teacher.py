@@ -19,7 +19,7 @@ from .control import Recipe
 from .errors import InputError
 from .explain import make_story
 from .extract import Mean, take_first
-from .fold import Fold, Folded, Folding, Late, find, merged, module_of, students
+from .fold import Fold, Folded, Folding, Late, merged, module_of, operator_get, students
 from .lean import Lean, hollow, moved, wide_of
 from .part import Part, Section
 from .passes.parts import slow_attention
@@ -354,12 +354,6 @@ def filled(teacher: Teacher, like: nn.Module) -> nn.Module:
 
 
 # --------------------------------------------------------------------------- tensors by name
-def operator_get(module: nn.Module, name: str) -> Tensor:
-    """``module.a.b.c`` by a dotted name."""
-    path, _, leaf = name.rpartition(".")
-    return find(module.get_submodule(path), leaf)
-
-
 def _place(root: nn.Module, path: str, module: nn.Module) -> None:
     *way, leaf = path.split(".")
     for part in way:

@@ -3,7 +3,7 @@
 from .layer import Fold as Fold
 from .many import Chunk as Chunk
 from .many import chunks as chunks
-from .many import find as find
+from .many import operator_get as operator_get
 from .names import PREFIX as PREFIX
 from .names import Branched as Branched
 from .names import Folded as Folded

@@ -85,3 +85,9 @@ def find(module: nn.Module, leaf: str) -> Tensor:
     found = module._buffers[leaf] if tensor is None else tensor
     assert found is not None
     return found
+
+
+def operator_get(module: nn.Module, name: str) -> Tensor:
+    """``module.a.b.c`` by a dotted name."""
+    path, _, leaf = name.rpartition(".")
+    return find(module.get_submodule(path), leaf)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer import Fold
-from .many import Chunk, chunks, find
+from .many import Chunk, chunks, operator_get
 from .names import Folded, Lowered, Make, students, teachers
 
 
@@ -97,17 +97,13 @@ class Folding:
         """The weights of one layer that is not in the fused fold."""
         fold: Fold = self.net.get_submodule(path)  # type: ignore[assignment]
         own = fold.branched
-        bias = None if own.bias is None else self._find(own.bias)
-        folded: Folded = fold(self._find(own.weight), bias)
+        bias = None if own.bias is None else operator_get(self.net, own.bias)
+        folded: Folded = fold(operator_get(self.net, own.weight), bias)
         return folded
 
     @torch.no_grad()
     def _one_of_single(self, path: str, name: str) -> Tensor:
         return self._single(path)[name]
-
-    def _find(self, name: str) -> Tensor:
-        parent, _, leaf = name.rpartition(".")
-        return find(self.net.get_submodule(parent), leaf)
 
 
 @torch.no_grad()
