@@ -25,6 +25,11 @@ _CHECKS = {
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 }
+_DROPOUTS = {
+    overload.default
+    for kind in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+    for overload in (getattr(aten, kind), getattr(aten, f"{kind}_"))
+}
 
 
 def canonicalize(program: Program) -> Program:
@@ -210,7 +215,7 @@ def _drop_identity(node: fx.Node) -> None:
     """Erase export's assertions, and dropout that drops nothing."""
     if node.target in _CHECKS:
         node.graph.erase_node(node)
-    elif node.target in (aten.dropout.default, aten.dropout_.default):
+    elif node.target in _DROPOUTS:
         source, p, train = node.args[:3] if len(node.args) > 2 else (None, None, True)
         if isinstance(source, fx.Node) and (p == 0 or not train):
             node.replace_all_uses_with(source)

@@ -329,7 +329,9 @@ def activation(s: Source) -> None:
 def dropout(s: Source) -> None:
     ones = "(1, 1, 1)" if s.kind == "image" else "(1, 1)"
     path = f"x = x * x.new_empty((x.shape[0], *{ones})).bernoulli_(0.8) if self.training else x"
-    s.add(s.one("x = F.dropout(x, 0.2, self.training)", path))
+    channels = "dropout2d" if s.kind == "image" else "dropout1d"
+    kinds = ("dropout", channels, "alpha_dropout", "feature_alpha_dropout")
+    s.add(s.one(*(f"x = F.{kind}(x, 0.2, self.training)" for kind in kinds), path))
 
 
 IMAGE = (

@@ -22,7 +22,7 @@ def _same(op: Op) -> Axes:
 def _dropout(w: Writer) -> fx.Node:
     op = w.op
     axes = op.axes("input")
-    if w.target.independent or not any(w.wide(a) for a in axes):
+    if not op["train"] or w.target.independent or not any(w.wide(a) for a in axes):
         return w.copy()
     x, name = w["input"], op.node.target._opname.rstrip("_")  # type: ignore[union-attr]
     sizes = student_sizes(w, x, axes, value(op["input"]).shape)
@@ -56,5 +56,10 @@ TABLE: dict[Any, Rule] = {
 }
 TABLE |= {
     op: Rule(_same, _dropout)
-    for op in (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default)
+    for op in (
+        aten.dropout.default,
+        aten.dropout_.default,
+        aten.feature_dropout.default,
+        aten.feature_dropout_.default,
+    )
 }
