@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
 
@@ -19,7 +20,16 @@ def keep_memory() -> bool:
     Returns whether it could: False without glibc. It has no effect where another allocator
     (jemalloc, tcmalloc) is loaded.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))
+    mallopt = _glibc("mallopt")
+    return mallopt is not None and bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))
+
+
+def give_back() -> None:
+    """Give memory that is free, but lies between what is not, back to the system: copies of a
+    network's weights leave as much of it as they were large."""
+    if trim := _glibc("malloc_trim"):
+        trim(0)
+
+
+def _glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name) if platform.libc_ver()[0] == "glibc" else None

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from . import tree
 from .errors import InputError, LossyError
+from .gather import gather
 from .observe import GRADIENTS, HUGE, difference, floating, observe
 from .passes.program import duplicate
-from .passes.widen import gather
 from .teacher import Teacher
 
+EVERY = ("every output",)
 BUG = "this is a bug in gpdfx: please report it with the network"
 
 
@@ -91,7 +92,7 @@ def compare(
     extra = {name: math.inf for name in theirs if name not in mine}
     shown = {n: x for n, x in mine.items() if n.startswith("output") and x.numel()}
     zero = tuple(n for n, x in shown.items() if floating(x) and not x.any())
-    zero = zero if shown else ("every output",)
+    zero = zero if len(zero) < len(shown) else EVERY
     return errors | extra, moved, zero, gradients
 
 

@@ -70,9 +70,23 @@ def _uncounted(make: Make) -> Tensor:
 
 def _both(teacher: Teacher, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     """``Teacher.both`` up to gradients of branches, with one folded weight at a time."""
-    made = teacher.late().made
-    folded = Late({name: lambda make=make: make().requires_grad_() for name, make in made.items()})  # type: ignore[misc]
+    given = torch.zeros((), requires_grad=True)
+    folded = Late(
+        {name: partial(_Made.apply, given, make) for name, make in teacher.late().made.items()}
+    )
     return teacher._teach(folded, args, kwargs), teacher._study(folded, args, kwargs)
+
+
+class _Made(torch.autograd.Function):
+    """A tensor that takes a gradient and that no graph holds, as it would hold a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, make: Make) -> Tensor:
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _per_sample(call: Callable[..., Any], example: Example) -> int:

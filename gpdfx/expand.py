@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import oracle, tree
+from .allocator import give_back
 from .call import Call
 from .control import Control, Recipe, make_control
 from .errors import CaptureError, InputError
@@ -39,6 +40,9 @@ from .passes.widen import Widened, widen
 from .report import make_report
 from .rule import check_rules
 from .teacher import Teacher
+
+LARGE = 2**28
+"""Bytes of parameters from which on copies of them are looked for and freed."""
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of an example call."""
@@ -144,12 +148,14 @@ def expand(
                 checked = tap(checked, features)
             # before the real one: both would not always fit
             clock.lap("transform")
+            _make_room(model)
             with _gc_paused():
                 scratch = Teacher(checked, seed=seed, extract=extract, empty=True)
             scratch.find_caches(args, kwargs, checked.program.student)
             single = casts_on_purpose(widened.program)
             check = oracle.verify(checked, scratch, inputs, seed=seed, single=single)
             del scratch
+            _make_room(model)
             clock.lap("verify")
         with _gc_paused():
             teacher = Teacher(widened, seed=seed, live=scales == "scratch", extract=extract)
@@ -238,6 +244,13 @@ def _gc_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _make_room(model: nn.Module) -> None:
+    """Free copies of a large network's weights that wait for the garbage collector."""
+    if sum(p.numel() * p.element_size() for p in model.parameters()) >= LARGE:
+        gc.collect()
+        give_back()
 
 
 class _Clock:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .axes import Frozen
+from .frozen import Frozen
 from .kernels import copies
 
 Maps = tuple[Frozen, ...]

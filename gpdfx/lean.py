@@ -19,12 +19,11 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .axes import Frozen
 from .fold import Chunk, Folded, Late, Make, teachers
+from .gather import gather
 from .kernels import copies
 from .kernels.fold import each, reference
 from .passes.program import mutated
-from .passes.widen import gather
 
 if TYPE_CHECKING:
     from .teacher import Teacher
@@ -51,16 +50,6 @@ def moved(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     except NotImplementedError:  # to a device
         dtype = fn(torch.empty(0, dtype=t.dtype)).dtype
         return torch.empty_strided(t.size(), t.stride(), dtype=dtype, device="meta")
-
-
-def wide_of(own: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
-    """IR of one tensor, in its memory format: channels-last weights stay so."""
-    wide = gather(own, maps)
-    if not own.is_contiguous():
-        for rank, kind in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-            if own.ndim == rank and own.is_contiguous(memory_format=kind):
-                return wide.contiguous(memory_format=kind)
-    return wide
 
 
 class _Gathering(dict[str, Any]):
@@ -138,7 +127,7 @@ class Lean:
         """One wide parameter."""
         if name in self._kept:
             return self._kept[name]
-        wide = wide_of(self.own[name], self.teacher._maps[name])
+        wide = gather(self.own[name], self.teacher._maps[name])
         if self.noise is not None and wide.is_floating_point():
             draw = torch.Generator().manual_seed(self.noise + zlib.crc32(name.encode()))
             noise = torch.rand(wide.shape[-1:], generator=draw, dtype=torch.float64)

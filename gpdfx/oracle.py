@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compare import BUG, WrittenError, compare, copied, floor_of
+from .compare import BUG, EVERY, WrittenError, compare, copied, floor_of
 from .errors import LossyError
 from .fold import operator_get
 from .free import free_levels
+from .gather import gather
 from .lean import Lean
 from .observe import difference, identical, keep_rng, observe
 from .passes.capture import LEVELS
 from .passes.program import duplicate
-from .passes.widen import Widened, gather
+from .passes.widen import Widened
 from .place import first_difference
 from .probe import Way, convert, randomize, settle, ways
 from .teacher import Teacher, filled
@@ -37,12 +38,16 @@ _NOISY = (
     "rounding alone changes this network's result as much on this example (batch norm over very "
     "few values, as a rule): pass example_inputs with a larger batch or a larger image"
 )
+_ZERO = (
+    "with random weights this network answers nothing on this example: pass example_inputs that "
+    "reach its output, or verify=False"
+)
 
 
 @dataclass(frozen=True)
 class Check:
     """A passed comparison. ``error``: ``{"probe/eval": 1e-15, ...}``, relative, the largest over
-    everything observed; ``vacuous``: outputs that are zero on the real weights; ``dead``:
+    everything observed; ``vacuous``: outputs that are zero, in which nothing can be seen; ``dead``:
     parameters that move no output; ``tolerance``: the largest that was used; ``free``: the input
     sizes, part by part (a level of ``LEVELS``), that were seen to hold at other values than the
     example's; ``unseen``: mode -> which gradients the student itself does not have."""
@@ -72,13 +77,13 @@ def verify(
     change that a change in the last bit of the weights makes, never above 1e-7. Casts to a narrow
     dtype are lifted to float64, too; for networks that do not run so and cast on purpose
     (``single``), or do not run in float64 at all, it is 1e-5. A probe on which rounding alone
-    makes more of a difference (an activation that lies at zero) decides nothing: another one is
-    drawn, with settled statistics, up to ``PROBES``.
+    makes more of a difference (an activation that lies at zero), or every output is zero, decides
+    nothing: another one is drawn, with settled statistics, up to ``PROBES``.
     """
     for last in range(PROBES):
         try:
             return _verify(widened, teacher, inputs, seed + last, single, settled=last > 0)
-        except _AmplifiedError:
+        except _UndecidedError:
             if last == PROBES - 1:
                 raise
     raise AssertionError
@@ -88,8 +93,8 @@ class _StaleError(LossyError):
     """The student does not see new parameters."""
 
 
-class _AmplifiedError(LossyError):
-    """The difference is as large as what rounding alone makes."""
+class _UndecidedError(LossyError):
+    """A probe that says nothing: rounding alone makes as large a difference, or all is zero."""
 
 
 def _verify(
@@ -169,12 +174,14 @@ def _verify_in(
                     noise = 50 * _sensitivity(student, inputs, training, seed, gradients)
                     limit = max(limit, min(noise, CEILING))
                     limit = max(limit, SINGLE) if single else limit
-                if (worst and not errors[worst] <= limit) or (zero and probe):
+                if zero == EVERY and probe:
+                    raise _UndecidedError(f"every output is zero in {mode} mode", remedy=_ZERO)
+                if worst and not errors[worst] <= limit:
                     where = first_difference(widened, student, twin, inputs, mode, seed)
                     noisy = math.isfinite(errors[worst]) and errors[worst] <= noise
-                    raise (_AmplifiedError if noisy else LossyError)(
+                    raise (_UndecidedError if noisy else LossyError)(
                         f"{which}, {mode} mode: {worst} differs by {errors[worst]:.2e} "
-                        f"(allowed {limit:.0e})" + (f"; {zero[0]} is zero" if zero else ""),
+                        f"(allowed {limit:.0e})",
                         remedy=_NOISY if noisy else BUG,
                         **where,
                     )

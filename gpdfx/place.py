@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import InputError
+from .gather import gather
 from .observe import difference, keep_rng
 from .part import Section
 from .passes.feed import reads
 from .passes.infer import Inference
 from .passes.parts import Calls, recording
 from .passes.program import Program, Site, module_path, source
-from .passes.widen import Widened, gather
+from .passes.widen import Widened
 from .teacher import Teacher, _attach
 
 NOTICED = 1e-9  # where student and teacher part

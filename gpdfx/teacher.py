@@ -20,11 +20,12 @@ from .errors import InputError
 from .explain import make_story
 from .extract import Mean, take_first
 from .fold import Fold, Folded, Folding, Late, merged, module_of, operator_get, students
-from .lean import Lean, hollow, moved, wide_of
+from .gather import gather
+from .lean import Lean, hollow, moved
 from .part import Part, Section
 from .passes.parts import slow_attention
 from .passes.program import Program, duplicate
-from .passes.widen import Widened, gather
+from .passes.widen import Widened
 
 if TYPE_CHECKING:
     from .report import Report
@@ -111,7 +112,7 @@ class Teacher(nn.Module):
             own, maps = tensor.detach(), widened.maps[name]
             if empty and isinstance(tensor, nn.Parameter) and any(m.wide for m in maps):
                 own = own.to("meta")
-            wide = wide_of(own, maps)
+            wide = gather(own, maps)
             wide = own.clone() if wide is own else wide
             if isinstance(tensor, nn.Parameter):
                 wide = nn.Parameter(wide, requires_grad=tensor.requires_grad)

@@ -20,12 +20,14 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
-from .axes import ONE, Axis, Frozen, Leaf, Solver, compose, leaves
+from .axes import ONE, Axis, Leaf, Solver, leaves
+from .frozen import Frozen, compose
+from .gather import gather
 from .observe import difference, keep_rng
 from .passes.infer import Inference
 from .passes.program import size_hint
 from .passes.rules.base import Axes, Op, Rule, Target, parts
-from .passes.widen import GraphWriter, gather
+from .passes.widen import GraphWriter
 
 
 @dataclass(frozen=True)

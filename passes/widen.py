@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..axes import Axis, Frozen, Widths, freeze
+from ..axes import Axis, Widths
 from ..extract import Use, uses
 from ..fold import Branched, Lowered
+from ..frozen import Frozen, freeze
 from .effects import has_effect
 from .infer import Inference
 from .program import Program, is_tensor, module_path, mutated, source
@@ -116,15 +117,6 @@ def widen(
         tuple(bridges),
         uses(graphs),
     )
-
-
-def gather(tensor: torch.Tensor, maps: tuple[Frozen, ...]) -> torch.Tensor:
-    """IR of one tensor: the student's values at the teacher's indices."""
-    for dim, frozen in enumerate(maps):
-        if frozen.wide:
-            index = torch.from_numpy(frozen.map).to(tensor.device)
-            tensor = tensor.index_select(dim, index)
-    return tensor
 
 
 @dataclass

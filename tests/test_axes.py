@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpdfx import axes as ax
-from gpdfx.axes import ONE, Axis, Frozen, Leaf, Product, Solver, Sum, freeze, product, sum_
+from gpdfx.axes import ONE, Axis, Leaf, Product, Solver, Sum, product, sum_
 from gpdfx.errors import AxisConflict
+from gpdfx.frozen import Frozen, freeze, share_table
+from gpdfx.gather import gather
 
 law = settings(max_examples=100, deadline=None)
 HERE = ax.Reason("here")
@@ -215,6 +217,21 @@ def test_frozen(index: list[int]) -> None:
     changes = [i for i in range(1, len(index)) if own[i] != own[i - 1]]
     assert frozen.run == math.gcd(len(index), *changes)
     assert frozen.blocks == (0, 0, 0) or first_of_blocks(frozen) == frozen.first.tolist()
+
+
+@law
+@given(st.tuples(surjections, surjections), st.sampled_from([0, 2**14]))
+def test_gather(indices: tuple[list[int], list[int]], block: int) -> None:
+    """By blocks or by index: the student's values at the teacher's indices, in its format."""
+    maps = [Frozen(max(index) + 1, np.array(index)) for index in indices]
+    own = torch.randn(*(m.student for m in maps), 2, 3)
+    whole = [Frozen(n, np.arange(n)) for n in (2, 3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpdfx.gather.BLOCK", block)
+        for x in (own, own.contiguous(memory_format=torch.channels_last)):
+            wide = gather(x, (*maps, *whole))
+            assert torch.equal(wide, own[np.ix_(*indices)])
+            assert wide.is_contiguous() == (x.is_contiguous() or wide.shape[1] == 1)
 
 
 @law
@@ -457,7 +474,7 @@ def sums_in(these: list[Axis]) -> list[Axis]:
 def test_shares(index: list[int], rows: tuple[int, ...], seed: int) -> None:
     """Positive, exactly one in all for each student index, exact in bfloat16; rows differ."""
     frozen = Frozen(max(index) + 1, np.array(index))
-    table = ax.share_table(frozen, rows, np.random.default_rng(seed))
+    table = share_table(frozen, rows, np.random.default_rng(seed))
     assert table.shape == (*rows, len(frozen.classes[1]))
     assert (table > 0).all()
     assert (table[..., frozen.classes[0]] @ np.eye(frozen.student)[frozen.map] == 1).all()
@@ -465,7 +482,7 @@ def test_shares(index: list[int], rows: tuple[int, ...], seed: int) -> None:
         assert np.array_equal(torch.tensor(table).bfloat16().double(), table)
     if frozen.wide and rows:
         assert len(np.unique(table.reshape(-1, table.shape[-1]), axis=0)) > 1
-    counts = ax.share_table(frozen, rows, None)
+    counts = share_table(frozen, rows, None)
     assert counts.shape == (1,) * len(rows) + table.shape[-1:]
     own = counts.ravel()[frozen.classes[0]]
     for s in range(frozen.student):

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import gpdfx
 from gpdfx import lean, oracle
-from gpdfx.axes import Frozen
 from gpdfx.control import make_control
 from gpdfx.errors import LossyError
 from gpdfx.expand import Inputs, _Clock, _compile
+from gpdfx.frozen import Frozen
 from gpdfx.kernels import copies
 from gpdfx.passes.program import is_mutable
 from gpdfx.passes.widen import Widened
@@ -380,3 +381,25 @@ def test_a_student_that_writes_to_its_parameters_is_checked_on_copies() -> None:
     check(widened, call)
     assert torch.equal(model.a.weight, before)
     assert torch.equal(widened.program.student.a.weight, before)
+
+
+class Aside(nn.Module):
+    """Returns a loss that is zero in eval mode beside its result, or nothing but zeros."""
+
+    def __init__(self, *, blank: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.blank = nn.Linear(4, 6), nn.Linear(6, 3), blank
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.a(x)
+        loss = y.square().mean() if self.training else y.new_zeros(())
+        return self.b(y) * (0 if self.blank else 1), loss
+
+
+def test_an_output_that_is_zero_is_reported_and_all_of_them_refused() -> None:
+    x = torch.randn(3, 4)
+    report = gpdfx.expand(Aside(blank=False), example_inputs=(x,)).report()
+    assert report.to_dict()["vacuous"] == ["probe/eval: output 1", "real/eval: output 1"]
+    assert "vacuous" in str(report)
+    with pytest.raises(LossyError, match="every output is zero in eval mode"):
+        gpdfx.expand(Aside(blank=True), example_inputs=(x,))

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import gpdfx
-from gpdfx.axes import Frozen
 from gpdfx.branches import NONE, SETS, Full, Layer
 from gpdfx.extract import take_first
 from gpdfx.fold import students, teachers
+from gpdfx.frozen import Frozen
 from gpdfx.kernels import copies
 from gpdfx.kernels.fold import Share, Site, cut_of, fold, register
 

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from ...axes import Axis, product, share_table
+from ...axes import Axis, product
 from ...errors import AxisConflict
+from ...frozen import share_table
 from ...kernels import copies
 from ..program import shape
 from .base import Axes, Op, Rule, Writer, broadcast

@@ -1,0 +1,42 @@
+"""Inverse reparameterization (IR) of one tensor: the student's values at the teacher's indices
+(arXiv 2410.04140, section 3.2, without the division: see ``gpdfx.frozen`` for shares)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from .frozen import Frozen
+
+BLOCK = 2**14
+"""Elements that a block must have on average to be copied by itself; below that, an index costs
+less than a call for each."""
+
+
+def gather(tensor: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
+    """``T[i, j, ...] = S[p(i), q(j), ...]``, one map per dimension, in the tensor's memory format:
+    channels-last weights stay so. The tensor itself where no axis is wide."""
+    if not any(frozen.wide for frozen in maps):
+        return tensor
+    shape, kind = [frozen.teacher for frozen in maps], _memory_format(tensor)
+    if math.prod(len(frozen.runs) for frozen in maps) * BLOCK > math.prod(shape):
+        for dim, frozen in enumerate(maps):
+            if frozen.wide:
+                index = torch.from_numpy(frozen.map).to(tensor.device)
+                tensor = tensor.index_select(dim, index)
+        return tensor.contiguous(memory_format=kind)
+    wide = torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=kind)
+    for block in itertools.product(*(frozen.runs for frozen in maps)):
+        into = tuple(slice(to, to + n) for to, _, n in block)
+        wide[into] = tensor[tuple(slice(at, at + n) for _, at, n in block)]
+    return wide
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    kind = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    if kind is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=kind):
+        return torch.contiguous_format
+    return kind
