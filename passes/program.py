@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from ..call import Call
 from ..tree import Pattern
@@ -110,11 +111,11 @@ def copied(graph: fx.Graph) -> fx.Graph:
 
 
 def duplicate(module: Module, memo: dict[int, Any] | None = None) -> Module:
-    """A deep copy, also of modules that hold a computed tensor (the old ``weight_norm``), which
-    ``copy`` alone refuses. ``memo``: what is shared, by ``id``."""
+    """A deep copy, also of modules that hold computed tensors (the old ``weight_norm``, or a list
+    of results), which ``copy`` alone refuses. ``memo``: what is shared, by ``id``."""
     memo = dict(memo or {})
     for part in module.modules():
-        for held in vars(part).values():
+        for held in pytree.tree_leaves(vars(part)):
             if isinstance(held, torch.Tensor) and not held.is_leaf:
                 memo[id(held)] = held.detach().clone()
     return copy.deepcopy(module, memo)

@@ -303,7 +303,7 @@ class Branching(nn.Module):
 
 class Held(nn.Module):
     """Everything a module may hold: parametrised and composed weights, ties, a module called
-    twice, statistics that nobody reads, a frozen parameter, plain tensors as attributes."""
+    twice, statistics that nobody reads, a frozen parameter, plain tensors, its last results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -319,6 +319,7 @@ class Held(nn.Module):
         self.side = nn.BatchNorm1d(8)
         self.still = nn.Parameter(torch.randn(8), requires_grad=False)
         self.plain = torch.linspace(0.5, 1.5, 8)
+        self.results = [torch.zeros(1)]
         self.register_buffer("passing", torch.randn(8), persistent=False)
         self.head = nn.Linear(6, 5)
 
@@ -326,6 +327,7 @@ class Held(nn.Module):
         x = self.weighted(F.gelu(self.spectral(self.bag(tokens))))
         x = self.tied(self.twice(self.twice(x).relu())) * self.still + self.passing
         self.side(x)
+        self.results[0] = x
         sequence = torch.stack([x, x * self.plain, x.roll(1, 0)], 1)
         sequence = self.attend(sequence, sequence, sequence)[0]
         sequence = self.old(sequence.transpose(1, 2)).mean(2)
