@@ -44,9 +44,9 @@ def compare(
     borrow: bool = False,
 ) -> tuple[dict[str, float], set[str], tuple[str, ...], str]:
     """Errors of everything observed in one mode; parameters that moved an output (only with
-    ``dead``: their gradients are most of the cost); zero outputs; which of ``GRADIENTS`` the
-    student has. ``borrow``: run copies of the student that share its parameters; raises
-    ``WrittenError`` if they are written to."""
+    ``dead``: their gradients are most of the cost); outputs that are zero, or in part not numbers;
+    which of ``GRADIENTS`` the student has. ``borrow``: run copies of the student that share its
+    parameters; raises ``WrittenError`` if they are written to."""
     teacher.train(training)
     mode = "train" if training else "eval"
     for gradients in GRADIENTS:
@@ -91,8 +91,9 @@ def compare(
     errors = {n: difference(x, theirs.get(n), floor_of(n, mine, inputs)) for n, x in mine.items()}
     extra = {name: math.inf for name in theirs if name not in mine}
     shown = {n: x for n, x in mine.items() if n.startswith("output") and x.numel()}
-    zero = tuple(n for n, x in shown.items() if floating(x) and not x.any())
-    zero = zero if len(zero) < len(shown) else EVERY
+    blank = tuple(n for n, x in shown.items() if floating(x) and not x[x.isfinite()].any())
+    partial = tuple(n for n, x in shown.items() if n not in blank and x.isnan().any())
+    zero = (*blank, *partial) if len(blank) < len(shown) else EVERY
     return errors | extra, moved, zero, gradients
 
 

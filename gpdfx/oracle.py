@@ -47,7 +47,7 @@ _ZERO = (
 @dataclass(frozen=True)
 class Check:
     """A passed comparison. ``error``: ``{"probe/eval": 1e-15, ...}``, relative, the largest over
-    everything observed; ``vacuous``: outputs that are zero, in which nothing can be seen; ``dead``:
+    everything observed; ``vacuous``: outputs that are zero, or in part not numbers; ``dead``:
     parameters that move no output; ``tolerance``: the largest that was used; ``free``: the input
     sizes, part by part (a level of ``LEVELS``), that were seen to hold at other values than the
     example's; ``unseen``: mode -> which gradients the student itself does not have."""
@@ -175,7 +175,8 @@ def _verify_in(
                     limit = max(limit, min(noise, CEILING))
                     limit = max(limit, SINGLE) if single else limit
                 if zero == EVERY and probe:
-                    raise _UndecidedError(f"every output is zero in {mode} mode", remedy=_ZERO)
+                    text = f"every output is zero or nan in {mode} mode"
+                    raise _UndecidedError(text, remedy=_ZERO)
                 if worst and not errors[worst] <= limit:
                     where = first_difference(widened, student, twin, inputs, mode, seed)
                     noisy = math.isfinite(errors[worst]) and errors[worst] <= noise

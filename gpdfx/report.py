@@ -150,7 +150,9 @@ class Report:
         if self.apart:
             rows.insert(6, ("in Python", ", ".join(path or self.name for path in self.apart)))
         vacuous = self.check.vacuous if self.check else ()
-        rows += [("vacuous", f"zero in the check: {_some(vacuous)}")] if vacuous else []
+        rows += (
+            [("vacuous", f"zero or not a number in the check: {_some(vacuous)}")] if vacuous else []
+        )
         rows += [("dead", f"{len(self.dead)}: {_some(self.dead)}")] if self.dead else []
         kept = tuple(dict.fromkeys(f.parameter for f in self.fixed if f.reason.startswith(ASKED)))
         rows += [("kept", f"as asked, {len(kept)}: {_some(kept)}")] if kept else []

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from .. import tree
 from ..call import Call
-from ..errors import CaptureError
+from ..errors import CaptureError, InputError
 from ..tree import Pattern
 from .program import Mode, Program, Site, duplicate, shape, source_line
 
@@ -176,6 +176,8 @@ def _export(
             return done, level
         except _TooSlowError:
             continue
+        except InputError:
+            raise
         except Exception as error:  # export raises everything
             failed.setdefault(site.mode, error)
     mode, first = next(iter(failed.items()))
@@ -216,10 +218,27 @@ def _export_site(
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
     if any(_unknown(node.meta.get("val")) for node in exported.graph.nodes):
         raise TypeError("a size in it depends on values")
+    _check_constants(module, exported)
     _drop_replacements(exported.graph)
     if not site.training:
         _check_faithful(student, site, exported)
     return exported, returned[0]
+
+
+def _check_constants(module: nn.Module, exported: ExportedProgram) -> None:
+    """A parameter that forward takes out of a plain list is a constant for export: no teacher, no
+    optimizer's step and no ``functional_call`` would ever reach it."""
+    storages = {p.untyped_storage().data_ptr(): name for name, p in module.named_parameters()}
+    for constant in exported.constants.values():
+        if not isinstance(constant, torch.Tensor) or not constant.numel():
+            continue
+        if name := storages.get(constant.untyped_storage().data_ptr()):
+            raise InputError(
+                f"forward reads the parameter {name} out of a plain list or dict",
+                module_path=type(module).__name__,
+                remedy="hold it in an nn.ParameterList or nn.ParameterDict, or read it as an "
+                "attribute of its module",
+            )
 
 
 def _check_faithful(student: nn.Module, site: Site, exported: ExportedProgram) -> None:

@@ -67,13 +67,17 @@ def infer(program: Program) -> Inference:
 
 
 def _apart(program: Program) -> set[str]:
-    """Tensors that Python between the parts may read, under any of their names."""
-    inside = tuple(f"{path}." for path in program.parts if path)
-    if "" in program.parts:
-        return set()
-    own = [n for n, _ in program.student.named_parameters(remove_duplicate=False)]
-    own += [n for n, _ in program.student.named_buffers(remove_duplicate=False)]
-    return {program.alias.get(n, n) for n in own if not n.startswith(inside)}
+    """Tensors of modules that are in no part, under any of their names: Python between the parts
+    may read them."""
+    student = program.student
+    inside = {m for path in program.parts for m in student.get_submodule(path).modules()}
+    own = [
+        f"{path}.{name}".lstrip(".")
+        for path, module in student.named_modules(remove_duplicate=False)
+        for name in (*module._parameters, *module._buffers)
+        if module not in inside
+    ]
+    return {program.alias.get(name, name) for name in own}
 
 
 def _tensor_axes(solver: Solver, tensor: torch.Tensor) -> Axes:

@@ -213,6 +213,41 @@ class Sorting(nn.Module):
         return self.last(self.experts(x[order], counts))
 
 
+class Redraw(nn.Module):
+    """Counts calls, and asks how many there were."""
+
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__()
+        self.of = of
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self) -> None:
+        if self.calls > 3:
+            self.calls.zero_()
+        self.calls += 1
+
+
+class Redrawn(nn.Module):
+    """Python that depends on values, and a module of it that knows a part by another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.redraw = Redraw(self.net)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.redraw()
+        return self.net(x)
+
+
+def test_a_part_with_another_name_widens() -> None:
+    model, x = Redrawn(), torch.randn(3, 4)
+    report = gpdfx.expand(model, 2, example_inputs=(x,)).report()
+    assert report.widened == 1.0
+    assert report.parameters[1] > report.parameters[0]
+    assert set(report.apart) == {"", "redraw"}
+
+
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()

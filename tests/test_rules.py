@@ -21,6 +21,11 @@ FREE: dict[str, Step] = {
     "conv_transpose1d": lambda x: F.conv_transpose1d(x.flatten(2), W["1d"], groups=1),
     "conv_transpose2d, groups": lambda x: F.conv_transpose2d(x, W["grouped"], groups=2),
     "conv_transpose3d": lambda x: F.conv_transpose3d(x[:, :, None], W["3d"]),
+    "conv1d over positions": lambda x: F.conv1d(x.mean(3).transpose(1, 2), W["6x6"]),
+    "conv2d along one dimension": lambda x: F.conv2d(
+        x.transpose(1, 3), W["6x6"][..., None].expand(-1, -1, 3, -1), padding=(1, 0)
+    ),
+    "conv3d between two": lambda x: F.conv3d(x[:, None], W["1d"][:, :1, None, :, None]),
     "bilinear": lambda x: F.bilinear(x.mean((2, 3)), x.amax((2, 3)), W["bilinear"]),
     "einsum, implicit": lambda x: torch.einsum("bchw,oc", x, W["linear"]),
     "einsum, three operands": lambda x: torch.einsum(
@@ -161,7 +166,13 @@ class Around(nn.Module):
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         sizes = {
             **{"1d": (8, 8, 3), "2d": (8, 8, 3, 3), "3d": (8, 8, 1, 3, 3)},
-            **{"grouped": (8, 4, 3, 3), "bilinear": (5, 8, 8), "linear": (8, 8), "table": (4, 8)},
+            **{
+                "6x6": (6, 6, 1),
+                "grouped": (8, 4, 3, 3),
+                "bilinear": (5, 8, 8),
+                "linear": (8, 8),
+                "table": (4, 8),
+            },
         }
         self.weights = nn.ParameterDict({k: nn.Parameter(torch.randn(s)) for k, s in sizes.items()})
         self.head = nn.LazyLinear(3)

@@ -10,14 +10,55 @@ from torch import fx
 
 from ...axes import Reason, product
 from ...kernels import copies
-from ..program import value
+from ..program import shape, value
 from .base import Axes, Op, Rule, Writer, broadcast, student_sizes
 from .signature import Signature, apply_share, infer, parse, sig, widen
 
 aten = torch.ops.aten
 
-_CONV = sig("b (g i) *s, (g o) i *k, (g o)? -> b (g o) *t", "input weight bias", g="groups")
-_TRANSPOSED = sig("b (g i) *s, (g i) o *k, (g o)? -> b (g o) *t", "input weight bias", g="groups")
+_OPERANDS = ("input", "weight", "bias")
+_GROUPS = (("g", "groups"),)
+
+
+# --------------------------------------------------------------------------- convolutions
+def _conv(pattern: str) -> Rule:
+    """``s``, ``k`` and ``t`` in the pattern: the dimensions of image, kernel and result."""
+
+    def signature(op: Op) -> Signature:
+        s, k, t = _sliding(op)
+        return parse(pattern.format(s=s, k=k, t=t))
+
+    return Rule(
+        lambda op: infer(signature(op), _OPERANDS, _GROUPS, op),
+        lambda w: widen(signature(w.op), _OPERANDS, _GROUPS, w),
+    )
+
+
+def _sliding(op: Op) -> tuple[str, str, str]:
+    """A kernel of one element that goes nowhere is a linear layer: any axis may stand there. As a
+    pattern has one star, these are dimensions before and behind all that slide."""
+    slides = [d for d, size in enumerate(shape(op["weight"])[2:]) if size > 1 or _moves(op, d)]
+    names = [f"n{d}" for d in range(len(shape(op["weight"])) - 2)]
+    before, behind = (names[: slides[0]], names[slides[-1] + 1 :]) if slides else (names, [])
+
+    def around(star: str) -> str:
+        return " ".join([*before, *([star] if slides else []), *behind])
+
+    return around("*s"), "*k", around("*t")
+
+
+def _moves(op: Op, d: int) -> bool:
+    """True if a convolution strides or pads in a dimension."""
+    for name, still in (("stride", 1), ("padding", 0), ("output_padding", 0)):
+        given = op[name]
+        by = given[min(d, len(given) - 1)] if isinstance(given, list | tuple) else given
+        if by not in (still, None, "valid", "same"):  # to the same size: a kernel of one does
+            return True
+    return False
+
+
+_CONV = _conv("b (g i) {s}, (g o) i {k}, (g o)? -> b (g o) {t}")
+_TRANSPOSED = _conv("b (g i) {s}, (g i) o {k}, (g o)? -> b (g o) {t}")
 
 
 # --------------------------------------------------------------------------- matmul and einsum
