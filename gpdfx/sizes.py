@@ -82,9 +82,7 @@ class Sizes:
             for k, sizes in enumerate(self.inputs):
                 for d, want in enumerate(sizes or ()):
                     if isinstance(want, str):
-                        size = int(_evaluate(want, values))
-                        index = torch.arange(size) % moved[k].shape[d]
-                        moved[k] = moved[k].index_select(d, index.to(moved[k].device))
+                        moved[k] = _resized(moved[k], d, int(_evaluate(want, values)))
             try:
                 self.check(moved, names)
             except InputError:
@@ -152,6 +150,13 @@ class Sizes:
 
 
 _REMEDY = "expand the model with example_inputs of this size"
+
+
+def _resized(x: Tensor, dim: int, size: int) -> Tensor:
+    """A tensor repeated, or cut, to a size; one that is empty is filled with ones."""
+    if not x.shape[dim]:
+        return x.new_ones((*x.shape[:dim], size, *x.shape[dim + 1 :]))
+    return x.index_select(dim, (torch.arange(size) % x.shape[dim]).to(x.device))
 
 
 def _evaluate(text: str, values: dict[str, int]) -> Any:

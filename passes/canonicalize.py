@@ -292,16 +292,27 @@ def _aliased(node: fx.Node) -> list[fx.Node]:
 
 
 def _functional(target: Any) -> Any:
-    """``aten.relu_.default`` -> ``aten.relu.default``, or None."""
+    """``aten.relu_.default`` -> ``aten.relu.default``, or None. Overloads need not have one name:
+    ``pow_.Scalar`` is ``pow.Tensor_Scalar``."""
     namespace, _, name = target._schema.name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), name.rstrip("_"), None)
-    return getattr(packet, target._overloadname, None) if name.endswith("_") else None
+    if packet is None or not name.endswith("_"):
+        return None
+    overloads = (getattr(packet, overload) for overload in packet.overloads())
+    return next((op for op in overloads if _takes(op) == _takes(target)), None)
+
+
+def _takes(op: Any) -> list[str]:
+    return [str(a.type) for a in op._schema.arguments]
+
+
+_PLACES = {"index", "indices", "mask"}  # arguments that say where, not what
 
 
 def _casts(node: fx.Node, target: fx.Node) -> bool:
     """True if the in-place op keeps a type or shape that the functional one would promote."""
-    others = [value(a) for a in node.all_input_nodes if is_tensor(a) and a is not target]
-    mine = value(target)
-    return any(o.dtype != mine.dtype or o.ndim > mine.ndim for o in others) and (
-        node.target is not aten.masked_fill_.Scalar
-    )
+    args, mine = bind(node), value(target)
+    given = [args[name] for name in args.keys() - _PLACES]
+    nodes = (x for some in given for x in (some if isinstance(some, list | tuple) else [some]))
+    others = [value(x) for x in nodes if is_tensor(x) and x is not target]
+    return any(o.dtype != mine.dtype or o.ndim > mine.ndim for o in others)

@@ -100,6 +100,18 @@ FREE: dict[str, Step] = {
     "clamp by tensors": lambda x: x.clamp(x.amin(1, keepdim=True) * 0.5, x.amax(1, True) * 0.5),
     "lerp, addcmul": lambda x: torch.lerp(x, x.tanh(), 0.3).addcmul(x, x, value=0.1),
     "max of two": lambda x: torch.maximum(x, x.roll(1, 2)),
+    "scatter_add of space, in place": lambda x: x.new_zeros(x.shape[0], 8, 3, 6).scatter_add_(
+        2, TAKEN[:, None, :, None].expand(x.shape[0], 8, 6, 6), x
+    ),
+    "scatter_reduce of space, in place": lambda x: torch.full_like(x, -9.0).scatter_reduce_(
+        3, TAKEN[:, None, None].expand(x.shape[0], 8, 6, 6), x, "amax", include_self=False
+    ),
+    "index_add of space": lambda x: x.index_add(2, TAKEN[0], x, alpha=0.5),
+    "index_copy, index_fill of space": lambda x: x.index_copy(
+        3, TAKEN[0, 3:], x[..., :3] * 2
+    ).index_fill(2, TAKEN[0, :1], 0.5),
+    "index_reduce of space": lambda x: x.index_reduce(3, TAKEN[0], x * 2, "amax"),
+    "powers, in place": lambda x: (x.abs() + 1).pow_(0.5) + (x.abs() + 1).float_power(-1).to(x),
     "gather of space": lambda x: x.gather(2, x.new_zeros(x.shape[0], 8, 2, 6, dtype=torch.long)),
     "index of space": lambda x: x[:, :, torch.tensor([0, 2, 2])],
     "dropout": nn.Dropout(0.3),
@@ -134,6 +146,7 @@ NARROWED: dict[str, Step] = {
     "histogram-like": lambda x: x.median(1, keepdim=True)[0] + x,
 }
 W: dict[str, Tensor] = {}
+TAKEN = torch.tensor([[0, 2, 2, 1, 0, 2]])
 
 
 def _standard(w: Tensor) -> Tensor:

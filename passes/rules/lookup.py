@@ -81,6 +81,18 @@ def _scatter(op: Op) -> Axes:
     return op.axes("self")
 
 
+def _index_add(op: Op) -> Axes:
+    """``_scatter`` of whole slices, by an index of one dimension."""
+    axes, dim = op.axes("self"), dim_of(op, op["dim"])
+    for name in ("self", "source"):
+        if op[name] is not None:
+            op.take(op[name], dim, "positions along it are written", out=dim)
+            for d, (a, b) in enumerate(zip(axes, op.axes(name), strict=True)):
+                if d != dim:
+                    op.unify(a, b)
+    return op.axes("self")
+
+
 def _index_put(op: Op) -> Axes:
     """Indexed dimensions are written at positions; what is written broadcasts over the rest."""
     axes, indices = op.axes("self"), list(op["indices"])
@@ -102,6 +114,14 @@ TABLE: dict[Any, Rule] = {
     aten.gather.default: Rule(_gather),
     aten.scatter.src: Rule(_scatter),
     aten.scatter.value: Rule(_scatter),
+    aten.scatter.reduce: Rule(_scatter),
+    aten.scatter.value_reduce: Rule(_scatter),
     aten.scatter_add.default: Rule(_scatter),
+    aten.scatter_reduce.two: Rule(_scatter),
+    aten.index_add.default: Rule(_index_add),
+    aten.index_copy.default: Rule(_index_add),
+    aten.index_reduce.default: Rule(_index_add),
+    aten.index_fill.int_Scalar: Rule(_index_add),
+    aten.index_fill.int_Tensor: Rule(_index_add),
     aten.index_put.default: Rule(_index_put),
 }

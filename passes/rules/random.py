@@ -54,12 +54,4 @@ TABLE: dict[Any, Rule] = {
         aten.randn_like.default,
     )
 }
-TABLE |= {
-    op: Rule(_same, _dropout)
-    for op in (
-        aten.dropout.default,
-        aten.dropout_.default,
-        aten.feature_dropout.default,
-        aten.feature_dropout_.default,
-    )
-}
+TABLE |= {op: Rule(_same, _dropout) for op in (aten.dropout.default, aten.feature_dropout.default)}
