@@ -117,6 +117,11 @@ FREE: dict[str, Step] = {
     "dropout": nn.Dropout(0.3),
     "dropout of channels": nn.Dropout2d(0.3),
     "dropout of channels, in place": nn.Sequential(nn.Tanh(), nn.Dropout2d(0.3, inplace=True)),
+    "alpha dropout": nn.AlphaDropout(0.3),
+    "alpha dropout of channels": nn.FeatureAlphaDropout(0.3),
+    "random slopes": nn.RReLU(),
+    "dropout in eval mode, too": lambda x: F.dropout(x.transpose(1, 3), 0.3),
+    "alpha dropout in another order": lambda x: F.alpha_dropout(x.transpose(1, 3), 0.3, True),
     "position table": lambda x: x + W["table"][torch.arange(36) % 4].T.unflatten(1, (6, 6)),
 }
 # Positions along the channels matter: exact by way of the student's width.
@@ -140,9 +145,6 @@ NARROWED: dict[str, Step] = {
     "channel window": lambda x: F.avg_pool1d(x.mean((2, 3))[:, None], 3, 1, 1),
     "cdist": lambda x: torch.cdist(x.flatten(2), x.flatten(2)),
     "bucketize": lambda x: x * torch.bucketize(x, torch.tensor([-0.5, 0.5], dtype=x.dtype)),
-    "alpha dropout": nn.AlphaDropout(0.3),
-    "alpha dropout of channels": nn.FeatureAlphaDropout(0.3),
-    "random slopes": nn.RReLU(),
     "histogram-like": lambda x: x.median(1, keepdim=True)[0] + x,
 }
 W: dict[str, Tensor] = {}

@@ -15,8 +15,12 @@ from .base import Axes, Op, Rule, Writer, memory_order, student_sizes
 aten = torch.ops.aten
 
 
+def _input(op: Op) -> str:
+    return "input" if "input" in op.args else "self"
+
+
 def _same(op: Op) -> Axes:
-    return op.axes("input" if "input" in op.args else "self")
+    return op.axes(_input(op))
 
 
 def _dropout(w: Writer) -> fx.Node:
@@ -31,17 +35,17 @@ def _dropout(w: Writer) -> fx.Node:
 
 
 def _draw(op: Op) -> Axes:
-    """Only the shape of the input matters (or its probabilities, equal in all copies)."""
-    for d in range(len(op.axes("self"))):
-        op.narrow(op["self"], d, "", out=d)
-    return op.axes("self")
+    """A number is drawn for every element of the student's, in its memory order."""
+    for d in range(len(_same(op))):
+        op.narrow(op[_input(op)], d, "", out=d)
+    return _same(op)
 
 
 def _widen_draw(w: Writer) -> fx.Node:
-    x = w.op["self"]
-    if not any(w.wide(a) for a in w.op.axes("self")):
+    name = _input(w.op)
+    if not any(w.wide(a) for a in _same(w.op)):
         return w.copy()
-    return w.copy(self=w.call(copies.in_order, w["self"], memory_order(x)))
+    return w.copy(**{name: w.call(copies.in_order, w[name], memory_order(w.op[name]))})
 
 
 TABLE: dict[Any, Rule] = {
@@ -52,6 +56,9 @@ TABLE: dict[Any, Rule] = {
         aten.bernoulli_.float,
         aten.rand_like.default,
         aten.randn_like.default,
+        aten.alpha_dropout.default,
+        aten.feature_alpha_dropout.default,
+        aten.rrelu.default,
     )
 }
 TABLE |= {op: Rule(_same, _dropout) for op in (aten.dropout.default, aten.feature_dropout.default)}
