@@ -164,3 +164,26 @@ def test_a_size_that_only_seems_free_is_pinned_by_the_check() -> None:
     torch.testing.assert_close(teacher(torch.ones(5, 7, 4)), model(torch.ones(5, 7, 4)))
     with pytest.raises(gpdfx.InputError, match="size 8 in dimension 1"):
         teacher(torch.randn(2, 8, 4))
+
+
+class Queries(nn.Module):
+    """Learned queries, the same for every sample, by einsum and by matmul."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(5, 8))
+        self.q, self.k, self.v = nn.Linear(8, 6), nn.Linear(4, 6), nn.Linear(4, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(self.queries.expand(x.shape[0], -1, -1))
+        scores = torch.einsum("bqd,bkd->bqk", q, self.k(x)) + q @ self.v(x).transpose(1, 2)
+        return self.head(scores.softmax(-1) @ self.v(x))
+
+
+def test_learned_queries_leave_the_batch_free() -> None:
+    """Their shares are one set for all samples, not one for each of the example's."""
+    model = Queries()
+    teacher = gpdfx.expand(model, 2, example_inputs=(torch.randn(3, 7, 4),))
+    assert teacher.report().inputs == {"x": "batch x any x 4"}
+    close(teacher, model, 5, 6, 4)

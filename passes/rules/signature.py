@@ -30,7 +30,7 @@ from ...axes import Axis, product
 from ...errors import AxisConflict
 from ...frozen import share_table
 from ...kernels import copies
-from ..program import shape
+from ..program import is_free, shape, value
 from .base import Axes, Op, Rule, Writer, broadcast
 
 Dim = tuple[str, ...]  # the names of one dimension; a starred or dotted name stands alone
@@ -271,8 +271,9 @@ def widen(
 def apply_share(
     w: Writer, operand: Any, student: fx.Node, dims: tuple[Dim, ...], name: str, rows: set[str]
 ) -> fx.Node:
-    """``operand * shares`` along the axis ``name``, one set of shares per index of ``rows``."""
-    axes, env = w.op.axes(student), w.op.env
+    """``operand * shares`` along the axis ``name``, one set of shares per index of ``rows``, but for
+    those along a size that is known at run time (a parameter that is expanded to the batch)."""
+    axes, env, free = w.op.axes(student), w.op.env, list(map(is_free, value(student).shape))
     sizes: list[int] = []  # of the table, before its class dimension is expanded
     at = place = 0
     split = None
@@ -282,7 +283,7 @@ def apply_share(
             split = [w.frozen(env[n]).teacher for n in dim] if len(dim) > 1 else None
             sizes += [w.frozen(env[n]).teacher if n in rows else 1 for n in dim]
         else:
-            sizes.append(w.frozen(axes[d]).teacher if rows & set(dim) else 1)
+            sizes.append(w.frozen(axes[d]).teacher if rows & set(dim) and not free[d] else 1)
     return share_along(w, operand, student, env[name], sizes, at, place, split)
 
 
