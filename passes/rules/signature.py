@@ -271,8 +271,8 @@ def widen(
 def apply_share(
     w: Writer, operand: Any, student: fx.Node, dims: tuple[Dim, ...], name: str, rows: set[str]
 ) -> fx.Node:
-    """``operand * shares`` along the axis ``name``, one set of shares per index of ``rows``, but for
-    those along a size that is known at run time (a parameter that is expanded to the batch)."""
+    """``operand * shares`` along the axis ``name``, one set of shares per index of ``rows``, but
+    for those along a size that is known at run time (a parameter expanded to the batch)."""
     axes, env, free = w.op.axes(student), w.op.env, list(map(is_free, value(student).shape))
     sizes: list[int] = []  # of the table, before its class dimension is expanded
     at = place = 0
