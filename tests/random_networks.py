@@ -208,6 +208,13 @@ def windows(s: Source) -> None:
         s.c, s.n = s.c * 4, s.n // 2
 
 
+def strips(s: Source) -> None:
+    """Convolutions between rows, that slide along the channels or along what is left."""
+    kernel, pad = s.one(("(3, 1)", "(1, 0)"), ("(1, 3)", "(0, 1)"))
+    a = s.layer(f"nn.Conv2d({s.n}, {s.n}, {kernel}, padding={pad})")
+    s.add(f"x = x + {a}(x.transpose(1, 2)).transpose(1, 2)")
+
+
 def volume(s: Source) -> None:
     """A 3d convolution over groups of channels."""
     if options := s.divisors():
@@ -278,8 +285,34 @@ def attention(s: Source) -> None:
 
 
 def mixer(s: Source) -> None:
-    a = s.layer(f"nn.Linear({s.n}, {s.n})")
-    s.add(f"x = x + {a}(x.transpose(1, 2)).transpose(1, 2)")
+    """Between tokens: by a linear layer, or by a convolution whose length are the features."""
+    if s.one(True, False):
+        s.add(f"x = x + {s.layer(f'nn.Linear({s.n}, {s.n})')}(x.transpose(1, 2)).transpose(1, 2)")
+    else:
+        s.add(f"x = x + {s.layer(f'nn.Conv1d({s.n}, {s.n}, 1)')}(x)")
+
+
+def queries(s: Source) -> None:
+    """Learned queries, the same for every sample."""
+    count = s.one(2, 4)
+    q, k = s.layer(f"nn.Parameter(torch.randn({count}, {s.c}))"), s.layer(f"nn.Linear({s.c}, 6)")
+    a = s.layer(f"nn.Linear({s.c}, 6)")
+    s.add(f"q, k = {a}({q}.expand(x.shape[0], -1, -1)), {k}(x)")
+    scores = ("q @ k.transpose(1, 2)", "torch.einsum('bnd,bmd->bnm', q, k)")
+    s.add(f"x = ({s.one(*scores)}).softmax(-1) @ x")
+    s.n = count
+
+
+def groups(s: Source) -> None:
+    """Tokens are added up, or the largest taken, by group (as a graph network's edges are)."""
+    if s.n < 2:
+        return
+    s.add(f"i = torch.arange({s.n}) % 2", "j = i[None, :, None].expand_as(x)")
+    s.add(f"y = x.new_zeros((x.shape[0], 2, {s.c}))")
+    forms = ("y.scatter_add_(1, j, x)", "y.index_add_(1, i, x)", "y.index_add(1, i, x, alpha=0.5)")
+    largest = "y.scatter_reduce_(1, j, x, 'amax', include_self=False)"
+    s.add(f"x = {s.one(*forms, largest)}")
+    s.n = 2
 
 
 def tied(s: Source) -> None:
@@ -331,17 +364,18 @@ def dropout(s: Source) -> None:
     path = f"x = x * x.new_empty((x.shape[0], *{ones})).bernoulli_(0.8) if self.training else x"
     channels = "dropout2d" if s.kind == "image" else "dropout1d"
     kinds = ("dropout", channels, "alpha_dropout", "feature_alpha_dropout")
-    s.add(s.one(*(f"x = F.{kind}(x, 0.2, self.training)" for kind in kinds), path))
+    always = "x = F.dropout(x, 0.2)"
+    s.add(s.one(*(f"x = F.{kind}(x, 0.2, self.training)" for kind in kinds), path, always))
 
 
 IMAGE = (
     *(conv, depthwise, transposed, image_norm, residual, concat, gate, shuffle, halves, slices),
     *(write, positions, reduce, pool, pixel, twice, to_tokens, activation, dropout),
-    *(scatter, resize, windows, volume, without_rule),
+    *(scatter, resize, windows, volume, strips, without_rule),
 )
 TOKENS = (
     *(linear, token_norm, mlp, attention, mixer, tied, standardized, to_image, activation, dropout),
-    *(recurrent, along),
+    *(recurrent, along, queries, groups),
 )
 
 
