@@ -81,9 +81,9 @@ def compare(
     moved |= set(wrt) if gradients == "none" else set()  # unknown
     wide = dict(teacher.named_buffers())
     for name, buffer in student.named_buffers():
-        maps = teacher._maps[teacher._alias.get(name, name)]
-        if tuple(m.student for m in maps) != buffer.shape:
-            continue  # replaced in forward by one of another shape: a cache (ConViT's positions)
+        maps = teacher._maps.get(teacher._alias.get(name, name))
+        if maps is None or tuple(m.student for m in maps) != buffer.shape:
+            continue  # registered in forward, or replaced by one of another shape: a cache
         mine[f"buffer {name}"] = gather(buffer, maps)
         theirs[f"buffer {name}"] = wide[name]
     for n in [n for n in mine if n.startswith("gradient") and n in theirs]:

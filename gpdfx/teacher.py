@@ -207,9 +207,10 @@ class Teacher(nn.Module):
     def _run(
         self, module: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        """Run the user's module on other tensors; what it keeps of them is forgotten after, but a
-        buffer that it replaces by another is written down."""
+        """Run the user's module on other tensors; what it keeps of them is forgotten after, also
+        a buffer that it registers, but one that it replaces by another is written down."""
         own = {name: tensors[name] for name, _ in module.named_buffers()}
+        held = [(part, dict(part._buffers)) for part in module.modules()]
         try:
             result = functional_call(module, tensors, args, kwargs, tie_weights=True)
             with torch.no_grad():
@@ -218,6 +219,11 @@ class Teacher(nn.Module):
                         buffer.copy_(tensors[name])
             return result
         finally:
+            for part, before in held:
+                for leaf in [k for k, b in part._buffers.items() if b is not before.get(k, b)]:
+                    part._buffers[leaf] = before[leaf]
+                for leaf in part._buffers.keys() - before:
+                    del part._buffers[leaf]
             for path, attribute, pristine in self._caches:
                 module.get_submodule(path).__dict__[attribute] = copy.copy(pristine)
 

@@ -239,13 +239,15 @@ class Scatter(nn.Module):
 
 class Cached(nn.Module):
     """Positions made in forward: kept in a buffer of another size, and cast to the weights' type
-    (in float32 capture drops that cast; the network in half precision needs it)."""
+    (in float32 capture drops that cast; the network in half precision needs it). And a bias that
+    forward registers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.position, self.head = nn.Linear(6, 8), nn.Linear(3, 8), nn.Linear(8, 4)
         self.token = nn.Parameter(torch.randn(1, 1, 8))
         self.register_buffer("table", torch.zeros(1, 3), persistent=False)
+        self.register_buffer("bias", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[1]
@@ -254,7 +256,9 @@ class Cached(nn.Module):
             table[:, 0] = torch.arange(n) / n
             table[:, 1] = table[:, 0] ** 2
             self.table = table.to(self.a.weight.dtype)
-        y = self.a(x) + self.position(self.table)
+        if self.bias is None:
+            self.register_buffer("bias", torch.arange(8.0).to(x) / 8, persistent=False)
+        y = self.a(x) + self.position(self.table) + self.bias
         return self.head(torch.cat([self.token.expand(y.shape[0], -1, -1), y], dim=1).tanh())
 
 
