@@ -82,7 +82,7 @@ class Sizes:
             for k, sizes in enumerate(self.inputs):
                 for d, want in enumerate(sizes or ()):
                     if isinstance(want, str):
-                        moved[k] = _resized(moved[k], d, int(_evaluate(want, values)))
+                        moved[k] = resized(moved[k], d, int(_evaluate(want, values)))
             try:
                 self.check(moved, names)
             except InputError:
@@ -152,7 +152,7 @@ class Sizes:
 _REMEDY = "expand the model with example_inputs of this size"
 
 
-def _resized(x: Tensor, dim: int, size: int) -> Tensor:
+def resized(x: Tensor, dim: int, size: int) -> Tensor:
     """A tensor repeated, or cut, to a size; one that is empty is filled with ones."""
     if not x.shape[dim]:
         return x.new_ones((*x.shape[:dim], size, *x.shape[dim + 1 :]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,11 @@ from gpdfx.errors import LossyError
 from gpdfx.expand import Inputs, _Clock, _compile
 from gpdfx.frozen import Frozen
 from gpdfx.kernels import copies
+from gpdfx.observe import difference
 from gpdfx.passes.program import is_mutable
 from gpdfx.passes.widen import Widened
 from gpdfx.probe import randomize, settle
+from gpdfx.sizes import resized
 from gpdfx.teacher import Teacher
 
 aten = torch.ops.aten
@@ -403,3 +406,33 @@ def test_an_output_that_is_zero_is_reported_and_all_of_them_refused() -> None:
     assert "vacuous" in str(report)
     with pytest.raises(LossyError, match="every output is zero or nan in eval mode"):
         gpdfx.expand(Aside(blank=True), example_inputs=(x,))
+
+
+class Masked(nn.Module):
+    """A mask of -inf, and a parameter that was never initialised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.spare = nn.Parameter(torch.full((6, 2), torch.nan))
+        self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.a(x)
+        return self.b((y @ y.mT + self.mask).softmax(-1) @ y), y @ self.spare
+
+
+def test_what_is_not_finite_is_compared_too() -> None:
+    x = torch.randn(2, 3, 4)
+    report = gpdfx.expand(Masked(), example_inputs=(x,)).report()
+    assert report.to_dict()["vacuous"] == ["real/eval: output 1", "real/train: output 1"]
+    finite, mask = torch.ones(3), torch.tensor([0.0, -torch.inf, 1.0])
+    assert difference(mask, mask.clone()) == 0
+    assert difference(mask, finite) == difference(finite, mask) == math.inf
+    assert difference(mask, mask.neg()) == math.inf
+    assert difference(finite, finite * torch.nan) == math.inf
+
+
+def test_an_empty_example_grows() -> None:
+    assert resized(torch.randn(0, 4), 0, 3).tolist() == [[1.0] * 4] * 3
+    assert resized(torch.arange(2), 0, 5).tolist() == [0, 1, 0, 1, 0]
