@@ -7,7 +7,7 @@ An in-place op is replaced if nobody else sees the memory that it writes: no ali
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -287,7 +287,12 @@ def _aliased(node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes if node.op == "call_function" and value(node) is None else []
     args = bind(node)
     sources = [args[a.name] for a in schema.arguments if a.alias_info is not None]
-    flat = [x for s in sources for x in (s if isinstance(s, list | tuple) else [s])]
+    return _tensors(sources)
+
+
+def _tensors(arguments: Iterable[Any]) -> list[fx.Node]:
+    """Those among the arguments of a call, or in lists among them."""
+    flat = (x for arg in arguments for x in (arg if isinstance(arg, list | tuple) else [arg]))
     return [x for x in flat if is_tensor(x)]
 
 
@@ -298,8 +303,8 @@ def _functional(target: Any) -> Any:
     packet = getattr(getattr(torch.ops, namespace), name.rstrip("_"), None)
     if packet is None or not name.endswith("_"):
         return None
-    overloads = (getattr(packet, overload) for overload in packet.overloads())
-    return next((op for op in overloads if _takes(op) == _takes(target)), None)
+    overloads, wanted = (getattr(packet, o) for o in packet.overloads()), _takes(target)
+    return next((op for op in overloads if _takes(op) == wanted), None)
 
 
 def _takes(op: Any) -> list[str]:
@@ -312,7 +317,6 @@ _PLACES = {"index", "indices", "mask"}  # arguments that say where, not what
 def _casts(node: fx.Node, target: fx.Node) -> bool:
     """True if the in-place op keeps a type or shape that the functional one would promote."""
     args, mine = bind(node), value(target)
-    given = [args[name] for name in args.keys() - _PLACES]
-    nodes = (x for some in given for x in (some if isinstance(some, list | tuple) else [some]))
-    others = [value(x) for x in nodes if is_tensor(x) and x is not target]
+    given = _tensors(args[name] for name in args.keys() - _PLACES)
+    others = [value(x) for x in given if x is not target]
     return any(o.dtype != mine.dtype or o.ndim > mine.ndim for o in others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,27 +70,15 @@ def _embedding_bag(op: Op) -> list[Axes]:
     ]
 
 
-def _scatter(op: Op) -> Axes:
+def _scatter(op: Op, operands: tuple[str, ...]) -> Axes:
     """Positions along ``dim`` are written; the other dimensions of all operands agree."""
     axes, dim = op.axes("self"), dim_of(op, op["dim"])
-    for name in ("self", "index", "src"):
+    for name in operands:
         if isinstance(op[name], fx.Node) and is_tensor(op[name]):
             op.take(op[name], dim, "positions along it are written", out=dim)
             for d, (a, b) in enumerate(zip(axes, op.axes(name), strict=True)):
                 if d != dim:
                     op.unify(a, b) if a.size == b.size else op.conflict("scatter takes a part")
-    return op.axes("self")
-
-
-def _index_add(op: Op) -> Axes:
-    """``_scatter`` of whole slices, by an index of one dimension."""
-    axes, dim = op.axes("self"), dim_of(op, op["dim"])
-    for name in ("self", "source"):
-        if op[name] is not None:
-            op.take(op[name], dim, "positions along it are written", out=dim)
-            for d, (a, b) in enumerate(zip(axes, op.axes(name), strict=True)):
-                if d != dim:
-                    op.unify(a, b)
     return op.axes("self")
 
 
@@ -105,6 +94,9 @@ def _index_put(op: Op) -> Axes:
     return op.axes("self")
 
 
+_ELEMENTS = Rule(partial(_scatter, operands=("self", "index", "src")))
+_SLICES = Rule(partial(_scatter, operands=("self", "source")))  # by an index of one dimension
+
 TABLE: dict[Any, Rule] = {
     aten.embedding.default: Rule(_embedding),
     aten.embedding_bag.default: Rule(_embedding_bag),
@@ -112,16 +104,16 @@ TABLE: dict[Any, Rule] = {
     aten.index.Tensor: Rule(_index),
     aten.index_select.default: Rule(_index_select),
     aten.gather.default: Rule(_gather),
-    aten.scatter.src: Rule(_scatter),
-    aten.scatter.value: Rule(_scatter),
-    aten.scatter.reduce: Rule(_scatter),
-    aten.scatter.value_reduce: Rule(_scatter),
-    aten.scatter_add.default: Rule(_scatter),
-    aten.scatter_reduce.two: Rule(_scatter),
-    aten.index_add.default: Rule(_index_add),
-    aten.index_copy.default: Rule(_index_add),
-    aten.index_reduce.default: Rule(_index_add),
-    aten.index_fill.int_Scalar: Rule(_index_add),
-    aten.index_fill.int_Tensor: Rule(_index_add),
+    aten.scatter.src: _ELEMENTS,
+    aten.scatter.value: _ELEMENTS,
+    aten.scatter.reduce: _ELEMENTS,
+    aten.scatter.value_reduce: _ELEMENTS,
+    aten.scatter_add.default: _ELEMENTS,
+    aten.scatter_reduce.two: _ELEMENTS,
+    aten.index_add.default: _SLICES,
+    aten.index_copy.default: _SLICES,
+    aten.index_reduce.default: _SLICES,
+    aten.index_fill.int_Scalar: _SLICES,
+    aten.index_fill.int_Tensor: _SLICES,
     aten.index_put.default: Rule(_index_put),
 }

@@ -28,7 +28,7 @@ def _dropout(w: Writer) -> fx.Node:
     axes = op.axes("input")
     if not op["train"] or w.target.independent or not any(w.wide(a) for a in axes):
         return w.copy()
-    x, name = w["input"], op.node.target._opname.rstrip("_")  # type: ignore[union-attr]
+    x, name = w["input"], op.node.target._opname  # type: ignore[union-attr]
     sizes = student_sizes(w, x, axes, value(op["input"]).shape)
     mask = w.call(copies.dropout_mask, x, sizes, name, op["p"], memory_order(op["input"]))
     return w.call(aten.mul.Tensor, x, w.spread(mask, axes))
