@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 
 .PHONY: demo test lint slow
 demo: $(VENV)/installed
-	$(RUN) -m gpdfx.demo
+	$(RUN) -m gpdfx.cli.demo
 
 test: lint
 	$(RUN) -m pytest -n 2

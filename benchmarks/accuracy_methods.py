@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import gpdfx
 from benchmarks.accuracy_tasks import BATCH, HEAD, SHAPES, Part, Task, batches, load, network
-from gpdfx.gpd import GPD
-from gpdfx.losses import KD
-from gpdfx.recipes import TrainingRecipe, make_optimizer, set_learning_rate
+from gpdfx.distill.gpd import GPD
+from gpdfx.distill.losses import KD
+from gpdfx.train.recipes import TrainingRecipe, make_optimizer, set_learning_rate
 
 STATIC_SEED = 10_000  # added to the seed of a static teacher: it has an init of its own
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -9,8 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from gpdfx.data import load_data
-from gpdfx.splits import Split, generator
+from gpdfx.data.datasets import load_data
+from gpdfx.data.splits import Split, generator
 
 BATCH = 64
 SHAPES = {"mnist1d": (1, 40), "digits": (1, 8, 8)}

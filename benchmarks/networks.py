@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from benchmarks import zoo_tasks, zoo_transformers
-from gpdfx.inputs import infer_inputs
+from gpdfx.calls.examples import infer_inputs
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 150_000_000  # parameters; float64 teachers of larger networks do not fit everywhere

@@ -5,26 +5,26 @@ teacher(x), teacher.student(x)             # trained together, on shared paramet
 plain = gpdfx.collapse(teacher)            # the user's own class again
 """
 
-from .allocator import keep_memory as keep_memory
-from .checkpoint import to_student as to_student
-from .checkpoint import to_teacher as to_teacher
+from .compiler import expand as expand
+from .custom_ops import rule as rule
+from .custom_ops import unrule as unrule
+from .distill.gpd import GPD as GPD
+from .distill.gpd import Distilled as Distilled
 from .errors import AxisConflict as AxisConflict
 from .errors import CaptureError as CaptureError
 from .errors import GpdfxError as GpdfxError
 from .errors import InputError as InputError
 from .errors import LossyError as LossyError
-from .expand import expand as expand
-from .explain import explain as explain
-from .explain import graph as graph
-from .gpd import GPD as GPD
-from .gpd import Distilled as Distilled
-from .groups import param_groups as param_groups
-from .report import Report as Report
-from .rule import rule as rule
-from .rule import unrule as unrule
+from .memory import keep_memory as keep_memory
+from .report.explain import explain as explain
+from .report.explain import graph as graph
+from .report.report import Report as Report
 from .storage import load as load
 from .storage import save as save
-from .teacher import Teacher as Teacher
-from .teacher import collapse as collapse
+from .teacher.groups import param_groups as param_groups
+from .teacher.module import Teacher as Teacher
+from .teacher.module import collapse as collapse
+from .teacher.states import to_student as to_student
+from .teacher.states import to_teacher as to_teacher
 
 __version__ = "0.1.0"

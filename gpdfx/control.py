@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import nn
 
-from .branches import NONE, BranchSet, branch_set
+from .branches.kinds import NONE, BranchSet, branch_set
 from .errors import InputError
-from .explain import suggest
+from .report.explain import suggest
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .errors import InputError
-from .explain import suggest
+from .report.explain import suggest
 
 Shape = tuple[int, ...]
 

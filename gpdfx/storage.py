@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .branches import read, spell
-from .checkpoint import check_keys, to_dtype
+from .branches.kinds import read, spell
+from .compiler import expand
 from .control import Recipe
 from .errors import InputError
-from .expand import expand
-from .teacher import Teacher
+from .teacher.module import Teacher
+from .teacher.states import check_keys, to_dtype
 
 FORMAT = "gpdfx teacher 1"
 

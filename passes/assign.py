@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from ..axes import Leaf, Reason, Widths, choose_widths, leaves
+from ..algebra.axes import Leaf, Reason, Widths, choose_widths, leaves
 from ..control import Control, covers
 from .infer import Inference
 from .program import Program

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..branches import NONE, BranchSet, Layer
-from ..fold import Branched, kernel, merged, module_of, plain
+from ..branches.kinds import NONE, BranchSet, Layer
 from ..kernels import copies
-from . import feed
+from . import folded
+from .names import Branched, kernel, merged, module_of, plain
 from .program import Program, bind, copied
 from .widen import Widened
 
@@ -137,7 +137,7 @@ def _bias(widened: Widened, uses: Uses, name: str) -> str | None:
 def read_folded(graph: fx.Graph, found: Sequence[Branched], training: bool) -> None:
     """Folded weights take the place of parameters."""
     nodes = {str(n.target): n for n in graph.find_nodes(op="get_attr")}
-    add = partial(feed.add, graph)
+    add = partial(folded.add, graph)
     for one in found:
         node = nodes.get(one.weight)
         if node is None:

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from ..kernels import copies
-from .inline import REGION
+from .capture.inline import REGION
 from .program import bind, is_mutable
 
 aten = torch.ops.aten

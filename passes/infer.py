@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..axes import Axis, Reason, Solver, leaves
+from ..algebra.axes import Axis, Reason, Solver, leaves
 from ..errors import AxisConflict
 from .effects import draws
 from .program import Program, describe, is_free, is_mutable, is_tensor, mutated, shape, value

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import fx
 
-from ..branches import NONE, Layer
-from ..fold import Branched, Lowered, merged, teachers
+from ..branches.kinds import NONE, Layer
 from ..kernels import copies
 from ..kernels.fold import RULES, Share, Site, cut_of
 from .branch import layer_of, read_folded, uses_of
-from .feed import reads
+from .folded import reads
+from .names import Branched, Lowered, merged, teachers
 from .program import copied
 from .widen import Widened
 

@@ -14,8 +14,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from ..call import Call
-from ..tree import Pattern
+from ..calls.call import Call
+from ..calls.tree import Pattern
 
 Module = TypeVar("Module", bound=nn.Module)
 _TORCH = str(Path(torch.__file__).parent) + os.sep

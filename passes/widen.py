@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..axes import Axis, Widths
-from ..extract import Use, uses
-from ..fold import Branched, Lowered
-from ..frozen import Frozen, freeze
+from ..algebra.axes import Axis, Widths
+from ..algebra.frozen import Frozen, freeze
+from ..teacher.extract import Use, uses
 from .effects import has_effect
 from .infer import Inference
+from .names import Branched, Lowered
 from .program import Program, is_tensor, module_path, mutated, source
 from .rules import rule_of
 from .rules.base import Axes, DynamicAxis, Op, Target, Writer, parts, student_size

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpdfx import axes as ax
-from gpdfx.axes import ONE, Axis, Leaf, Product, Solver, Sum, product, sum_
+from gpdfx.algebra import axes as ax
+from gpdfx.algebra.axes import ONE, Axis, Leaf, Product, Solver, Sum, product, sum_
+from gpdfx.algebra.frozen import Frozen, freeze, share_table
+from gpdfx.algebra.gather import gather
 from gpdfx.errors import AxisConflict
-from gpdfx.frozen import Frozen, freeze, share_table
-from gpdfx.gather import gather
 
 law = settings(max_examples=100, deadline=None)
 HERE = ax.Reason("here")
@@ -227,7 +227,7 @@ def test_gather(indices: tuple[list[int], list[int]], block: int) -> None:
     own = torch.randn(*(m.student for m in maps), 2, 3)
     whole = [Frozen(n, np.arange(n)) for n in (2, 3)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpdfx.gather.BLOCK", block)
+        patch.setattr("gpdfx.algebra.gather.BLOCK", block)
         for x in (own, own.contiguous(memory_format=torch.channels_last)):
             wide = gather(x, (*maps, *whole))
             assert torch.equal(wide, own[np.ix_(*indices)])

@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gpdfx
-from gpdfx.branches import SETS, Branch, Full, Layer, LowRank, Shapes
-from gpdfx.fold import Branched, Chunk, Fold, kernel, merged, plain
+from gpdfx.branches.kinds import SETS, Branch, Full, Layer, LowRank, Shapes
+from gpdfx.calls import tree
+from gpdfx.passes.names import Branched, kernel, merged, plain
+from gpdfx.teacher.chunks import Chunk
+from gpdfx.teacher.fold import Fold
 
 from .networks import NETWORKS, WRITTEN, tensors_equal
 
@@ -206,20 +209,20 @@ def train(teacher: Any, name: str, steps: int, lr: float = 0.02) -> None:
 
 
 def leaf(y: Any) -> Tensor:
-    found = gpdfx.tree.leaves(y)[0]
+    found = tree.leaves(y)[0]
     assert isinstance(found, Tensor)
     return found
 
 
 def lossless_with(name: str, sets: list[str]) -> None:
     """Captured once, then branched and checked set by set."""
-    from gpdfx import oracle
+    from gpdfx.check import laws
+    from gpdfx.compiler import _Clock, _compile
     from gpdfx.control import make_control
-    from gpdfx.expand import _Clock, _compile
     from gpdfx.passes.branch import branch
     from gpdfx.passes.lower import lower
     from gpdfx.passes.widen import widen
-    from gpdfx.teacher import Teacher
+    from gpdfx.teacher.module import Teacher
 
     case = NETWORKS[name]
     model, inputs = case.model(), (case.inputs(), {})
@@ -230,7 +233,7 @@ def lossless_with(name: str, sets: list[str]) -> None:
         widened = lower(branch(bare, lambda _, one=one: SETS[one]))
         teacher = Teacher(widened)
         teacher.find_caches(*inputs)
-        check = oracle.verify(widened, teacher, inputs)
+        check = laws.verify(widened, teacher, inputs)
         assert check.tolerance == 1e-10 or name in ("odd", "norms"), (one, check)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gpdfx
-from gpdfx.branches import Branch, Full
+from gpdfx.branches.kinds import Branch, Full
+from gpdfx.calls import tree
 
 from .networks import NETWORKS, tensors_equal
 
@@ -30,7 +31,7 @@ def trained(
     make = make or (lambda p: torch.optim.SGD(p, 0.01, momentum=0.9))
     optimizer = make(teacher.parameters())
     for _ in range(steps):
-        wide, own = (gpdfx.tree.leaves(y)[0] for y in teacher.both(*inputs))
+        wide, own = (tree.leaves(y)[0] for y in teacher.both(*inputs))
         optimizer.zero_grad()
         (wide.square().mean() + own.square().mean()).backward()
         optimizer.step()
@@ -59,7 +60,7 @@ def test_to_teacher_takes_new_weights_into_a_trained_teacher(name: str) -> None:
     assert tensors_equal(gpdfx.collapse(teacher).state_dict(), other.state_dict())
     x = NETWORKS[name].inputs(seed=8)
     teacher.eval(), other.eval()
-    one, two = (gpdfx.tree.leaves(y)[0] for y in (teacher(*x), other(*x)))
+    one, two = (tree.leaves(y)[0] for y in (teacher(*x), other(*x)))
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
     kept = [k for k in state if k.endswith("product.second")]
     assert all(torch.equal(state[k], before[k]) for k in kept)
@@ -185,7 +186,7 @@ def test_a_file_makes_the_teacher_again(name: str, branches: Any, tmp_path: Path
     for call in ("forward", "student"):
         results = []
         for one in (teacher.eval(), other.eval()):
-            results.append(gpdfx.tree.leaves(getattr(one, call)(*x))[0])
+            results.append(tree.leaves(getattr(one, call)(*x))[0])
         assert torch.equal(*results)
     assert not list(tmp_path.glob("*.tmp"))
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gpdfx
-from gpdfx.cli import main
+from gpdfx.cli.app import main
 from gpdfx.control import make_control
 
 from .networks import NETWORKS

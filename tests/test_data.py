@@ -13,9 +13,19 @@ import torch
 from torch import Tensor, nn
 
 import gpdfx
-from gpdfx.data import load_data
-from gpdfx.loaders import EpochSampler, eval_loader, mix, steps_per_epoch, train_loader
-from gpdfx.recipes import (
+from gpdfx.data.datasets import load_data
+from gpdfx.data.loaders import EpochSampler, eval_loader, mix, steps_per_epoch, train_loader
+from gpdfx.data.sources import (
+    CIFAR_MEAN,
+    CIFAR_RECORD,
+    CIFAR_STD,
+    CIFAR_TEST,
+    CIFAR_TRAIN,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+)
+from gpdfx.data.splits import Data, Split, generator
+from gpdfx.train.recipes import (
     RECIPES,
     TrainingRecipe,
     get_recipe,
@@ -25,16 +35,6 @@ from gpdfx.recipes import (
     set_learning_rate,
     with_changes,
 )
-from gpdfx.sources import (
-    CIFAR_MEAN,
-    CIFAR_RECORD,
-    CIFAR_STD,
-    CIFAR_TEST,
-    CIFAR_TRAIN,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-)
-from gpdfx.splits import Data, Split, generator
 
 Batches = list[tuple[Tensor, Tensor]]
 

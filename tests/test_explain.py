@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import gpdfx
-from gpdfx.cli import main
+from gpdfx.cli.app import main
 
 from .networks import NETWORKS
 

@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import gpdfx
-from gpdfx import lean, oracle
+from gpdfx.algebra.frozen import Frozen
+from gpdfx.calls.sizes import resized
+from gpdfx.check import laws, streaming
+from gpdfx.check.observe import difference
+from gpdfx.check.probe import randomize, settle
+from gpdfx.compiler import Inputs, _Clock, _compile
 from gpdfx.control import make_control
 from gpdfx.errors import LossyError
-from gpdfx.expand import Inputs, _Clock, _compile
-from gpdfx.frozen import Frozen
 from gpdfx.kernels import copies
-from gpdfx.observe import difference
 from gpdfx.passes.program import is_mutable
 from gpdfx.passes.widen import Widened
-from gpdfx.probe import randomize, settle
-from gpdfx.sizes import resized
-from gpdfx.teacher import Teacher
+from gpdfx.teacher.module import Teacher
 
 aten = torch.ops.aten
 Tamper = Callable[[Widened], None]
@@ -78,7 +78,7 @@ def compiled(model: nn.Module, *inputs: Tensor, ratio: float = 2.0) -> tuple[Wid
 
 
 def check(widened: Widened, call: Inputs) -> None:
-    oracle.verify(widened, Teacher(widened), call)
+    laws.verify(widened, Teacher(widened), call)
 
 
 def image() -> Tensor:
@@ -232,11 +232,11 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], Tamper, float]] = {
 }
 
 
-@pytest.mark.parametrize("keep", [lean.KEEP, 0], ids=["kept", "lean"])
+@pytest.mark.parametrize("keep", [streaming.KEEP, 0], ids=["kept", "lean"])
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_oracle_catches(name: str, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where wide parameters are gathered at every use."""
-    monkeypatch.setattr(lean, "KEEP", keep)
+    monkeypatch.setattr(streaming, "KEEP", keep)
     build, tamper, ratio = FAULTS[name]
     torch.manual_seed(0)
     model = build()
@@ -303,10 +303,10 @@ def test_a_stale_cache_in_the_student_is_cleared_or_caught() -> None:
     model = Cached().eval()
     widened, call = compiled(model, torch.randn(2, 5))
     with pytest.raises(LossyError, match=r"teacher\.student"):
-        oracle.verify(widened, Teacher(widened), call)
+        laws.verify(widened, Teacher(widened), call)
     teacher = Teacher(widened)
     teacher.find_caches(*call)
-    oracle.verify(widened, teacher, call)
+    laws.verify(widened, teacher, call)
     assert not model.cache
 
 
@@ -334,7 +334,7 @@ def test_dead_parameters_are_listed() -> None:
             return self.used(x)
 
     widened, call = compiled(Dead(), torch.randn(2, 4))
-    result = oracle.verify(widened, Teacher(widened), call)
+    result = laws.verify(widened, Teacher(widened), call)
     assert set(result.dead) == {"unused.weight", "unused.bias"}
 
 
@@ -355,13 +355,13 @@ def test_what_ships_is_compared_value_by_value(name: str) -> None:
     """The check runs on gathered weights; a stored one that differs by a bit must not pass."""
     widened, _ = compiled(Plain(), image())
     teacher = Teacher(widened)
-    oracle.check_values(widened, teacher)
+    laws.check_values(widened, teacher)
     stored = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
     with torch.no_grad():
         flat = stored[name].view(-1)
         flat[-1] = torch.nextafter(flat[-1], flat[-1] + 1)
     with pytest.raises(LossyError, match=name):
-        oracle.check_values(widened, teacher)
+        laws.check_values(widened, teacher)
 
 
 class Writes(nn.Module):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import gpdfx
-from gpdfx.branches import NONE, SETS, Full, Layer
-from gpdfx.extract import take_first
-from gpdfx.fold import students, teachers
-from gpdfx.frozen import Frozen
+from gpdfx.algebra.frozen import Frozen
+from gpdfx.branches.kinds import NONE, SETS, Full, Layer
 from gpdfx.kernels import copies
 from gpdfx.kernels.fold import Share, Site, cut_of, fold, register
+from gpdfx.passes.names import students, teachers
+from gpdfx.teacher.extract import take_first
 
 from .networks import NETWORKS, tensors_equal
 from .test_branches import LAYERS, a_teacher, leaf, plain_teacher, stored_shape

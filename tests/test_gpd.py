@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import gpdfx
-from gpdfx.features import Features, FitNet, ReviewKD
-from gpdfx.losses import KD
+from gpdfx.distill.features import Features, FitNet, ReviewKD
+from gpdfx.distill.losses import KD
 
 from .networks import tensors_equal
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpdfx import InputError
-from gpdfx.features import Features, FitNet, Fusion, ReviewKD, hierarchical_context_loss
-from gpdfx.losses import DKD, KD, soft_cross_entropy
+from gpdfx.distill.features import Features, FitNet, Fusion, ReviewKD, hierarchical_context_loss
+from gpdfx.distill.losses import DKD, KD, soft_cross_entropy
 
 
 def draw(*shape, seed=0, scale=2.0):

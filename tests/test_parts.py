@@ -12,12 +12,12 @@ import torchvision
 from torch import Tensor, fx, nn
 
 import gpdfx
-from gpdfx import oracle
+from gpdfx.check import laws
+from gpdfx.check.probe import randomize
+from gpdfx.compiler import Inputs, _Clock, _compile
 from gpdfx.control import make_control
-from gpdfx.expand import Inputs, _Clock, _compile
 from gpdfx.passes.widen import Widened
-from gpdfx.probe import randomize
-from gpdfx.teacher import Teacher
+from gpdfx.teacher.module import Teacher
 
 from .networks import tensors_equal
 
@@ -145,7 +145,7 @@ def test_the_oracle_catches_a_fault_in_any_part(key: str) -> None:
     )
     _tamper(widened, key)
     with pytest.raises(gpdfx.LossyError, match=r"differs by 1\.\d+e-06"):
-        oracle.verify(widened, Teacher(widened), call)
+        laws.verify(widened, Teacher(widened), call)
 
 
 class TokenModel(nn.Module):

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 
 import gpdfx
-from gpdfx.branches import SETS
-from gpdfx.report import Report
-from gpdfx.teacher import take_first
+from gpdfx.branches.kinds import SETS
+from gpdfx.report.report import Report
+from gpdfx.teacher.module import take_first
 
 from .networks import tensors_equal
 from .random_networks import build, networks

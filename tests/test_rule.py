@@ -347,7 +347,7 @@ def test_without_an_example_expand_refuses() -> None:
 
 def test_the_oracle_would_catch_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     gpdfx.rule(soft_project, "... i, o i -> ... o")
-    module = importlib.import_module("gpdfx.expand")
+    module = importlib.import_module("gpdfx.compiler")
     monkeypatch.setattr(module, "check_rules", lambda inference: None)
     with pytest.raises(gpdfx.LossyError) as caught:
         gpdfx.expand(Last(), 2, example_inputs=(r(3, 5),))

@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import gpdfx
-from gpdfx import runner, runs, steps, streams, train, watch
-from gpdfx.cli import main
-from gpdfx.recipes import with_changes
+from gpdfx.cli.app import main
+from gpdfx.distill import streams
+from gpdfx.train import log, run, runner
+from gpdfx.train import state as states
+from gpdfx.train import step as steps
+from gpdfx.train.recipes import with_changes
 
 from .small_networks import tiny
 from .test_gpd import make
@@ -58,7 +61,7 @@ def stepper(place: steps.Place = CPU, **changes: Any) -> steps.Stepper:
 
 
 def same_state(one: steps.Stepper, other: steps.Stepper, **tolerance: float) -> None:
-    a, b = (runs.flatten_module(s.net) for s in (one, other))
+    a, b = (states.flatten_module(s.net) for s in (one, other))
     for name, x in a.items():
         torch.testing.assert_close(x, b[name], msg=name, **tolerance)
 
@@ -95,16 +98,16 @@ def test_the_soft_targets_first_epoch_compiles_once_more(counted: Counted) -> No
 @contextlib.contextmanager
 def stopping(monkeypatch: pytest.MonkeyPatch, steps: int) -> Iterator[None]:
     """A run is stopped in its next step."""
-    advance, left = watch.Watch.advance, [None] * steps
+    advance, left = log.Watch.advance, [None] * steps
 
-    def interrupted(self: watch.Watch, values: Any) -> None:
+    def interrupted(self: log.Watch, values: Any) -> None:
         if not left:
             raise KeyboardInterrupt
         left.pop()
         advance(self, values)
 
     with monkeypatch.context() as patched:
-        patched.setattr(watch.Watch, "advance", interrupted)
+        patched.setattr(log.Watch, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
             yield
 
@@ -121,7 +124,7 @@ def test_a_compiled_run_may_stop_and_change_its_way(
             go(tmp_path / name, checkpoint_every=1, **changes)
         go(tmp_path / name, **(changes | {"compile": way}))
     whole, killed, changed = (
-        load_file(tmp_path / name / train.STUDENT) for name in ("whole", "killed", "changed")
+        load_file(tmp_path / name / run.STUDENT) for name in ("whole", "killed", "changed")
     )
     for name, x in whole.items():
         assert torch.equal(x, killed[name]), name
@@ -149,7 +152,7 @@ def test_a_run_with_the_real_compiler(tmp_path: Path, mode: str) -> None:
     changes["recipe"] = with_changes(TINY, epochs=1)
     go(tmp_path / "eager", **changes)
     go(tmp_path / "compiled", compile=mode, time_steps=1, **changes)
-    one, other = (load_file(tmp_path / name / train.STUDENT) for name in ("eager", "compiled"))
+    one, other = (load_file(tmp_path / name / run.STUDENT) for name in ("eager", "compiled"))
     for name, x in one.items():
         torch.testing.assert_close(x, other[name], rtol=1e-3, atol=1e-4)
 
@@ -295,7 +298,7 @@ def test_a_run_on_a_gpu(tmp_path: Path, way: dict[str, Any]) -> None:
     for name, chosen in (("eager", {}), ("fast", way)):
         changes = {"device": "cuda", "student": "tests.small_networks:Smooth", "recipe": recipe}
         go(tmp_path / name, **changes, **chosen)
-    one, other = (load_file(tmp_path / name / train.STUDENT) for name in ("eager", "fast"))
+    one, other = (load_file(tmp_path / name / run.STUDENT) for name in ("eager", "fast"))
     for name, x in one.items():
         torch.testing.assert_close(x, other[name], rtol=1e-2, atol=1e-3)
 

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 import gpdfx
-from gpdfx.passes import capture
+from gpdfx.passes.capture import export
 
 from .networks import NETWORKS
 
@@ -86,7 +86,7 @@ def test_lower_levels_bake_the_sizes(dynamic: str) -> None:
 
 
 def test_impatience_falls_back_to_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "PATIENCE", 0.01)
+    monkeypatch.setattr(export, "PATIENCE", 0.01)
     case = NETWORKS["unet"]
     teacher = gpdfx.expand(case.model(), 2, example_inputs=case.inputs())
     assert teacher.report().inputs == {"x": "batch x 3 x 16 x 16"}
@@ -96,7 +96,7 @@ def test_patience_may_end_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None
     """Wherever tracing is stopped, it leaves nothing behind: a timer's error ended the process."""
     case = NETWORKS["unet"]
     model, inputs = case.model(), case.inputs()
-    sites = capture.whole(model, inputs, {})
+    sites = export.whole(model, inputs, {})
     asked = 0
 
     def clock() -> float:
@@ -104,13 +104,13 @@ def test_patience_may_end_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None
         asked += 1
         return float(asked)
 
-    monkeypatch.setattr(capture.time, "thread_time", clock)
-    monkeypatch.setattr(capture, "PATIENCE", 1e9)
-    assert capture.capture(model, sites).modes["eval"].level == "sizes"
+    monkeypatch.setattr(export.time, "thread_time", clock)
+    monkeypatch.setattr(export, "PATIENCE", 1e9)
+    assert export.capture(model, sites).modes["eval"].level == "sizes"
     assert asked > 300
     for moment in range(0, asked // 2, asked // 10):  # the first mode
-        monkeypatch.setattr(capture, "PATIENCE", float(moment))
-        assert capture.capture(model, sites).modes["eval"].level == "batch"
+        monkeypatch.setattr(export, "PATIENCE", float(moment))
+        assert export.capture(model, sites).modes["eval"].level == "batch"
 
 
 class Precise(nn.Module):
@@ -129,15 +129,15 @@ class Precise(nn.Module):
 
 def test_impatience_never_parts_the_modes_or_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph in float64, which tells baked dtypes, has the same free sizes as the other's."""
-    patient, calls = capture._patience, []
+    patient, calls = export._patience, []
 
     def third_time(seconds: float | None) -> AbstractContextManager[None]:
         calls.append(seconds)
         if seconds is not None and len(calls) > 2:
-            raise capture._TooSlowError
+            raise export._TooSlowError
         return patient(seconds)
 
-    monkeypatch.setattr(capture, "_patience", third_time)
+    monkeypatch.setattr(export, "_patience", third_time)
     teacher = gpdfx.expand(Precise(), 2, example_inputs=(torch.randn(2, 7, 4),))
     assert len(calls) == 4
     assert teacher.report().check.tolerance == 1e-10

@@ -21,11 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gpdfx
-from gpdfx import models, runs, steps, train, watch
-from gpdfx.cli import main
-from gpdfx.config import TrainConfig, read_config
-from gpdfx.deploy import evaluate, export
-from gpdfx.recipes import RECIPES, TrainingRecipe, with_changes
+from gpdfx import models
+from gpdfx.cli.app import main
+from gpdfx.train import log, run
+from gpdfx.train import state as states
+from gpdfx.train import step as steps
+from gpdfx.train.config import TrainConfig, read_config
+from gpdfx.train.export import evaluate, export
+from gpdfx.train.recipes import RECIPES, TrainingRecipe, with_changes
 
 from . import small_networks
 from .small_networks import tiny
@@ -48,7 +51,7 @@ def config(out: Path, **changes: Any) -> TrainConfig:
 
 
 def go(out: Path, **changes: Any) -> dict[str, Any]:
-    return train.train(config(out, **changes), quiet=True)
+    return run.train(config(out, **changes), quiet=True)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -98,7 +101,7 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
     names = {"state.safetensors", "student.safetensors", "teacher.safetensors", "log.csv"}
     assert names | {"curves.png", "summary.json"} <= {p.name for p in finished.iterdir()}
     assert not list(finished.glob("*.tmp"))
-    _, facts = runs.read_state(finished / "state.safetensors")
+    _, facts = states.read_state(finished / "state.safetensors")
     assert [row["step"] for row in facts["history"]] == [5, 10]
     terms = {"loss_teacher", "loss_student", "loss_gap", "loss_teacher_kd", "loss_student_kd"}
     for row in facts["history"]:
@@ -112,8 +115,8 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
     assert set(summary["test"]) == {"student", "teacher", "gap", "static"}
     assert summary["step_time"]["pairs"] == 2
     assert summary["step_time"]["ratio"] > 0
-    assert runs.as_json(read_config(summary["config"])) == summary["config"]
-    text = watch.table(summary)
+    assert states.as_json(read_config(summary["config"])) == summary["config"]
+    text = log.table(summary)
     assert "dynamic teacher" in text
     assert "static teacher" in text
 
@@ -145,7 +148,7 @@ def test_a_wrong_export_is_not_written(
 ) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    monkeypatch.setattr("gpdfx.deploy._difference", lambda *_: float("nan"))
+    monkeypatch.setattr("gpdfx.train.export._difference", lambda *_: float("nan"))
     with pytest.raises(gpdfx.GpdfxError, match="logits differ"):
         export(finished, tmp_path / "student.onnx")
     assert not list(tmp_path.iterdir())
@@ -154,7 +157,7 @@ def test_a_wrong_export_is_not_written(
 def test_a_finished_run_stays_as_it_is(finished: Path) -> None:
     before = contents(finished)
     summary = json.loads(before["summary.json"])
-    assert train.train(read_config(summary["config"]), quiet=True) == summary
+    assert run.train(read_config(summary["config"]), quiet=True) == summary
     assert contents(finished) == before
 
 
@@ -209,7 +212,7 @@ def test_networks_fit_the_data() -> None:
 @pytest.mark.parametrize("source", ["digits", "mnist1d"])
 def test_the_student_learns(tmp_path: Path, source: str) -> None:
     recipe = with_changes(RECIPES[source], epochs=12)
-    summary = train.train(TrainConfig(data=source, out=str(tmp_path / "run"), recipe=recipe))
+    summary = run.train(TrainConfig(data=source, out=str(tmp_path / "run"), recipe=recipe))
     assert summary["test"]["student"] > {"digits": 0.95, "mnist1d": 0.6}[source]
     assert summary["test"]["teacher"] > 0.6
 
@@ -224,7 +227,7 @@ def test_a_stopped_run_ends_bit_for_bit_like_another(
     recipe = with_changes(TINY, optimizer="adamw" if changes else "sgd", lr=0.01, mixup=0.4)
     changes = changes | {"recipe": recipe}
     go(tmp_path / "whole", **changes)
-    advance = watch.Watch.advance
+    advance = log.Watch.advance
     for stop in (1, 4, 5):  # nothing but the first checkpoint; amid an epoch; at its last step
         count = 0
 
@@ -236,13 +239,13 @@ def test_a_stopped_run_ends_bit_for_bit_like_another(
             advance(self, values)
 
         with monkeypatch.context() as patched:
-            patched.setattr(watch.Watch, "advance", interrupted)
+            patched.setattr(log.Watch, "advance", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 go(tmp_path / "parts", checkpoint_every=2, **changes)
     go(tmp_path / "parts", checkpoint_every=2, workers=0, patience=7, **changes)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert (whole / train.STUDENT).read_bytes() == (parts / train.STUDENT).read_bytes()
-    one, other = (runs.read_state(folder / train.STATE) for folder in (whole, parts))
+    assert (whole / run.STUDENT).read_bytes() == (parts / run.STUDENT).read_bytes()
+    one, other = (states.read_state(folder / run.STATE) for folder in (whole, parts))
     assert one[0].keys() == other[0].keys()
     assert all(torch.equal(x, other[0][name]) for name, x in one[0].items())
     rows = [
@@ -257,7 +260,7 @@ def kill_and_resume(tmp_path: Path, kills: int, epochs: int) -> None:
     torch.set_num_threads(1)
     go(tmp_path / "whole", **changes)
     argv = command(tmp_path / "killed", "--epochs", str(epochs), "--checkpoint-every", "1")
-    state, dice = tmp_path / "killed" / train.STATE, random.Random(0)
+    state, dice = tmp_path / "killed" / run.STATE, random.Random(0)
     seen = []
     for _ in range(kills):
         process = start(argv)
@@ -271,12 +274,12 @@ def kill_and_resume(tmp_path: Path, kills: int, epochs: int) -> None:
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "the run was over before it was killed"
-        _, facts = runs.read_state(state)
+        _, facts = states.read_state(state)
         seen.append(5 * facts["epoch"] + facts["step"])
     assert seen == sorted(set(seen))  # each went on from where the last one was killed
     go(tmp_path / "killed", **changes)
-    student = (tmp_path / "killed" / train.STUDENT).read_bytes()
-    assert student == (tmp_path / "whole" / train.STUDENT).read_bytes(), f"killed at steps {seen}"
+    student = (tmp_path / "killed" / run.STUDENT).read_bytes()
+    assert student == (tmp_path / "whole" / run.STUDENT).read_bytes(), f"killed at steps {seen}"
 
 
 def test_killed_twice(tmp_path: Path) -> None:
@@ -294,8 +297,8 @@ def test_every_damage_is_noticed(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3), "b.c": torch.tensor(2), "empty": torch.zeros(0, 2)}
     tensors["half"] = torch.randn(2, 2).bfloat16()
     facts = {"epoch": 3, "text": "ä", "number": 0.1}
-    runs.write_state(file, tensors, facts)
-    found, told = runs.read_state(file)
+    states.write_state(file, tensors, facts)
+    found, told = states.read_state(file)
     assert told == facts
     assert all(
         torch.equal(found[name], x) and found[name].dtype == x.dtype for name, x in tensors.items()
@@ -309,17 +312,17 @@ def test_every_damage_is_noticed(tmp_path: Path) -> None:
     for content in damaged:
         file.write_bytes(content)
         with pytest.raises(gpdfx.InputError, match="checkpoint"):
-            runs.read_state(file)
+            states.read_state(file)
         assert file.read_bytes() == content
 
 
 def test_an_error_leaves_the_file(tmp_path: Path) -> None:
     file = tmp_path / "file"
-    runs.write_text(file, "before")
-    with pytest.raises(ZeroDivisionError), runs.Replacing(file) as fresh:
+    states.write_text(file, "before")
+    with pytest.raises(ZeroDivisionError), states.Replacing(file) as fresh:
         fresh.write_text(str(1 / 0))
     with pytest.raises(TypeError):
-        runs.write_state(file, {}, {"epoch": object()})
+        states.write_state(file, {}, {"epoch": object()})
     assert contents(tmp_path) == {"file": b"before"}
 
 
@@ -328,7 +331,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that a bug stopped amid its second epoch."""
     out = tmp_path_factory.mktemp("begun") / "run"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train.Run, "_finish", lambda self: {})
+        patched.setattr(run.Run, "_finish", lambda self: {})
         go(out)
     return out
 
@@ -340,7 +343,7 @@ def test_a_bad_checkpoint_is_refused(begun: Path, tmp_path: Path, kind: str) -> 
     for name, content in contents(begun).items():
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(content)
-    state = out / train.STATE
+    state = out / run.STATE
     whole = state.read_bytes()
     if kind == "truncated":
         state.write_bytes(whole[: len(whole) // 2])
@@ -402,7 +405,7 @@ def test_a_bad_step_changes_nothing(tmp_path: Path, what: str, first: bool) -> N
     x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
     if not first:
         assert step(x, y, 0) is not None
-    before = {name: t.clone() for name, t in runs.flatten_module(step.net).items()}
+    before = {name: t.clone() for name, t in states.flatten_module(step.net).items()}
     if what == "input":
         bad = x.clone()
         bad[3] = torch.inf
@@ -412,7 +415,7 @@ def test_a_bad_step_changes_nothing(tmp_path: Path, what: str, first: bool) -> N
     assert step(bad, y, 1) is None
     assert step(bad, y, 2) is None
     assert (step.skipped, step.in_row) == (2, 2)
-    after = runs.flatten_module(step.net)
+    after = states.flatten_module(step.net)
     assert all(torch.equal(t, after[name]) for name, t in before.items())
     step.net.criterion = F.cross_entropy
     assert step(x, y, 3) is not None
@@ -439,7 +442,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
     error = capsys.readouterr().err
     assert "not finite in 3 steps in a row" in error
     assert "lower learning rate" in error
-    tensors, facts = runs.read_state(out / train.STATE)
+    tensors, facts = states.read_state(out / run.STATE)
     assert (facts["epoch"], facts["step"], facts["skipped"]) == (1, 4, 2)
     assert all(t.isfinite().all() for t in tensors.values())
 
@@ -461,12 +464,12 @@ def check_two_against_one(tmp_path: Path) -> None:
     recipe = with_changes(TINY, epochs=1, batch_size=20, lr=0.01)
     student = "tests.small_networks:Smooth"
     summary = go(tmp_path / "one", student=student, labels=40, recipe=recipe)
-    one, facts = runs.read_state(tmp_path / "one" / train.STATE)
-    two, others = runs.read_state(tmp_path / "two" / train.STATE)
+    one, facts = states.read_state(tmp_path / "one" / run.STATE)
+    two, others = states.read_state(tmp_path / "two" / run.STATE)
     assert facts["history"][0]["step"] == others["history"][0]["step"] == 20
     parameters = [{k: x for k, x in t.items() if k.startswith("model.")} for t in (one, two)]
     assert relative(*parameters) < 1e-6
-    students = [load_file(tmp_path / name / train.STUDENT) for name in ("one", "two")]
+    students = [load_file(tmp_path / name / run.STUDENT) for name in ("one", "two")]
     assert relative(*students) < 1e-6
     # Momentum is the sum of the gradients of all steps; names, because idle ones are left out.
     momenta = []
@@ -476,7 +479,7 @@ def check_two_against_one(tmp_path: Path) -> None:
         found = {k.split(".")[1]: x for k, x in tensors.items() if k.startswith("optimizer.")}
         momenta.append({names[int(k)]: x for k, x in found.items()})
     assert relative(*momenta) < 1e-5
-    again = json.loads((tmp_path / "two" / train.SUMMARY).read_text())
+    again = json.loads((tmp_path / "two" / run.SUMMARY).read_text())
     assert again["world"] == 2
     assert again["test"] == pytest.approx(summary["test"], abs=0.005)
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...branches import Average, Branch, Frequency, Full, Layer, LowRank, Product, Separable
+from ...branches.kinds import Average, Branch, Frequency, Full, Layer, LowRank, Product, Separable
 from ..copies import share
 from . import triton_kernels as k
 from .reference import room

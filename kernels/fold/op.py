@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...branches import Average, Frequency, Full, LowRank, Pointwise, Product, Separable
+from ...branches.kinds import Average, Frequency, Full, LowRank, Pointwise, Product, Separable
 from . import reference
 from .site import SITES, Site, each, pairs
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...branches import Layer
+from ...branches.kinds import Layer
 from .. import copies
 from .rules import RULES, Grad, dot, scaled
 from .site import Site, Tensors, load, store

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...branches import (
+from ...branches.kinds import (
     Average,
     Branch,
     Frequency,

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...branches import LAYOUTS, Branch, Layer
-from ...frozen import Frozen, blocks_of
+from ...algebra.frozen import Frozen, blocks_of
+from ...branches.kinds import LAYOUTS, Branch, Layer
 
 Tensors = list[Tensor]
 Blocks = tuple[int, int, int]

@@ -17,7 +17,7 @@ from . import (
     recurrent,
     reduction,
     spatial,
-)  # fmt: skip
+)
 from .base import Rule
 
 FAMILIES = (

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from ...axes import ONE, Axis, Product, Reason, Solver
+from ...algebra.axes import ONE, Axis, Product, Reason, Solver
+from ...algebra.frozen import Frozen
 from ...errors import AxisConflict
-from ...frozen import Frozen
 from ...kernels import copies
 from ..program import bind, describe, is_free, is_tensor, module_path, shape, size_hint, value
 

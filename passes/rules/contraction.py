@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...axes import Reason, product
+from ...algebra.axes import Reason, product
 from ...kernels import copies
 from ..program import shape, value
 from .base import Axes, Op, Rule, Writer, broadcast, student_sizes

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...axes import ONE, Axis, product, sum_
+from ...algebra.axes import ONE, Axis, product, sum_
 from ...errors import AxisConflict
 from ...kernels import copies
 from ..program import is_free, number, shape, size_hint, value

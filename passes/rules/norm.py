@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...axes import product
+from ...algebra.axes import product
 from ...kernels import copies
 from ..program import shape
 from .base import Axes, Op, Rule, Writer

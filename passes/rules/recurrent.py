@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...axes import Axis, product
+from ...algebra.axes import Axis, product
 from ...kernels import copies
 from ..program import shape, value
 from .base import Axes, Op, Rule, Writer, student_sizes

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...axes import ONE
+from ...algebra.axes import ONE
 from ...kernels import copies
 from ..program import size_hint
 from .base import Axes, Op, Rule, Writer, copy_op, dim_of, dims_of

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from ...axes import Axis, product
+from ...algebra.axes import Axis, product
+from ...algebra.frozen import share_table
 from ...errors import AxisConflict
-from ...frozen import share_table
 from ...kernels import copies
 from ..program import is_free, shape, value
 from .base import Axes, Op, Rule, Writer, broadcast

@@ -1,0 +1,440 @@
+"""Branches: other ways to write a weight, which train beside it and merge into it.
+
+A layer's weight becomes
+
+    W = scale_0 * origin + sum_b scale_b * kernel_b(params_b)
+
+with one scale per output channel and branch. All of it happens in weight space, so one layer runs
+whatever the number of branches, and stride, padding, dilation and the data do not matter
+(OREPA, arXiv 2204.00826, section 3; arXiv 2410.04140, section 3.3). A branch with ``norm`` is
+normalized on its own, over the batch, while the teacher trains (RepVGG, arXiv 2101.03697;
+Diverse Branch Block, arXiv 2103.13425; MobileOne, arXiv 2206.04040).
+
+Every weight is seen as ``(groups, out, in, *kernel)``, sizes per group. A branch of your own is a
+frozen dataclass that derives from ``Branch``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The geometry of a layer's weight. ``layout``: how it is stored, one of ``LAYOUTS``."""
+
+    groups: int
+    outputs: int
+    inputs: int
+    kernel: tuple[int, ...]
+    layout: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(groups, out, in, *kernel), per group."""
+        return (self.groups, self.outputs, self.inputs, *self.kernel)
+
+    @property
+    def channels(self) -> int:
+        """Output channels of all groups."""
+        return self.groups * self.outputs
+
+    @property
+    def spatial(self) -> bool:
+        """True if the kernel has more than one element."""
+        return math.prod(self.kernel) > 1
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of the layer's output that its channels are."""
+        return 1 if LAYOUTS[self.layout][0] else -1
+
+    def view(self, weight: Tensor) -> Tensor:
+        """A stored weight as (groups, out, in, *kernel)."""
+        split, swapped = LAYOUTS[self.layout]
+        weight = weight.unflatten(0, (self.groups, -1)) if split else weight.unsqueeze(0)
+        return weight.transpose(1, 2) if swapped else weight
+
+    def store(self, weight: Tensor) -> Tensor:
+        """The inverse of ``view``."""
+        split, swapped = LAYOUTS[self.layout]
+        weight = weight.transpose(1, 2) if swapped else weight
+        return weight.flatten(0, 1) if split else weight.squeeze(0)
+
+    def per_channel(self, row: Tensor) -> Tensor:
+        """(channels,) -> (groups, out, 1, ...): broadcasts against a weight."""
+        return row.view(self.groups, self.outputs, *[1] * (1 + len(self.kernel)))
+
+
+LAYOUTS = {
+    "conv": (True, False),  # (groups * out, in, *kernel)
+    "transposed": (True, True),  # (groups * in, out, *kernel)
+    "linear": (False, False),  # (out, in)
+    "matrix": (False, True),  # (in, out), as in x @ W
+}
+"""Layout -> groups and channels share the first dimension; input channels come first."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One summand of a weight. ``norm``: batch-normalized on its own in training. ``live``: its
+    scale when training from scratch."""
+
+    norm: bool = field(default=False, kw_only=True)
+    live: float = field(default=1.0, kw_only=True)
+    carrier: ClassVar[str] = "weight"
+    """A parameter that the kernel is linear in, and that no other op on the way scales."""
+
+    def fits(self, layer: Layer) -> bool:
+        """True if this branch adds something to such a layer."""
+        return True
+
+    def shapes(self, layer: Layer) -> Shapes:
+        """The parameters it has, by name; their dimensions after the second are fan-in."""
+        raise NotImplementedError
+
+    def constants(self, layer: Layer) -> dict[str, Tensor]:
+        """What it needs beside parameters, by name: handed to ``kernel`` with them."""
+        return {}
+
+    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
+        """The weight it makes of them, broadcastable to ``layer.shape``; differentiable."""
+        raise NotImplementedError
+
+    def init(self, layer: Layer, draw: torch.Generator) -> dict[str, Tensor]:
+        """Fresh parameters: uniform with variance 2 / fan-in (He et al., 2015)."""
+        return {
+            name: (torch.rand(shape, generator=draw) * 2 - 1) * math.sqrt(6 / math.prod(shape[2:]))
+            for name, shape in self.shapes(layer).items()
+        }
+
+
+def center(layer: Layer, weight: Tensor) -> Tensor:
+    """A pointwise weight (groups, out, in) at the middle of a kernel of zeros."""
+    pad = [p for k in reversed(layer.kernel) for p in (k // 2, k - 1 - k // 2)]
+    return torch.nn.functional.pad(_pointwise(layer, weight), pad)
+
+
+def _pointwise(layer: Layer, weight: Tensor) -> Tensor:
+    return weight.reshape(*weight.shape, *[1] * len(layer.kernel))
+
+
+# --------------------------------------------------------------------------- the branches
+@dataclass(frozen=True)
+class Full(Branch):
+    """``K = w``: another weight of the layer's own shape. MobileOne."""
+
+    def shapes(self, layer: Layer) -> Shapes:
+        return {"weight": layer.shape}
+
+    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
+        return params["weight"]
+
+
+@dataclass(frozen=True)
+class Pointwise(Branch):
+    """``K[o, i, c] = w[o, i]`` at the centre c, else 0: a 1x1 convolution. RepVGG."""
+
+    def fits(self, layer: Layer) -> bool:
+        return layer.spatial
+
+    def shapes(self, layer: Layer) -> Shapes:
+        return {"weight": layer.shape[:3]}
+
+    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
+        return center(layer, params["weight"])
+
+
+@dataclass(frozen=True)
+class Identity(Branch):
+    """``K[o, i, c] = 1`` where o = i at the centre c, else 0: a skip connection. RepVGG."""
+
+    carrier: ClassVar[str] = ""
+
+    def fits(self, layer: Layer) -> bool:
+        return layer.outputs == layer.inputs
+
+    def shapes(self, layer: Layer) -> Shapes:
+        return {}
+
+    def constants(self, layer: Layer) -> dict[str, Tensor]:
+        return {"eye": torch.eye(layer.outputs).unsqueeze(0)}
+
+    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
+        return center(layer, params["eye"])
+
+
+@dataclass(frozen=True)
+class Average(Branch):
+    """``K[o, i, x] = w[o, i] / size of the kernel``: 1x1, then average pooling. DBB, OREPA."""
+
+    def fits(self, layer: Layer) -> bool:
+        return layer.spatial
+
+    def shapes(self, layer: Layer) -> Shapes:
+        return {"weight": layer.shape[:3]}
+
+    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
+        return _pointwise(layer, params["weight"] / math.prod(layer.kernel))
+
+
+@dataclass(frozen=True)
+class Frequency(Branch):
+    """``K[o, i, x] = w[o, i] * cos(pi (x_d + 1/2) f / k_d)``: 1x1, then a cosine filter.
+
+    Output channel o has the frequency f = 1 + (o // D) % (k_d - 1) along dimension d = o % D of
+    those with k_d > 1. OREPA's frequency prior; frequencies of fcanet (arXiv 2012.11879).
+    """
+
+    def fits(self, layer: Layer) -> bool:
+        return layer.spatial
+
+    def shapes(self, layer: Layer) -> Shapes:
+        return {"weight": layer.shape[:3]}
+
+    def constants(self, layer: Layer) -> dict[str, Tensor]:
+        dims = [d for d, k in enumerate(layer.kernel) if k > 1]
+        filters = torch.zeros(layer.channels, *layer.kernel)
+        for channel, out in enumerate(filters):
+            d = dims[channel % len(dims)]
+            k = layer.kernel[d]
+            f = 1 + (channel // len(dims)) % (k - 1)
+            wave = torch.cos(math.pi / k * f * (torch.arange(k) + 0.5))
+            out += wave.view([k if e == d else 1 for e in range(out.ndim)])
+        return {"filters": filters.unflatten(0, layer.shape[:2]).unsqueeze(2)}
+
+    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
+        return _pointwise(layer, params["weight"]) * params["filters"]
+
+
+@dataclass(frozen=True)
+class Product(Branch):
+    """``K[o, i, x] = sum_h p[o, h, x] (delta[h, i] + q[h, i])``: a residual 1x1, then the full
+    kernel. Depthwise layers have two hidden channels per input channel. DBB, OREPA."""
+
+    carrier: ClassVar[str] = "second"
+
+    def fits(self, layer: Layer) -> bool:
+        return layer.spatial
+
+    def hidden(self, layer: Layer) -> int:
+        return layer.inputs * (2 if layer.inputs == 1 else 1)
+
+    def shapes(self, layer: Layer) -> Shapes:
+        hidden = self.hidden(layer)
+        return {
+            "first": (layer.groups, hidden, layer.inputs),
+            "second": (layer.groups, layer.outputs, hidden, *layer.kernel),
+        }
+
+    def init(self, layer: Layer, draw: torch.Generator) -> dict[str, Tensor]:
+        return super().init(layer, draw) | {"first": torch.zeros(self.shapes(layer)["first"])}
+
+    def constants(self, layer: Layer) -> dict[str, Tensor]:
+        rows = torch.arange(self.hidden(layer)) % layer.inputs
+        return {"eye": torch.nn.functional.one_hot(rows, layer.inputs).float()}
+
+    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
+        first, second = params["first"], params["second"]
+        flat = second.flatten(3).transpose(2, 3).flatten(1, 2)  # (groups, out * kernel, hidden)
+        made: Tensor = (
+            torch.bmm(flat, first + params["eye"]).unflatten(1, (layer.outputs, -1)).transpose(2, 3)
+        )
+        return made.reshape(layer.shape)
+
+
+@dataclass(frozen=True)
+class Separable(Branch):
+    """``K[o, i, x] = sum_e p[o, i, e] d[i, e, x]``: a depthwise kernel with ``expand`` channels
+    per input channel, then 1x1. OREPA."""
+
+    expand: int = 8
+    carrier: ClassVar[str] = "pointwise"
+
+    def fits(self, layer: Layer) -> bool:
+        return layer.spatial
+
+    def shapes(self, layer: Layer) -> Shapes:
+        groups, outputs, inputs, *kernel = layer.shape
+        return {
+            "depthwise": (groups, inputs, self.expand, *kernel),
+            "pointwise": (groups, outputs, inputs, self.expand),
+        }
+
+    def init(self, layer: Layer, draw: torch.Generator) -> dict[str, Tensor]:
+        made = super().init(layer, draw)  # the depthwise kernel has a fan-in of the kernel alone
+        return made | {"depthwise": made["depthwise"] * math.sqrt(self.expand)}
+
+    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
+        depthwise = params["depthwise"].flatten(3)
+        made: Tensor = torch.einsum("goie,giex->goix", params["pointwise"], depthwise)
+        return made.reshape(layer.shape)
+
+
+@dataclass(frozen=True)
+class Line(Branch):
+    """A kernel along dimension ``dim`` through the centre, else 0: 1xk, kx1. ACNet
+    (arXiv 1908.03930)."""
+
+    dim: int = 0
+
+    def fits(self, layer: Layer) -> bool:
+        longer = [d for d, k in enumerate(layer.kernel) if k > 1]
+        return len(longer) > 1 and self.dim in longer
+
+    def shapes(self, layer: Layer) -> Shapes:
+        return {"weight": (*layer.shape[:3], layer.kernel[self.dim])}
+
+    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
+        weight = params["weight"]
+        sizes = [k if d == self.dim else 1 for d, k in enumerate(layer.kernel)]
+        pad = [
+            p
+            for d, k in reversed([*enumerate(layer.kernel)])
+            for p in ((0, 0) if d == self.dim else (k // 2, k - 1 - k // 2))
+        ]
+        return torch.nn.functional.pad(weight.reshape(*layer.shape[:3], *sizes), pad)
+
+
+@dataclass(frozen=True)
+class LowRank(Branch):
+    """``K[o, i] = sum_r u[o, r] v[r, i]`` for linear layers and 1x1 convolutions, of rank an
+    eighth of the smaller side unless given. LoRA's form (arXiv 2106.09685)."""
+
+    rank: int | None = None
+    carrier: ClassVar[str] = "up"
+
+    def fits(self, layer: Layer) -> bool:
+        return not layer.spatial and min(layer.outputs, layer.inputs) > 1
+
+    def shapes(self, layer: Layer) -> Shapes:
+        rank = self.rank or max(1, min(layer.outputs, layer.inputs) // 8)
+        return {
+            "down": (layer.groups, rank, layer.inputs),
+            "up": (layer.groups, layer.outputs, rank),
+        }
+
+    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
+        return _pointwise(layer, torch.bmm(params["up"], params["down"]))
+
+
+# --------------------------------------------------------------------------- sets of them
+@dataclass(frozen=True)
+class BranchSet:
+    """Branches that go together; ``live``: the origin's scale when training from scratch."""
+
+    name: str
+    branches: tuple[Branch, ...]
+    live: float = 1.0
+
+    def on(self, layer: Layer) -> BranchSet:
+        """Those that fit a layer."""
+        fitting = tuple(b for b in self.branches if b.fits(layer))
+        return BranchSet(self.name, fitting, self.live if fitting else 1.0)
+
+    def named(self) -> dict[str, Branch]:
+        """Branch by a name of its own: ``full``, ``full_1`` ..."""
+        found: dict[str, Branch] = {}
+        for branch in self.branches:
+            kind = type(branch).__name__.lower()
+            k = sum(type(b) is type(branch) for b in found.values())
+            found[f"{kind}_{k}" if k else kind] = branch
+        return found
+
+
+_OREPA = (
+    Average(live=0.25),
+    Frequency(live=0.0),
+    Product(live=0.5),
+    Full(live=1.0),
+    Separable(live=0.5),
+)
+_LINES = tuple(Line(dim=d) for d in range(3))
+
+SETS = {
+    s.name: s
+    for s in (
+        BranchSet("orepa", _OREPA, live=0.25),
+        BranchSet("acnet", _LINES),
+        BranchSet("repvgg", (Identity(), Pointwise())),
+        BranchSet("lowrank", (LowRank(),)),
+        BranchSet("dbb", (Pointwise(norm=True), Product(norm=True), Average(norm=True))),
+        BranchSet(
+            "mobileone",
+            (Full(norm=True), Full(norm=True), Pointwise(norm=True), Identity(norm=True)),
+        ),
+    )
+}
+"""The named sets. ``"orepa"`` is the paper's: six branches with the origin."""
+
+
+NONE = BranchSet("none", ())
+
+
+@dataclass(frozen=True)
+class Auto(BranchSet):
+    """The default: the paper's set where a kernel has more than one element, a low-rank branch
+    on linear layers and 1x1 convolutions, for which the paper's branches are plain copies."""
+
+    name: str = "auto"
+    branches: tuple[Branch, ...] = ()
+
+    def on(self, layer: Layer) -> BranchSet:
+        return SETS["orepa" if layer.spatial else "lowrank"].on(layer)
+
+
+def branch_set(what: str, given: Any) -> BranchSet:
+    """A set by its name, a list of branches, or none. Raises ``InputError``."""
+    if given is None:
+        return NONE
+    if isinstance(given, str) and given == "auto":
+        return Auto()
+    if isinstance(given, str) and given in SETS:
+        return SETS[given]
+    if isinstance(given, Branch):
+        return BranchSet("own", (given,))
+    if isinstance(given, Sequence) and all(isinstance(b, Branch) for b in given):
+        return BranchSet("own", tuple(given))
+    if isinstance(given, BranchSet):
+        return given
+    raise InputError(
+        f"{what} is {given!r}",
+        remedy=f"pass one of auto, {', '.join(SETS)}, None, or a list of gpdfx.branches.Branch",
+    )
+
+
+def spell(chosen: BranchSet) -> Any:
+    """A set as JSON: its name, or its branches with their fields."""
+    if chosen.name != "own":
+        return chosen.name
+    return [
+        {"branch": type(b).__name__} | {f.name: getattr(b, f.name) for f in fields(b)}
+        for b in chosen.branches
+    ]
+
+
+def read(spelled: Any) -> Any:
+    """The inverse of ``spell``, as ``expand`` takes it. Raises ``InputError`` for a branch that
+    this module does not have."""
+    if not isinstance(spelled, list):
+        return None if spelled == "none" else spelled
+    kinds = {k.__name__: k for k in Branch.__subclasses__() if k.__module__ == __name__}
+    for one in spelled:
+        if one["branch"] not in kinds:
+            raise InputError(
+                f"the file has branches of your own kind {one['branch']!r}",
+                remedy="pass the same branches= to load",
+            )
+    return [
+        kinds[one["branch"]](**{k: v for k, v in one.items() if k != "branch"}) for one in spelled
+    ]

@@ -1,0 +1,1 @@
+"""How a network is called: structures, signatures, sizes, examples."""

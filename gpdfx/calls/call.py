@@ -1,0 +1,69 @@
+"""How a module is called: the structure of its arguments, and which of them are tensors."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import InputError
+from . import tree
+
+
+class Call:
+    """The structure of an example call of a module; flattens later calls of the same one.
+
+    ``names``: what its tensors are called, ``targets[0]['boxes']``; ``shapes``: the example's.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.signature = inspect.signature(model.forward)
+        normal = self._normal(args, kwargs)
+        self.pattern, tensors = tree.pattern(normal)
+        named = zip(tree.names(normal), self.pattern.slots, strict=True)
+        parameters = list(self.signature.parameters)
+        self.names = [_name(path, parameters) for path, slot in named if slot]
+        self.shapes = [tuple(x.shape) for x in tensors]
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors of a call. Raises ``InputError`` if it differs from the example in
+        structure, or in an argument that is no tensor."""
+        if not kwargs and len(args) == 1 == len(self.pattern.slots) and isinstance(args[0], Tensor):
+            return [args[0]]
+        try:
+            tensors = self.pattern.match(self._normal(args, kwargs))
+        except TypeError as error:
+            raise InputError(f"the call does not fit the model's forward: {error}") from error
+        if tensors is None:
+            raise InputError(
+                "the call differs in structure, or in an argument that is no tensor, from the "
+                f"example that the model was expanded with ({', '.join(self.names)})",
+                remedy="expand the model with example_inputs and example_kwargs of this structure",
+            )
+        return tensors
+
+    def unflatten(self, tensors: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with these tensors, all else as in the example."""
+        args, kwargs = self.pattern.fill(tensors)
+        return args, kwargs
+
+    def _normal(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments that equal their defaults are left out, keywords that may be positional are."""
+        bound = self.signature.bind(*args, **kwargs)
+        for name, parameter in self.signature.parameters.items():
+            given = bound.arguments.get(name)
+            if name in bound.arguments and given is parameter.default:
+                del bound.arguments[name]
+        return bound.args, bound.kwargs
+
+
+def _name(path: str, parameters: list[str]) -> str:
+    """``[0][1]['boxes']`` -> ``targets['boxes']``; ``[1]['mask']`` -> ``mask``."""
+    which, _, rest = path[1:].partition("]")
+    first, _, rest = rest[1:].partition("]")
+    if which == "1":
+        return first.strip("'\"") + rest
+    return parameters[min(int(first), len(parameters) - 1)] + rest

@@ -1,0 +1,1 @@
+"""The check: is the teacher the student?"""

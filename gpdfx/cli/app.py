@@ -1,0 +1,143 @@
+"""The command line: ``gpdfx expand | explain | graph MODEL``, ``gpdfx train``, ``gpdfx eval RUN``,
+``gpdfx export RUN``.
+
+MODEL is ``timm:NAME``, ``torchvision:NAME``, or ``package.module:CALLABLE`` for your own.
+Exit codes: 0 done, 1 refused or failed (stderr says why and what to do), 2 the command is wrong,
+130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ..branches.kinds import SETS
+from ..compiler import expand
+from ..errors import GpdfxError
+from ..models import load
+from ..passes.capture.export import LEVELS
+from ..report.explain import explain, graph
+from ..teacher.module import Teacher
+from .commands import add_training, branches, ratio, ratios
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        text, data = options.run(options)
+    except GpdfxError as error:
+        print(f"gpdfx: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("gpdfx: stopped; the same command goes on with a run of training", file=sys.stderr)
+        return 130
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
+        print(json.dumps(data, indent=1, default=str) if options.json else text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "gpdfx",
+        description="Gap Preserving Distillation: train any network with a wider teacher that "
+        "shares its parameters.",
+        epilog="gpdfx COMMAND --help tells the options of each. A first run: "
+        "gpdfx train --data digits --out run",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    add_training(commands)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("model", help="timm:NAME, torchvision:NAME or package.module:CALLABLE")
+    text = "width (default 2), of everything or of what matches a pattern; repeat, the last counts"
+    common.add_argument(
+        "--ratio", type=ratio, action="append", metavar="[PATTERN=]NUMBER", help=text
+    )
+    text = "modules or parameters that stay at the student's size"
+    common.add_argument(
+        "--keep", nargs="+", action="extend", default=[], metavar="PATTERN", help=text
+    )
+    text = "make widened axes multiples of this"
+    common.add_argument("--round-to", type=int, default=1, metavar="NUMBER", help=text)
+    text = f"auto (default), none, {', '.join(SETS)}; of everything or of what matches a pattern"
+    common.add_argument(
+        "--branches", type=branches, action="append", metavar="[PATTERN=]SET", help=text
+    )
+    common.add_argument("--size", type=int, help="height and width of the example image")
+    common.add_argument("--json", action="store_true", help="print JSON")
+
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, parents=[common])
+        command.set_defaults(run=run)
+        return command
+
+    command = add("expand", _expand, "expand a network, check it, print the report")
+    command.add_argument("--no-verify", action="store_true", help="skip the equality check")
+    text = "input sizes that may differ later: all (default), the batch, none; fewer are faster"
+    command.add_argument("--dynamic", choices=LEVELS, default=LEVELS[0], help=text)
+    command = add("explain", _explain, "why a parameter widened or did not")
+    command.add_argument("parameter")
+    command = add("graph", _graph, "draw which layers widen together and where bridges stand")
+    command.add_argument("--out", required=True, help="FILE.svg, FILE.png or FILE.html")
+    return parser
+
+
+def _teacher(options: argparse.Namespace, verify: bool, dynamic: str = "batch") -> Teacher:
+    with _working(f"expanding {options.model}"):
+        model = load(options.model)
+        inputs = (torch.randn(2, 3, options.size, options.size),) if options.size else None
+        return expand(
+            model,
+            ratios(options.ratio),
+            keep=options.keep,
+            round_to=options.round_to,
+            branches=dict(options.branches or [("*", "auto")]),
+            example_inputs=inputs,
+            verify=verify,
+            dynamic=dynamic,
+        )
+
+
+def _expand(options: argparse.Namespace) -> tuple[str, Any]:
+    report = _teacher(options, not options.no_verify, options.dynamic).report()
+    return str(report), report.to_dict()
+
+
+def _explain(options: argparse.Namespace) -> tuple[str, Any]:
+    explanation = explain(_teacher(options, False), options.parameter)
+    return str(explanation), dataclasses.asdict(explanation)
+
+
+def _graph(options: argparse.Namespace) -> tuple[str, Any]:
+    graph(_teacher(options, False), options.out)
+    return f"wrote {options.out}", {"out": options.out}
+
+
+@contextlib.contextmanager
+def _working(text: str) -> Iterator[None]:
+    """A spinner on stderr while something takes its time; a line where there is no terminal."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        print(f"{text} ...", file=sys.stderr)
+        yield
+        return
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        print(f"{text} ...", file=sys.stderr)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""``expand``: the pipeline from the user's module to the teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calls import tree
+from .calls.call import Call
+from .calls.examples import infer_inputs
+from .check import laws
+from .check.observe import keep_rng
+from .control import Control, Recipe, make_control
+from .custom_ops import check_rules
+from .errors import CaptureError, InputError
+from .memory import give_back
+from .passes.assign import assign
+from .passes.branch import branch
+from .passes.canonicalize import (
+    bakes_constants,
+    canonicalize,
+    casts_on_purpose,
+    follow,
+    follow_device,
+)
+from .passes.capture.export import LEVELS, capture, whole
+from .passes.capture.inline import inline
+from .passes.capture.submodules import capture_parts, recapture
+from .passes.features import tap
+from .passes.infer import Inference, NeedsFunctional, infer
+from .passes.lower import lower
+from .passes.program import Program, duplicate, source_line
+from .passes.rules.base import DynamicAxis
+from .passes.widen import Widened, widen
+from .report.report import make_report
+from .teacher.module import Teacher
+
+LARGE = 2**28
+"""Bytes of parameters from which on copies of them are looked for and freed."""
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword inputs of an example call."""
+
+
+def expand(
+    model: nn.Module,
+    ratio: float | Mapping[str, float] = 2,
+    *,
+    keep: str | Sequence[str] = (),
+    round_to: int = 1,
+    example_inputs: tuple[Any, ...] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    branches: Any = "auto",
+    scales: str = "preserve",
+    shares: str = "random",
+    extract: str = "first",
+    features: Sequence[str] = (),
+    randomness: str = "shared",
+    dynamic: str = "sizes",
+    seed: int = 0,
+    verify: bool = True,
+) -> Teacher:
+    """Compile a network into a wider dynamic teacher that computes the same function.
+
+    Every channel axis of the model's parameters gets ``round(size * ratio)`` indices (inverse
+    reparameterization, arXiv 2410.04140, section 3.2); what must stay, stays, and the report says
+    why. The model itself is not changed.
+
+    Args:
+        model: the student, any ``nn.Module`` that ``torch.export`` can capture.
+        ratio: width of the teacher relative to the student, a real number >= 1; 1 is the identity.
+            Or a mapping from patterns (see ``gpdfx.control``) to such numbers, of which the last
+            that covers a parameter counts, and 1 where none does: ``{"*": 2, "layer4": 1.5}``.
+            A parameter's ratio speaks for the axes that it brings (a layer's output channels);
+            ``report().conflicts`` lists those that were given several.
+        keep: patterns of modules and parameters all of whose axes stay at the student's size,
+            and with them whatever meets these axes.
+        round_to: widened axes of parameters become multiples of this number, rounded up, where
+            there is such a width; ``report().unrounded`` lists the others.
+        example_inputs: a tuple of positional inputs, batch first, a batch of two or more; inferred
+            for timm and torchvision models and for models that begin with a conv, linear or
+            embedding layer.
+        example_kwargs: keyword inputs.
+        branches: what the teacher's weights are made of beside themselves (see
+            ``gpdfx.branches``). ``"auto"``: the paper's set ``"orepa"`` for kernels of more than
+            one element, ``"lowrank"`` for linear layers and 1x1 convolutions. Or another set by
+            name, a list of branches, ``None`` for none; or a mapping from patterns to these, of
+            which the last that covers a weight counts.
+        scales: of the branches. ``"preserve"``: zero, so that the function is the student's;
+            ``"scratch"``: live, for training from scratch: the function changes.
+        shares: how much of the student's weight each copy carries where an axis is contracted.
+            ``"random"`` (per output row and copy, seeded) lets copies grow apart under every
+            optimizer; ``"uniform"`` is the paper's.
+        extract: how the student is read out of the copies: ``"first"``, the paper's, or
+            ``"mean"``, weighted by shares (see ``gpdfx.extract``).
+        features: modules of the student whose results ``GPD`` takes out of the teacher, at its
+            width, to distill them.
+        randomness: ``"shared"`` draws dropout at the student's shape and order, so that equal
+            seeds give equal functions; ``"independent"`` draws at the teacher's shape.
+        dynamic: which input sizes may differ from the example's later on. ``"sizes"``: all that
+            the model leaves free (height, width, length), as far as they are found within
+            seconds; ``"batch"``; ``"none"``. The lower, the faster the capture. The report says
+            what came of it, and other sizes are refused by name.
+        seed: of the shares and of the check's probe.
+        verify: check that the teacher equals the student, on a probe and on the real weights, in
+            eval and train mode (see ``gpdfx.oracle``).
+
+    Returns:
+        The teacher, in the model's training mode, with the model's dtype and device.
+
+    Raises:
+        InputError: a bad argument, or a model in a form that cannot be expanded.
+        CaptureError: the model does not export; names the reason and the source line.
+        LossyError: the check failed: a bug in gpdfx, with the first node that differs.
+    """
+    _check_arguments(model)
+    control = make_control(model, ratio, keep, round_to, branches)
+    for name, given, known in (
+        ("scales", scales, ("preserve", "scratch")),
+        ("shares", shares, ("random", "uniform")),
+        ("extract", extract, ("first", "mean")),
+        ("randomness", randomness, ("shared", "independent")),
+        ("dynamic", dynamic, LEVELS),
+    ):
+        if given not in known:
+            raise InputError(f"{name} is {given!r}", remedy=f"pass one of {', '.join(known)}")
+    with keep_rng():
+        args, kwargs = _example(model, example_inputs, example_kwargs)
+        inputs = args, kwargs
+        clock = _Clock()
+        try:
+            widened = _compile(model, inputs, control, shares, randomness, dynamic, seed, clock)
+        except CaptureError as error:
+            _check_forward(model, inputs)
+            raise error
+        widened = tap(widened, features)
+        check = None
+        if verify:
+            checked = widened
+            if randomness == "independent":  # equal seeds say nothing: check the other form
+                checked = _widen(widened.program, widened.inference, control, shares, False, seed)
+                checked = tap(checked, features)
+            # before the real one: both would not always fit
+            clock.lap("transform")
+            _make_room(model)
+            with _gc_paused():
+                scratch = Teacher(checked, seed=seed, extract=extract, empty=True)
+            scratch.find_caches(args, kwargs, checked.program.student)
+            single = casts_on_purpose(widened.program)
+            check = laws.verify(checked, scratch, inputs, seed=seed, single=single)
+            del scratch
+            _make_room(model)
+            clock.lap("verify")
+        with _gc_paused():
+            teacher = Teacher(widened, seed=seed, live=scales == "scratch", extract=extract)
+        clock.lap("transform")
+        if check:
+            laws.check_values(widened, teacher)
+            teacher.pin(check.free)
+        teacher.find_caches(args, kwargs, widened.program.student)
+        teacher._recipe = Recipe(
+            control, scales, shares, extract, tuple(features), randomness, dynamic, seed, inputs
+        )
+        teacher._report = make_report(widened, teacher, control, inputs, clock.laps, check, scales)
+    return teacher.train(model.training)
+
+
+def _compile(
+    model: nn.Module,
+    inputs: Inputs,
+    control: Control,
+    shares: str,
+    randomness: str,
+    dynamic: str,
+    seed: int,
+    clock: _Clock,
+) -> Widened:
+    """Capture and transform; captured again, functionally or with fewer free sizes, if a pass
+    asks."""
+    functional = False
+    while True:
+        clock.skip()
+        program = _capture(model, inputs, functional, dynamic)
+        dynamic = min((mode.level for mode in program.modes.values()), key=LEVELS.index)
+        clock.lap("capture")
+        try:
+            with _gc_paused():
+                program = canonicalize(program)
+                inference = infer(program)
+                independent = randomness == "independent"
+                return _widen(program, inference, control, shares, independent, seed)
+        except NeedsFunctional:
+            if functional:
+                raise
+            functional = True
+        except DynamicAxis:
+            if dynamic == LEVELS[-1]:
+                raise
+            dynamic = LEVELS[LEVELS.index(dynamic) + 1]
+
+
+def _capture(model: nn.Module, inputs: Inputs, functional: bool, dynamic: str) -> Program:
+    """The network as a program: in one piece if it exports, else in parts."""
+    student = duplicate(model)
+    try:
+        program = capture(student, whole(student, *inputs), functional, dynamic)
+    except CaptureError as why:
+        program = capture_parts(student, *inputs, functional, dynamic, why)
+    program = inline(program)
+    if bakes_constants(program):
+        double = duplicate(model).double()
+        with contextlib.suppress(CaptureError):  # one that only runs in its own dtype keeps them
+            program = follow(program, inline(recapture(program, double, torch.double, functional)))
+    return follow_device(program)
+
+
+def _widen(
+    program: Program,
+    inference: Inference,
+    control: Control,
+    shares: str,
+    independent: bool,
+    seed: int,
+) -> Widened:
+    check_rules(inference)
+    widths = assign(program, inference, control)
+    widened = widen(program, inference, widths, shares=shares, independent=independent, seed=seed)
+    return lower(branch(widened, control.branches_of))
+
+
+@contextlib.contextmanager
+def _gc_paused() -> Iterator[None]:
+    """Passes make many objects and hardly any garbage, and looking for it takes their time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _make_room(model: nn.Module) -> None:
+    """Free copies of a large network's weights that wait for the garbage collector."""
+    if sum(p.numel() * p.element_size() for p in model.parameters()) >= LARGE:
+        gc.collect()
+        give_back()
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.skip()
+
+    def skip(self) -> None:
+        self._start = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._start
+        self._start = now
+
+
+# --------------------------------------------------------------------------- bad input
+def _check_arguments(model: Any) -> None:
+    if isinstance(model, Teacher):
+        raise InputError(
+            "this is a teacher already", remedy="expand the student, or gpdfx.collapse(teacher)"
+        )
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"expand takes an nn.Module, not {type(model).__name__}",
+            remedy="pass a constructed model, not its class or its state_dict",
+        )
+    for path, module in model.named_modules():
+        if refused := _refusal(module):
+            where = f"{path or '(root)'} ({type(module).__name__})"
+            raise InputError(refused[0], module_path=where, remedy=refused[1])
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(
+            tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer
+        ):
+            raise InputError(
+                f"{name} is lazy: it has no shape yet", remedy="run the model once, then expand it"
+            )
+        if tensor.is_meta:
+            raise InputError(
+                f"{name} is on the meta device: it has no values",
+                remedy="load or initialise the weights first (model.to_empty, load_state_dict)",
+            )
+
+
+def _refusal(module: nn.Module) -> tuple[str, str] | None:
+    """Why a module cannot be expanded in this form, and what to do; None if it can."""
+    kind = type(module)
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return "the model is wrapped for data parallelism", "expand model.module, then wrap"
+    if kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo"):
+        return "the model is compiled", "expand model._orig_mod, then torch.compile the teacher"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "the model is TorchScript", "expand the Python module it was made from"
+    if ".quantized" in kind.__module__ and kind.__module__.startswith("torch."):
+        return "the model is quantized", "expand the float model, quantize the collapsed student"
+    return None
+
+
+def _example(
+    model: nn.Module, inputs: Any, keywords: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if inputs is None and not keywords:
+        inputs = infer_inputs(model)
+    inputs = () if inputs is None else inputs
+    if not isinstance(inputs, tuple | list):
+        raise InputError(
+            f"example_inputs is a {type(inputs).__name__}",
+            remedy="pass a tuple of positional inputs: example_inputs=(x,)",
+        )
+    keywords = {} if keywords is None else keywords
+    if not isinstance(keywords, dict):
+        raise InputError(f"example_kwargs is a {type(keywords).__name__}", remedy="pass a dict")
+    try:
+        Call(model, tuple(inputs), keywords)
+    except TypeError as error:
+        raise InputError(
+            f"the example inputs do not fit {type(model).__name__}.forward: {error}",
+            remedy="pass what you would pass to the model: positional inputs as example_inputs, "
+            "keyword inputs as example_kwargs",
+        ) from error
+    return _two_samples(tuple(inputs), keywords)
+
+
+def _two_samples(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A sample batch of one would be baked in: double it."""
+    tensors = [x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    if not tensors or any(x.ndim == 0 or x.shape[0] != 1 for x in tensors):
+        return args, kwargs
+
+    def twice(x: Any) -> Any:
+        return torch.cat([x, x.flip(tuple(range(1, x.ndim)))]) if isinstance(x, torch.Tensor) else x
+
+    result: tuple[tuple[Any, ...], dict[str, Any]] = tree.map_leaves(twice, (args, kwargs))
+    return result
+
+
+def _check_forward(model: nn.Module, inputs: Inputs) -> None:
+    """A capture that failed because the model itself fails on the example is the user's to fix."""
+    args, kwargs = inputs
+    try:
+        with torch.no_grad():
+            duplicate(model).eval()(*args, **kwargs)
+    except Exception as error:  # whatever the user's forward raises
+        raise InputError(
+            f"{type(model).__name__} fails on the example inputs: {error}",
+            source=source_line(_trace(error)) or None,
+            remedy="pass example_inputs that the model accepts",
+        ) from error
+
+
+def _trace(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))

@@ -1,0 +1,193 @@
+"""Batches whose order is a function of seed and epoch, so that a run can go on in the middle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..errors import InputError
+from .splits import Data, Split, generator, key_number, permutation
+
+
+@dataclass(frozen=True, eq=False)
+class EpochSampler(Sampler[int]):
+    """The order of one epoch: a permutation that depends on (seed, epoch) alone.
+
+    Rank r of ``world`` takes every ``world``-th sample from r on, so that the k-th batches of all
+    ranks together are the k-th batch of a single process. A tail that does not go round is left
+    out. ``start``: samples of the epoch that all ranks together have had before; ranks may have
+    been more or fewer then.
+    """
+
+    length: int
+    seed: int
+    epoch: int
+    rank: int = 0
+    world: int = 1
+    start: int = 0
+
+    def __len__(self) -> int:
+        return max(0, self.length - self.start) // self.world
+
+    def __iter__(self) -> Iterator[int]:
+        order = permutation(self.length, "order", self.seed, self.epoch)
+        rest = order[self.start : self.start + len(self) * self.world]
+        return iter(rest[self.rank :: self.world].tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class Seeded(Dataset[tuple[Tensor, int]]):
+    """A data set whose augmentation of sample i depends on (seed, epoch, i) alone.
+
+    It runs under a seed of its own for torch's CPU randomness, which is put back afterwards.
+    """
+
+    samples: Split
+    seed: int
+    epoch: int
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with torch.random.fork_rng(devices=[]):
+            number = key_number("sample", self.seed, self.epoch, index)
+            torch.default_generator.manual_seed(number)  # not the GPUs', as the global would
+            return self.samples[index]
+
+
+def train_loader(
+    data: Data,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> DataLoader[tuple[Tensor, int]]:
+    """One epoch's training batches: x (batch_size / world, ...), labels (batch_size / world,).
+
+    Batches depend on (seed, epoch) alone: not on ``workers``, not on ``world`` (see
+    ``EpochSampler``), not on what ran before. All have the same size; the tail is left out, unless
+    there is not even one whole batch.
+
+    Args:
+        batch_size: of all ranks together.
+        start: samples of this epoch that are done: steps * batch_size.
+
+    Raises:
+        InputError: a batch size that the ranks cannot share equally.
+    """
+    _check_loader(batch_size, workers, rank, world)
+    if batch_size % world:
+        raise InputError(
+            f"a batch of {batch_size} cannot be shared equally by {world} processes",
+            remedy=f"pass a multiple of {world}",
+        )
+    if start < 0:
+        raise InputError(f"start is {start}", remedy="pass a number of samples")
+    return DataLoader(
+        Seeded(data.train, seed, epoch),
+        batch_size // world,
+        sampler=EpochSampler(len(data.train), seed, epoch, rank, world, start),
+        num_workers=workers,
+        drop_last=len(data.train) >= batch_size,
+        generator=generator("workers"),  # else every epoch draws from the global one
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def steps_per_epoch(data: Data, batch_size: int) -> int:
+    """Batches that ``train_loader`` gives in an epoch from its start."""
+    return max(1, len(data.train) // batch_size)
+
+
+def eval_loader(
+    samples: Split, batch_size: int, *, workers: int = 0, rank: int = 0, world: int = 1
+) -> DataLoader[tuple[Tensor, int]]:
+    """Batches of ``data.validation`` or ``data.test``, in order and with nothing left out.
+
+    Every rank gets its own samples, ``rank::world``, in batches of ``batch_size``; their numbers
+    may differ by one, so ranks add up counts, not means.
+    """
+    _check_loader(batch_size, workers, rank, world)
+    return DataLoader(
+        samples,
+        batch_size,
+        sampler=range(rank, len(samples), world),
+        num_workers=workers,
+        generator=generator("workers"),
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _check_loader(batch_size: int, workers: int, rank: int, world: int) -> None:
+    bad = [
+        f"{name} is {value}"
+        for name, value, good in (
+            ("batch_size", batch_size, batch_size > 0),
+            ("workers", workers, workers >= 0),
+            ("world", world, world > 0),
+            ("rank", rank, 0 <= rank < max(world, 1)),
+        )
+        if not good
+    ]
+    if bad:
+        remedy = "batch_size > 0, workers >= 0, 0 <= rank < world"
+        raise InputError("; ".join(bad), remedy=remedy)
+
+
+# --------------------------------------------------------------------------- mixup and cutmix
+def mix(
+    x: Tensor,
+    y: Tensor,
+    classes: int,
+    *,
+    generator: torch.Generator,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Mix every sample of a batch with another one of it.
+
+    From x (N, C, ...) and labels y (N,) to x and soft targets (N, classes).
+
+    ``mixup`` (Zhang et al. 2018, arXiv 1710.09412) adds lam * x and (1 - lam) * other, ``cutmix``
+    (Yun et al. 2019, arXiv 1905.04899) puts a box of the other in; each is the alpha of
+    lam ~ Beta(alpha, alpha), 0 for off. Where both are on, a batch gets one or the other, evenly.
+    The targets are lam and 1 - lam, for cutmix by the box's true size. One lam per batch, drawn
+    like all else from ``generator``, which is on the CPU.
+    """
+    targets = F.one_hot(y, classes).float()
+    if min(mixup, cutmix) < 0:
+        raise InputError(f"mixup is {mixup}, cutmix {cutmix}", remedy="pass numbers of at least 0")
+    if not mixup and not cutmix:
+        return x, targets
+    cut = bool(cutmix) and (not mixup or bool(torch.rand((), generator=generator) < 0.5))
+    alpha = cutmix if cut else mixup
+    number = int(torch.randint(2**62, (), generator=generator))
+    lam = float(np.random.default_rng(number).beta(alpha, alpha))
+    other = torch.randperm(len(x), generator=generator).to(x.device)
+    if cut:
+        sizes = x.shape[2:]
+        side = (1 - lam) ** (1 / len(sizes))
+        box = []
+        for size in sizes:
+            middle, length = int(torch.randint(size, (), generator=generator)), round(size * side)
+            low = middle - length // 2
+            box.append(slice(max(low, 0), max(0, min(low + length, size))))
+        x, where = x.clone(), (slice(None), slice(None), *box)
+        source = x[other]
+        x[where] = source[where]
+        lam = 1 - math.prod(b.stop - b.start for b in box) / math.prod(sizes)
+    else:
+        x = lam * x + (1 - lam) * x[other]
+    return x, lam * targets + (1 - lam) * targets[other]

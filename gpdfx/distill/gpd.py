@@ -1,0 +1,302 @@
+"""Gap Preserving Distillation as a module: student, dynamic and static teacher in one forward.
+
+    L_teacher = CE(T, y) + KD(T, static)
+    L_student = CE(S, y) + KD(S, static) + lam * CE(S, softmax(sg(T)))
+
+T are the dynamic teacher's logits, S the student's on the shared parameters, sg stops the gradient
+(arXiv 2410.04140, section 3.4).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..calls import tree
+from ..compiler import expand
+from ..control import covers
+from ..errors import InputError
+from ..report.explain import suggest
+from ..teacher.module import Teacher, collapse
+from . import streams
+from .features import FeatureLoss, Features
+from .losses import KD, soft_cross_entropy
+
+Criterion = Callable[[Tensor, Any], Tensor]
+Distillation = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+class Distilled(NamedTuple):
+    """One step. ``loss``: the sum to differentiate; ``terms``: its summands by name, as they went
+    into it; ``static_logits``: ``None`` without a static teacher."""
+
+    loss: Tensor
+    student_logits: Tensor
+    teacher_logits: Tensor
+    static_logits: Tensor | None
+    terms: dict[str, Tensor]
+
+
+class _Seen(NamedTuple):
+    """Logits and features of all networks."""
+
+    wide: Tensor
+    own: Tensor
+    static: Tensor | None
+    wide_features: list[Tensor]
+    own_features: list[Tensor]
+    static_features: list[Tensor]
+
+
+class GPD(nn.Module):
+    """Train a student with a dynamic teacher that shares its parameters.
+
+    ``forward(inputs, targets)`` runs all networks once and returns a ``Distilled``. Its parameters
+    are the dynamic teacher's; optimize ``gpdfx.param_groups(gpd.teacher, ...)`` or
+    ``gpd.parameters()``. ``collapse()`` gives the student. The static teacher is frozen, in eval
+    mode, and no part of the state_dict.
+
+    Args:
+        student: any network that ``expand`` takes.
+        static_teacher: a pre-trained network with the same classes, or ``None``.
+        ratio, branches, options: see ``gpdfx.expand`` (``shares``, ``extract``, ``keep`` ...).
+        kd: loss of logits against the static teacher's, called with (logits, static logits,
+            targets): ``gpdfx.losses.KD()`` if not given. It counts for teacher and student.
+        features: loss of features against the static teacher's, by names of modules, such as
+            ``gpdfx.features.ReviewKD``. Teacher and student have one each, with parameters of
+            their own, which train along.
+        lam: weight of the student's cross entropy with the dynamic teacher's softmax.
+        temperature, smoothing: of that soft target.
+        teacher_weight: of the dynamic teacher's own losses; 0 leaves it to the student's.
+        start_epoch: the first epoch (``gpd.epoch``, which the training loop sets) in which
+            ``lam`` counts (``gpd.gap_counts``).
+        criterion: the task's loss, called with (logits, targets).
+        unshared: patterns (see ``gpdfx.control``) of parameters that the student has for itself;
+            ``"*"`` shares nothing.
+        overlap_static: run the static teacher on a CUDA stream of its own, beside the other two;
+            eager steps on a GPU only. Off by default: its worth was not measured yet.
+        logits: picks the logits out of a network's output; by default the output itself, its
+            ``logits`` or ``out``, or its first tensor.
+
+    Raises:
+        InputError: bad arguments; static and student logits of different shapes.
+    """
+
+    _static: nn.Module | None
+    _asked: FeatureLoss | None
+    gap_counts: bool
+
+    def __init__(
+        self,
+        student: nn.Module,
+        static_teacher: nn.Module | None = None,
+        *,
+        ratio: float | Mapping[str, float] = 2,
+        branches: Any = "auto",
+        kd: Distillation | None = None,
+        features: FeatureLoss | None = None,
+        lam: float = 3.0,
+        temperature: float = 1.0,
+        smoothing: float = 0.1,
+        teacher_weight: float = 1.0,
+        start_epoch: int = 0,
+        criterion: Criterion = F.cross_entropy,
+        unshared: str | Sequence[str] = (),
+        overlap_static: bool = False,
+        logits: Callable[[Any], Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        for name, value in (("lam", lam), ("smoothing", smoothing), ("temperature", temperature)):
+            if not value >= 0 or (name == "smoothing" and value > 1):
+                raise InputError(f"{name} is {value!r}", remedy="pass a number of at least 0")
+        if (kd is not None or features is not None) and static_teacher is None:
+            raise InputError("kd needs a static teacher", remedy="pass static_teacher=")
+        options |= {"features": features.student_layers} if features is not None else {}
+        self.teacher: Teacher = expand(student, ratio, branches=branches, **options)
+        if kd is None and static_teacher is not None and features is None:
+            kd = KD()
+        self.kd, self.lam, self.criterion = kd, lam, criterion
+        self.temperature, self.smoothing = temperature, smoothing
+        self.teacher_weight, self.start_epoch, self.epoch = teacher_weight, start_epoch, 0
+        self.overlap_static = overlap_static
+        self._logits = logits or find_logits
+        self._own_names = self._choose_own(unshared)
+        self._own = nn.ParameterList(
+            nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+            for name, p in collapse(self.teacher).named_parameters()
+            if name in self._own_names
+        )
+        if static_teacher is not None:
+            static_teacher = static_teacher.eval().requires_grad_(False)
+        object.__setattr__(self, "_static", static_teacher)
+        self.features = nn.ModuleDict()
+        object.__setattr__(self, "_asked", features)
+        if features is not None:
+            self._build_features(features)
+
+    def _build_features(self, features: FeatureLoss) -> None:
+        """One loss for the teacher, one for the student, each for its own widths."""
+        recipe = self.teacher._recipe
+        assert recipe is not None
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            seen = self._run(*recipe.inputs)
+        self.train(training)
+        static = [x.shape for x in seen.static_features]
+        for name, found in (("teacher", seen.wide_features), ("student", seen.own_features)):
+            self.features[name] = copy.deepcopy(features)
+            self.features[name].build([x.shape for x in found], static)  # type: ignore[operator]
+
+    def _choose_own(self, unshared: str | Sequence[str]) -> list[str]:
+        patterns = [unshared] if isinstance(unshared, str) else list(unshared)
+        names = [name for name, _ in collapse(self.teacher).named_parameters()]
+        for pattern in patterns:
+            if not covers(pattern, names):
+                raise InputError(
+                    f"unshared: {pattern!r} matches no parameter", remedy=suggest(pattern, names)
+                )
+        return [name for name in names if any(covers(p, [name]) for p in patterns)]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that runs, from 0; the training loop sets it, after ``start_epoch``."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        # Compiled code is made again for every value that it reads: so it reads a flag.
+        self._epoch, self.gap_counts = epoch, epoch >= self.start_epoch
+
+    # ---- running
+    def forward(self, inputs: Any, targets: Any) -> Distilled:
+        """All networks on one batch.
+
+        ``inputs``: a tensor, a tuple of positional or a dict of keyword inputs. ``targets``: what
+        ``criterion`` takes.
+        """
+        seen = self._run(*_call(inputs))
+        wide, own, static = seen.wide, seen.own, seen.static
+        terms = {
+            "teacher": self.teacher_weight * self.criterion(wide, targets),
+            "student": self.criterion(own, targets),
+        }
+        if self.gap_counts and self.lam:
+            soft = soft_cross_entropy(
+                own, wide.detach(), temperature=self.temperature, smoothing=self.smoothing
+            )
+            terms["gap"] = self.lam * soft
+        if self.kd is not None and static is not None:
+            if static.shape != own.shape:
+                raise InputError(
+                    f"the static teacher's logits are {tuple(static.shape)}, the student's "
+                    f"{tuple(own.shape)}",
+                    remedy="use a static teacher with the same classes",
+                )
+            terms["teacher_kd"] = self.teacher_weight * self.kd(wide, static, targets)
+            terms["student_kd"] = self.kd(own, static, targets)
+        for name, found in (("teacher", seen.wide_features), ("student", seen.own_features)):
+            if name in self.features:
+                term = self.features[name](found, seen.static_features)
+                factor = self.teacher_weight if name == "teacher" else 1.0
+                terms[f"{name}_features"] = factor * term
+        loss = torch.stack([term.float() for term in terms.values()]).sum()
+        return Distilled(loss, own, wide, static, terms)
+
+    def own_parameters(self) -> dict[str, Tensor]:
+        """The student's parameters that are not shared."""
+        return dict(zip(self._own_names, self._own, strict=True))
+
+    def student(self, *args: Any, **kwargs: Any) -> Any:
+        """The student alone."""
+        folded = self.teacher.fold(teacher=False)
+        return self.teacher._study(folded, args, kwargs, self.own_parameters())
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
+        """All networks on one batch, the branches folded once."""
+        asked, own = self._asked, self.own_parameters()
+        static = streams.start(
+            lambda: self._run_static(args, kwargs), (args, kwargs), beside=self.overlap_static
+        )
+        folded, wide_features = self.teacher.fold(), []  # type: ignore[var-annotated]
+        wide = self.teacher._teach(folded, args, kwargs, wide_features)
+        narrow, features = _collecting(
+            self.teacher._student,
+            asked.student_layers if asked else (),
+            lambda: self.teacher._study(folded, args, kwargs, own),
+        )
+        found, static_features = static()
+        return _Seen(
+            self._logits(wide),
+            self._logits(narrow),
+            found,
+            wide_features,
+            features,
+            static_features,
+        )
+
+    @torch.no_grad()
+    def _run_static(self, args: Any, kwargs: Any) -> tuple[Tensor | None, list[Tensor]]:
+        """The static teacher's logits and features; ``None`` without one."""
+        static, asked = self._static, self._asked
+        if static is None:
+            return None, []
+        output, features = _collecting(
+            static, asked.static_layers if asked else (), lambda: static(*args, **kwargs)
+        )
+        return self._logits(output).detach(), features
+
+    @torch.no_grad()
+    def collapse(self) -> nn.Module:
+        """The plain student (see ``gpdfx.collapse``), with the parameters that it does not
+        share."""
+        plain = collapse(self.teacher)
+        for name, own in self.own_parameters().items():
+            plain.get_parameter(name).copy_(own)
+        return plain.train(self.training)
+
+    # ---- nn.Module's other duties
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GPD:
+        super()._apply(fn, recurse)
+        if self._static is not None:
+            self._static._apply(fn, recurse)
+        return self
+
+
+def _collecting(
+    module: nn.Module, names: Sequence[str], call: Callable[[], Any]
+) -> tuple[Any, list[Tensor]]:
+    """A call's result, and what some modules returned on the way."""
+    if not names:
+        return call(), []
+    with Features(module, names) as seen:
+        result = call()
+    return result, seen.tensors
+
+
+def find_logits(output: Any) -> Tensor:
+    """The logits in what a network returns."""
+    for name in ("logits", "out"):
+        if isinstance(output, Mapping) and name in output:
+            output = output[name]
+        elif not isinstance(output, Tensor) and hasattr(output, name):
+            output = getattr(output, name)
+    found = next((x for x in tree.leaves(output) if isinstance(x, Tensor)), None)
+    if found is None:
+        raise InputError(
+            f"there are no logits in a {type(output).__name__}",
+            remedy="pass logits=, a function that picks them out of the network's output",
+        )
+    return found
+
+
+def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}

@@ -1,0 +1,1 @@
+"""What ``expand`` did: the report, its costs, explanations and the picture."""

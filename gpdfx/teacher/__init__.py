@@ -1,0 +1,1 @@
+"""The teacher as an ``nn.Module``, and the way back to the student (CBR)."""

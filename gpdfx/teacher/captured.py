@@ -1,0 +1,142 @@
+"""A captured module as the teacher runs it: generated code for every mode and structure of call."""
+
+from __future__ import annotations
+
+import importlib
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from ..calls.sizes import input_sizes
+from ..errors import InputError
+from ..passes.folded import reads
+from ..passes.names import Folded
+from ..passes.program import Mode
+
+
+class Section:
+    """One graph of a part: which calls it takes, its code, and the structure it returns."""
+
+    def __init__(self, mode: Mode, graph: fx.Graph) -> None:
+        self.fed = bool(reads(graph))
+        self.training, self.call, self.out = mode.site.training, mode.site.call, mode.out
+        self.sizes = input_sizes(mode.graph)
+        _read_late(graph)
+        self.code = _Code(graph)
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The tensors of a call. Raises ``InputError`` for one that the graph does not hold for."""
+        flat = self.call.flatten(args, kwargs)
+        self.sizes.check(flat, self.call.names)
+        return flat
+
+    def __call__(
+        self, net: nn.Module, folded: Folded, flat: list[Any], taps: list[Any] | None = None
+    ) -> Any:
+        """Run on the teacher's tensors, and on the weights that its branches fold into. ``taps``:
+        takes what comes out beside the outputs."""
+        results = self.code(net, [*flat, folded] if self.fed else flat)
+        own = sum(self.out.slots)
+        if taps is not None:
+            taps += results[own:]
+        return self.out.fill(results[:own])
+
+
+class Part:
+    """A module of the student, or all of it, as graphs."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.sections: list[Section] = []
+
+    def __call__(
+        self,
+        net: nn.Module,
+        folded: Folded,
+        training: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        taps: list[Any] | None = None,
+    ) -> Any:
+        """Run the first graph that holds for a call. Raises ``InputError`` if none does."""
+        refused: InputError | None = None
+        for section in self.sections:
+            if section.training == training:
+                try:
+                    flat = section.flatten(args, kwargs)
+                except InputError as error:
+                    refused = refused or error
+                else:
+                    return section(net, folded, flat, taps)
+        if refused:
+            raise refused
+        mode = "train" if training else "eval"
+        raise InputError(
+            f"{self.path} is called in {mode} mode, which the example did not do",
+            remedy="expand the model with example inputs that reach it in both modes",
+        )
+
+    def take_over(self, module: nn.Module, net: nn.Module, folded: Folded) -> None:
+        """Let a user's module run this instead of its forward; its hooks are in the graph.
+        ``folded``: filled when it runs."""
+        for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+            module.__dict__[hooks] = OrderedDict()
+        module.forward = _Forward(self, net, module, folded)
+
+
+class _Forward:
+    """What a module that was taken over runs."""
+
+    def __init__(self, part: Part, net: nn.Module, module: nn.Module, folded: Folded) -> None:
+        self.part, self.net, self.module, self.folded = part, net, module, folded
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.part(self.net, self.folded, self.module.training, args, kwargs)
+
+
+def _read_late(graph: fx.Graph) -> None:
+    """Move the reading of every tensor to its first use: one that is made when it is read (see
+    ``gpdfx.lean``) is then held for no longer than it is used."""
+    for node in (*graph.find_nodes(op="get_attr"), *reads(graph).values()):
+        if node.users:
+            min(node.users).prepend(node)
+
+
+class _Code:
+    """A graph as Python source. fx graphs do not pickle across versions; source does."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        python = graph.python_code("self")
+        self.source = python.src
+        self.globals = {
+            k: ("module", v.__name__) if isinstance(v, types.ModuleType) else ("value", v)
+            for k, v in python.globals.items()
+        }
+        self.function = self._compile()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source, "globals": self.globals}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.function = self._compile()
+
+    def __call__(self, net: nn.Module, flat: list[Any]) -> Any:
+        return self.function(net, *flat)
+
+    def exchange(self, old: Any, new: Any) -> None:
+        """Let the code call another function in place of ``old``."""
+        scope = self.function.__globals__
+        scope.update({name: new for name, value in scope.items() if value is old})
+
+    def _compile(self) -> Callable[..., Any]:
+        scope: dict[str, Any] = {
+            k: importlib.import_module(v) if kind == "module" else v
+            for k, (kind, v) in self.globals.items()
+        }
+        exec(compile(self.source, "<gpdfx teacher>", "exec"), scope)
+        function: Callable[..., Any] = scope["forward"]
+        return function

@@ -1,0 +1,177 @@
+"""Checkpoints both ways: weights, moving averages and optimizer states of student and teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import InputError
+from .module import Teacher, collapse
+
+State = Mapping[str, Any]
+
+
+# --------------------------------------------------------------------------- two-way maps
+def to_student(state: State, teacher: Teacher, *, strict: bool = True) -> dict[str, Any]:
+    """CBR of a teacher's checkpoint: what the student of the same training has.
+
+    Args:
+        state: a ``state_dict`` of a teacher like this one; that of moving averages of it
+            (``torch.optim.swa_utils.AveragedModel``); or of an optimizer over its parameters, in
+            the order of ``teacher.named_parameters()`` or with ``param_names``. Wrappers' prefixes
+            (``module.``, ``_orig_mod.``) are understood.
+        strict: refuse an optimizer's state of weights that have branches: what moved are their
+            branches, and no momentum of the merged weight follows from theirs. If false, the
+            student's optimizer begins anew for these.
+
+    Returns:
+        The same kind of state, under the student's own names; tensors are copies.
+
+    Raises:
+        InputError: names the keys that do not fit, or the parameters that have no such state.
+    """
+    if _of_optimizer(state):
+        return _optimizer(state, teacher, strict, back=True)
+    prefix, own, rest = _unwrap(state)
+    twin = _reading(teacher, own)
+    return _wrap(prefix, collapse(twin).state_dict(), rest)
+
+
+def to_teacher(state: State, teacher: Teacher, *, strict: bool = True) -> dict[str, Any]:
+    """IR of a student's checkpoint: the state of this teacher with the student's function.
+
+    Every copy takes the student's value (of its moments, too); the branches keep their parameters
+    and add nothing at first; shares stay. Arguments, returns and raises: as ``to_student``.
+    """
+    if _of_optimizer(state):
+        return _optimizer(state, teacher, strict, back=False)
+    prefix, own, rest = _unwrap(state)
+    student = to_dtype(collapse(teacher), own)
+    check_keys(own, student.state_dict(), "the student")
+    student.load_state_dict(own)
+    twin = to_dtype(copy.deepcopy(teacher), own)
+    twin.load_student(student)
+    return _wrap(prefix, twin.state_dict(), rest)
+
+
+def _reading(teacher: Teacher, state: State) -> Teacher:
+    """A copy of the teacher with another one's state."""
+    twin: Teacher = to_dtype(copy.deepcopy(teacher), state)
+    check_keys(state, twin.state_dict(), "the teacher")
+    twin.load_state_dict(state)
+    return twin
+
+
+def to_dtype(module: Any, state: State) -> Any:
+    """In the dtype of a state: averages are often kept in a wider one."""
+    dtypes = {x.dtype for x in state.values() if isinstance(x, Tensor) and x.is_floating_point()}
+    return module.to(dtypes.pop()) if len(dtypes) == 1 else module
+
+
+def check_keys(given: State, known: State, whose: str) -> None:
+    missing = [k for k in known if k not in given]
+    unknown = [k for k in given if k not in known]
+    other = [
+        f"{k} {tuple(given[k].shape)} instead of {tuple(v.shape)}"
+        for k, v in known.items()
+        if k in given and isinstance(v, Tensor) and given[k].shape != v.shape
+    ]
+    for what, names in (("lacks", missing), ("has no", unknown), ("has other sizes:", other)):
+        if names:
+            subject = f"the state of {whose}" if what != "has no" else whose
+            raise InputError(
+                f"{subject} {what} {', '.join(names[:3])}"
+                + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
+                remedy="pass the state_dict of the very network that was expanded, and a teacher "
+                "with the same ratio, branches and shares",
+            )
+
+
+def _unwrap(state: State) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The prefix that a wrapper put before all names, the state without it, and what else the
+    wrapper keeps (the number of averages)."""
+    rest = {k: v for k, v in state.items() if k == "n_averaged"}
+    own = {k: v for k, v in state.items() if k not in rest}
+    prefix = ""
+    for word in ("module.", "_orig_mod.", "module."):
+        if own and all(k.startswith(word) for k in own):
+            own = {k.removeprefix(word): v for k, v in own.items()}
+            prefix += word if rest else ""  # other wrappers are of the training, not of the model
+    return prefix, own, rest
+
+
+def _wrap(prefix: str, own: State, rest: dict[str, Any]) -> dict[str, Any]:
+    return rest | {prefix + k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()}
+
+
+# --------------------------------------------------------------------------- optimizers
+def _of_optimizer(state: State) -> bool:
+    return set(state) >= {"state", "param_groups"}
+
+
+def _optimizer(state: State, teacher: Teacher, strict: bool, *, back: bool) -> dict[str, Any]:
+    student, wide = dict(collapse(teacher).named_parameters()), dict(teacher.named_parameters())
+    source, target = (wide, student) if back else (student, wide)
+    number = _names_of(state, list(source), "teacher" if back else "student")
+    branched = {fold.branched.weight for fold in teacher.folds()} if back else set()
+    moments: dict[str, dict[str, Any]] = {}
+    refused: dict[str, str] = {}
+    for name, held in ((number[k], held) for k, held in state["state"].items()):
+        if name not in target:
+            continue  # a branch's own
+        size = source[name].shape
+        odd = [k for k, x in held.items() if isinstance(x, Tensor) and x.shape not in (size, ())]
+        if name in branched:
+            refused[name] = "it has branches"
+        elif odd:
+            refused[name] = f"its {odd[0]} is not of the parameter's shape"
+        else:
+            move = teacher.narrow if back else teacher.widen
+            moments[name] = {
+                k: move(name, x).clone() if isinstance(x, Tensor) and x.ndim else copy.deepcopy(x)
+                for k, x in held.items()
+            }
+    if refused and strict:
+        some = "; ".join(f"{n}: {why}" for n, why in [*refused.items()][:3])
+        more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
+        raise InputError(
+            f"no state of the optimizer follows for {some}{more}",
+            remedy="pass strict=False: the optimizer begins anew for these",
+        )
+    return _regroup(state["param_groups"], number, list(target), moments)
+
+
+def _names_of(state: State, known: list[str], whose: str) -> dict[Any, str]:
+    """The optimizer's number of a parameter -> its name."""
+    groups = state["param_groups"]
+    given = [k for group in groups for k in group["params"]]
+    names = [n for group in groups for n in group.get("param_names", ())] or known
+    if len(names) != len(given) or not set(names) <= set(known):
+        raise InputError(
+            f"the optimizer has other parameters ({len(given)}) than the {whose} ({len(known)})",
+            remedy="make the optimizer of gpdfx.param_groups or of named_parameters(): its state "
+            "then has names",
+        )
+    return dict(zip(given, names, strict=True))
+
+
+def _regroup(
+    groups: list[dict[str, Any]],
+    number: dict[Any, str],
+    target: list[str],
+    moments: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """The same groups over other parameters; those that are new join the first group."""
+    home = {number[k]: g for g, group in enumerate(groups) for k in group["params"]}
+    order = [[n for n in target if home.get(n, 0) == g] for g in range(len(groups))]
+    place = {name: k for k, name in enumerate(n for names in order for n in names)}
+    made = [
+        {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        | {"params": [place[n] for n in names], "param_names": names}
+        for group, names in zip(groups, order, strict=True)
+        if names
+    ]
+    return {"state": {place[n]: m for n, m in moments.items()}, "param_groups": made}

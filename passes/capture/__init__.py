@@ -1,0 +1,1 @@
+"""Capture: a module -> ATen graphs."""

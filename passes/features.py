@@ -1,0 +1,59 @@
+"""Tap: what some of the student's modules return comes out of the teacher's graphs too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import fx
+
+from ..errors import InputError
+from ..report.explain import suggest
+from .program import is_tensor
+from .widen import Widened
+
+
+def tap(widened: Widened, paths: Sequence[str]) -> Widened:
+    """Append the results of modules, at the teacher's width, to the outputs of every graph.
+
+    Of a module that runs twice it is the last one. Raises ``InputError`` for modules that a graph
+    does not have, and for networks that were captured in parts.
+    """
+    if not paths:
+        return widened
+    program = widened.program
+    known = [name for name, _ in program.student.named_modules() if name]
+    if program.parts != [""]:
+        raise InputError(
+            "features cannot be taken out of a network that was captured in parts",
+            remedy="distill its logits",
+        )
+    graphs = {}
+    for key, mode in program.modes.items():
+        graph = fx.Graph()
+        outputs = graph.graph_copy(widened.graphs[key], {})
+        made = {n.meta["student"]: n for n in graph.nodes if "student" in n.meta}
+        taps = []
+        for path in paths:
+            source = _result(mode.nodes, path)
+            if source is None or source.name not in made:
+                near = suggest(path, known)
+                raise InputError(f"no module {path!r} returns a tensor that is used", remedy=near)
+            taps.append(made[source.name])
+        graph.output((*outputs, *taps))  # type: ignore[misc]
+        graph.lint()
+        graphs[key] = graph
+    return replace(widened, graphs=graphs)
+
+
+def _result(nodes: list[fx.Node], path: str) -> fx.Node | None:
+    """The last node of a module whose value leaves it."""
+    inside = {node for node in nodes if _within(node, path)}
+    leaving = [n for n in inside if is_tensor(n) and any(u not in inside for u in n.users)]
+    order = {node: k for k, node in enumerate(nodes)}
+    return max(leaving, key=order.__getitem__, default=None)
+
+
+def _within(node: fx.Node, path: str) -> bool:
+    stack = node.meta.get("nn_module_stack") or {}
+    return any(where.split("@")[0] == path for where, _ in stack.values())
