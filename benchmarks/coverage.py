@@ -39,7 +39,7 @@ from torch.utils import _pytree as pytree
 import gpdfx
 from benchmarks import networks
 from benchmarks.coverage_summary import summary, write
-from gpdfx.passes.capture.export import LEVELS
+from gpdfx.passes.capture.limits import LEVELS
 
 Row = dict[str, Any]
 

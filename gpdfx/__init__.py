@@ -17,13 +17,13 @@ from .errors import InputError as InputError
 from .errors import LossyError as LossyError
 from .memory import keep_memory as keep_memory
 from .report.explain import explain as explain
-from .report.explain import graph as graph
+from .report.picture import graph as graph
 from .report.report import Report as Report
 from .storage import load as load
 from .storage import save as save
+from .teacher.collapse import collapse as collapse
 from .teacher.groups import param_groups as param_groups
 from .teacher.module import Teacher as Teacher
-from .teacher.module import collapse as collapse
 from .teacher.states import to_student as to_student
 from .teacher.states import to_teacher as to_teacher
 

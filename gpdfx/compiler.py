@@ -12,33 +12,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calls import tree
-from .calls.call import Call
-from .calls.examples import infer_inputs
+from .calls.examples import example_call
 from .check import laws
 from .check.observe import keep_rng
-from .control import Control, Recipe, make_control
+from .control import Control, ExpandOptions, make_control
 from .custom_ops import check_rules
 from .errors import CaptureError, InputError
 from .memory import give_back
 from .passes.assign import assign
 from .passes.branch import branch
-from .passes.canonicalize import (
-    bakes_constants,
-    canonicalize,
-    casts_on_purpose,
-    follow,
-    follow_device,
-)
-from .passes.capture.export import LEVELS, capture, whole
+from .passes.canonicalize import canonicalize
+from .passes.capture.export import capture, whole
 from .passes.capture.inline import inline
+from .passes.capture.limits import LEVELS
 from .passes.capture.submodules import capture_parts, recapture
-from .passes.features import tap
+from .passes.features import with_features
+from .passes.follow import bakes_constants, casts_on_purpose, follow, follow_device
 from .passes.infer import Inference, NeedsFunctional, infer
 from .passes.lower import lower
 from .passes.program import Program, duplicate, source_line
 from .passes.rules.base import DynamicAxis
 from .passes.widen import Widened, widen
+from .report.explain import gather_evidence
 from .report.report import make_report
 from .teacher.module import Teacher
 
@@ -132,7 +127,7 @@ def expand(
         if given not in known:
             raise InputError(f"{name} is {given!r}", remedy=f"pass one of {', '.join(known)}")
     with keep_rng():
-        args, kwargs = _example(model, example_inputs, example_kwargs)
+        args, kwargs = example_call(model, example_inputs, example_kwargs)
         inputs = args, kwargs
         clock = _Clock()
         try:
@@ -140,13 +135,13 @@ def expand(
         except CaptureError as error:
             _check_forward(model, inputs)
             raise error
-        widened = tap(widened, features)
+        widened = with_features(widened, features)
         check = None
         if verify:
             checked = widened
             if randomness == "independent":  # equal seeds say nothing: check the other form
                 checked = _widen(widened.program, widened.inference, control, shares, False, seed)
-                checked = tap(checked, features)
+                checked = with_features(checked, features)
             # before the real one: both would not always fit
             clock.lap("transform")
             _make_room(model)
@@ -165,9 +160,10 @@ def expand(
             laws.check_values(widened, teacher)
             teacher.pin(check.free)
         teacher.find_caches(args, kwargs, widened.program.student)
-        teacher._recipe = Recipe(
+        teacher._options = ExpandOptions(
             control, scales, shares, extract, tuple(features), randomness, dynamic, seed, inputs
         )
+        teacher._evidence = gather_evidence(widened)
         teacher._report = make_report(widened, teacher, control, inputs, clock.laps, check, scales)
     return teacher.train(model.training)
 
@@ -311,46 +307,6 @@ def _refusal(module: nn.Module) -> tuple[str, str] | None:
     if ".quantized" in kind.__module__ and kind.__module__.startswith("torch."):
         return "the model is quantized", "expand the float model, quantize the collapsed student"
     return None
-
-
-def _example(
-    model: nn.Module, inputs: Any, keywords: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if inputs is None and not keywords:
-        inputs = infer_inputs(model)
-    inputs = () if inputs is None else inputs
-    if not isinstance(inputs, tuple | list):
-        raise InputError(
-            f"example_inputs is a {type(inputs).__name__}",
-            remedy="pass a tuple of positional inputs: example_inputs=(x,)",
-        )
-    keywords = {} if keywords is None else keywords
-    if not isinstance(keywords, dict):
-        raise InputError(f"example_kwargs is a {type(keywords).__name__}", remedy="pass a dict")
-    try:
-        Call(model, tuple(inputs), keywords)
-    except TypeError as error:
-        raise InputError(
-            f"the example inputs do not fit {type(model).__name__}.forward: {error}",
-            remedy="pass what you would pass to the model: positional inputs as example_inputs, "
-            "keyword inputs as example_kwargs",
-        ) from error
-    return _two_samples(tuple(inputs), keywords)
-
-
-def _two_samples(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A sample batch of one would be baked in: double it."""
-    tensors = [x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    if not tensors or any(x.ndim == 0 or x.shape[0] != 1 for x in tensors):
-        return args, kwargs
-
-    def twice(x: Any) -> Any:
-        return torch.cat([x, x.flip(tuple(range(1, x.ndim)))]) if isinstance(x, torch.Tensor) else x
-
-    result: tuple[tuple[Any, ...], dict[str, Any]] = tree.map_leaves(twice, (args, kwargs))
-    return result
 
 
 def _check_forward(model: nn.Module, inputs: Inputs) -> None:

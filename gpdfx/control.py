@@ -19,9 +19,8 @@ from typing import Any
 
 from torch import nn
 
-from .branches.kinds import NONE, BranchSet, branch_set
-from .errors import InputError
-from .report.explain import suggest
+from .branches.sets import NONE, BranchSet, branch_set
+from .errors import InputError, suggest
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ExpandOptions:
     """How a teacher was made: the arguments of ``expand`` and its example inputs."""
 
     control: Control

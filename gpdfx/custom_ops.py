@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from .check.op import shown, try_rule
+from .check.op import check_rule, shown
 from .errors import InputError
 from .passes.infer import Inference
 from .passes.program import is_tensor, module_path, source, value
@@ -196,7 +196,7 @@ def _check(
     key = repr((tensors, *static))
     if key in custom.seen:
         return
-    fault = try_rule(custom, custom.op, args, kwargs, static, strict=node is None)
+    fault = check_rule(custom, custom.op, args, kwargs, static, strict=node is None)
     if fault and not (custom.seen and fault.untried):  # values that only the example has
         verdict = "cannot be tried with" if fault.untried else "does not bear out"
         raise InputError(

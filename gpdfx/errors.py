@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from typing import Any
+
 
 class GpdfxError(Exception):
     """Base of everything gpdfx raises on purpose.
@@ -48,3 +51,9 @@ class TrainingError(GpdfxError):
 
 class AxisConflict(GpdfxError):
     """Two axes cannot be the same. Passes catch it and bridge; users see it in reports only."""
+
+
+def suggest(name: str, known: Any) -> str:
+    """A remedy that names what comes near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f"did you mean {', '.join(near)}?" if near else "see the model's named_parameters()"

@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .errors import InputError
-from .report.explain import suggest
+from .errors import InputError, suggest
 
 Shape = tuple[int, ...]
 

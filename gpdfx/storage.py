@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .branches.kinds import read, spell
+from .branches.sets import read, spell
 from .compiler import expand
-from .control import Recipe
+from .control import ExpandOptions
 from .errors import InputError
 from .teacher.module import Teacher
 from .teacher.states import check_keys, to_dtype
@@ -27,7 +27,7 @@ def save(teacher: Teacher, path: str | os.PathLike[str]) -> None:
     """Write a teacher: a safetensors file, tied tensors once, with a JSON header that holds how it
     was made, so that ``load`` needs the student's class and this file. The file appears whole or
     not at all."""
-    recipe = teacher._recipe
+    recipe = teacher._options
     assert recipe is not None
     first: dict[tuple[int, ...], str] = {}
     same: dict[str, str] = {}
@@ -131,7 +131,7 @@ def version() -> str:
         return "source"
 
 
-def _spell_recipe(recipe: Recipe) -> dict[str, Any]:
+def _spell_recipe(recipe: ExpandOptions) -> dict[str, Any]:
     control = recipe.control
     return {
         "ratio": control.ratios,

@@ -12,7 +12,9 @@ from dataclasses import replace
 
 from torch import fx
 
-from ..algebra.axes import Leaf, Reason, Widths, choose_widths, leaves
+from ..algebra.axes import Leaf, leaves
+from ..algebra.solver import Reason
+from ..algebra.widths import Widths, choose_widths
 from ..control import Control, covers
 from .infer import Inference
 from .program import Program

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..branches.kinds import NONE, BranchSet, Layer
+from ..branches.layer import Layer
+from ..branches.sets import NONE, BranchSet
 from ..kernels import copies
 from . import folded
-from .names import Branched, kernel, merged, module_of, plain
+from .folded import Branched, kernel, merged, module_of, plain
 from .program import Program, bind, copied
 from .widen import Widened
 

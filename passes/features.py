@@ -7,13 +7,12 @@ from dataclasses import replace
 
 from torch import fx
 
-from ..errors import InputError
-from ..report.explain import suggest
+from ..errors import InputError, suggest
 from .program import is_tensor
 from .widen import Widened
 
 
-def tap(widened: Widened, paths: Sequence[str]) -> Widened:
+def with_features(widened: Widened, paths: Sequence[str]) -> Widened:
     """Append the results of modules, at the teacher's width, to the outputs of every graph.
 
     Of a module that runs twice it is the last one. Raises ``InputError`` for modules that a graph
@@ -33,14 +32,14 @@ def tap(widened: Widened, paths: Sequence[str]) -> Widened:
         graph = fx.Graph()
         outputs = graph.graph_copy(widened.graphs[key], {})
         made = {n.meta["student"]: n for n in graph.nodes if "student" in n.meta}
-        taps = []
+        found = []
         for path in paths:
             source = _result(mode.nodes, path)
             if source is None or source.name not in made:
                 near = suggest(path, known)
                 raise InputError(f"no module {path!r} returns a tensor that is used", remedy=near)
-            taps.append(made[source.name])
-        graph.output((*outputs, *taps))  # type: ignore[misc]
+            found.append(made[source.name])
+        graph.output((*outputs, *found))  # type: ignore[misc]
         graph.lint()
         graphs[key] = graph
     return replace(widened, graphs=graphs)

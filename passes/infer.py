@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..algebra.axes import Axis, Reason, Solver, leaves
+from ..algebra.axes import Axis, leaves
+from ..algebra.solver import Reason, Solver
+from ..calls.sizes import is_free
 from ..errors import AxisConflict
-from .effects import draws
-from .program import Program, describe, is_free, is_mutable, is_tensor, mutated, shape, value
+from .program import Program, describe, draws, is_mutable, is_tensor, mutated, shape, value
 from .rules import rule_of
 from .rules.base import Axes, Op
 

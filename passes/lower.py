@@ -12,26 +12,26 @@ from typing import Any
 
 from torch import fx
 
-from ..branches.kinds import NONE, Layer
+from ..branches.layer import Layer
+from ..branches.sets import NONE
 from ..kernels import copies
-from ..kernels.fold import RULES, Share, Site, cut_of
+from ..kernels.fold import FORMULAS, Share, Site, cut_of
 from .branch import layer_of, read_folded, uses_of
-from .folded import reads
-from .names import Branched, Lowered, merged, teachers
+from .folded import Branched, Lowered, merged, reads, teachers
 from .program import copied
 from .widen import Widened
 
 
 def lower(widened: Widened) -> Widened:
     """Fill in ``lowered`` and ``unlowered``."""
-    bare = _bare(widened)
+    unbranched = _unbranched(widened)
     graphs = {key: copied(graph) for key, graph in widened.graphs.items()}
     for key, graph in graphs.items():
-        read_folded(graph, bare, widened.program.modes[key].site.training)
+        read_folded(graph, unbranched, widened.program.modes[key].site.training)
     unlowered = {one.weight: why for one in widened.branched if (why := _refusal(one))}
     read = [reads(graph) for graph in graphs.values()]
     lowered = {}
-    for one in (*widened.branched, *bare):
+    for one in (*widened.branched, *unbranched):
         if one.weight not in unlowered:
             nodes = [its[merged(one.weight)] for its in read if merged(one.weight) in its]
             lowered[one.weight] = _lowered(widened, one, nodes)
@@ -54,12 +54,12 @@ def _refusal(one: Branched) -> str:
     kinds = {type(b) for b in one.chosen.branches}
     if any(b.norm for b in one.chosen.branches):
         return "its branches are normalized"
-    if own := sorted(kind.__name__ for kind in kinds if kind not in RULES):
+    if own := sorted(kind.__name__ for kind in kinds if kind not in FORMULAS):
         return f"{own[0]} is a kind of its own"
     return ""
 
 
-def _bare(widened: Widened) -> list[Branched]:
+def _unbranched(widened: Widened) -> list[Branched]:
     """Layers without branches that have shares, and a student's part that is a block."""
     nodes: dict[str, list[fx.Node]] = {}
     for graph in widened.graphs.values():

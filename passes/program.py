@@ -16,6 +16,10 @@ from torch.utils import _pytree as pytree
 
 from ..calls.call import Call
 from ..calls.tree import Pattern
+from ..kernels import copies
+from ..kernels.regions import REGION
+
+aten = torch.ops.aten
 
 Module = TypeVar("Module", bound=nn.Module)
 _TORCH = str(Path(torch.__file__).parent) + os.sep
@@ -25,7 +29,7 @@ _HERE = tuple(
 
 
 @dataclass(frozen=True)
-class Site:
+class CallSite:
     """What is captured: a module of the student, in a mode, for a call of one structure.
 
     ``path``: of the module, empty for the whole network; ``tensors``: those of the example call.
@@ -47,7 +51,7 @@ class Mode:
     module returns; ``level``: which input sizes capture left free."""
 
     graph: fx.Graph
-    site: Site
+    site: CallSite
     out: Pattern
     level: str
 
@@ -139,11 +143,6 @@ def size_hint(size: Any) -> int:
     return int(hint)
 
 
-def is_free(size: Any) -> bool:
-    """True if a size is known only at run time. Capture bakes some symbols on its way."""
-    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
-
-
 def value(node: Any) -> Any:
     """The fake value of a node, or the constant itself."""
     return node.meta.get("val") if isinstance(node, fx.Node) else node
@@ -213,3 +212,20 @@ def source_line(trace: str) -> str:
 def describe(node: fx.Node) -> str:
     """One line: module, source, op."""
     return f"{module_path(node)}, {source(node)}: {node.target}".lstrip(", ")
+
+
+_STATISTICS = {aten.batch_norm.default: "training", aten.instance_norm.default: "use_input_stats"}
+"""Ops that write to statistics without their schema saying so -> the argument that says when."""
+
+
+def draws(node: fx.Node) -> bool:
+    """True if it moves the random state: without it every later draw would be another."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags or node.target is copies.dropout_mask
+
+
+def has_effect(node: fx.Node) -> bool:
+    """True for what writes, draws random numbers, or enters or leaves a region."""
+    if node.is_impure() or is_mutable(node) or draws(node) or node.target in REGION:
+        return True
+    return node.target in _STATISTICS and bool(bind(node)[_STATISTICS[node.target]])

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..algebra.axes import Axis, Widths
+from ..algebra.axes import Axis
 from ..algebra.frozen import Frozen, freeze
-from ..teacher.extract import Use, uses
-from .effects import has_effect
+from ..algebra.widths import Widths
+from .folded import Branched, Lowered
 from .infer import Inference
-from .names import Branched, Lowered
-from .program import Program, is_tensor, module_path, mutated, source
+from .program import Program, has_effect, is_tensor, module_path, mutated, source
 from .rules import rule_of
 from .rules.base import Axes, DynamicAxis, Op, Target, Writer, parts, student_size
+from .shares import Use, uses
 
 aten = torch.ops.aten
 

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpdfx.algebra import axes as ax
-from gpdfx.algebra.axes import ONE, Axis, Leaf, Product, Solver, Sum, product, sum_
+from gpdfx.algebra.axes import ONE, Axis, Leaf, Product, Sum, product, sum_
 from gpdfx.algebra.frozen import Frozen, freeze, share_table
 from gpdfx.algebra.gather import gather
+from gpdfx.algebra.solver import Solver
 from gpdfx.errors import AxisConflict
 
 law = settings(max_examples=100, deadline=None)

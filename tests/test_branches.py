@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gpdfx
-from gpdfx.branches.kinds import SETS, Branch, Full, Layer, LowRank, Shapes
+from gpdfx.branches.kinds import Branch, Full, LowRank, Shapes
+from gpdfx.branches.layer import Layer
+from gpdfx.branches.sets import SETS
 from gpdfx.calls import tree
-from gpdfx.passes.names import Branched, kernel, merged, plain
-from gpdfx.teacher.chunks import Chunk
+from gpdfx.passes.folded import Branched, kernel, merged, plain
 from gpdfx.teacher.fold import Fold
+from gpdfx.teacher.folding import Chunk
 
 from .networks import NETWORKS, WRITTEN, tensors_equal
 
@@ -232,7 +234,7 @@ def lossless_with(name: str, sets: list[str]) -> None:
     for one in sets:
         widened = lower(branch(bare, lambda _, one=one: SETS[one]))
         teacher = Teacher(widened)
-        teacher.find_caches(*inputs)
+        teacher.find_caches(*inputs, model)
         check = laws.verify(widened, teacher, inputs)
         assert check.tolerance == 1e-10 or name in ("odd", "norms"), (one, check)
 

@@ -17,7 +17,7 @@ from gpdfx.algebra.frozen import Frozen
 from gpdfx.calls.sizes import resized
 from gpdfx.check import laws, streaming
 from gpdfx.check.observe import difference
-from gpdfx.check.probe import randomize, settle
+from gpdfx.check.probe import randomize, settle_statistics
 from gpdfx.compiler import Inputs, _Clock, _compile
 from gpdfx.control import make_control
 from gpdfx.errors import LossyError
@@ -305,7 +305,7 @@ def test_a_stale_cache_in_the_student_is_cleared_or_caught() -> None:
     with pytest.raises(LossyError, match=r"teacher\.student"):
         laws.verify(widened, Teacher(widened), call)
     teacher = Teacher(widened)
-    teacher.find_caches(*call)
+    teacher.find_caches(*call, model)
     laws.verify(widened, teacher, call)
     assert not model.cache
 
@@ -344,7 +344,7 @@ def test_settled_statistics_are_the_batchs() -> None:
     assert isinstance(model.norm, nn.BatchNorm2d)
     seen: list[Tensor] = []
     model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    settle(model, ((image(),), {}))
+    settle_statistics(model, ((image(),), {}))
     torch.testing.assert_close(model.norm.running_mean, seen[-1].mean((0, 2, 3)))
     torch.testing.assert_close(model.norm.running_var, seen[-1].var((0, 2, 3)))
     assert model.norm.momentum == 0.1

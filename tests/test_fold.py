@@ -12,10 +12,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import gpdfx
 from gpdfx.algebra.frozen import Frozen
-from gpdfx.branches.kinds import NONE, SETS, Full, Layer
+from gpdfx.branches.kinds import Full
+from gpdfx.branches.layer import Layer
+from gpdfx.branches.sets import NONE, SETS
 from gpdfx.kernels import copies
 from gpdfx.kernels.fold import Share, Site, cut_of, fold, register
-from gpdfx.passes.names import students, teachers
+from gpdfx.passes.folded import students, teachers
 from gpdfx.teacher.extract import take_first
 
 from .networks import NETWORKS, tensors_equal
@@ -283,14 +285,14 @@ def test_gradients_by_function_transforms() -> None:
 def test_weights_made_when_they_are_read_are_those_of_the_fold(branches: Any) -> None:
     _, teacher, x = plain_teacher(branches)
     teacher.eval()
-    late, folded = teacher.late(), teacher.fold()
+    late, folded = teacher.lazy(), teacher.fold()
     assert late.keys() == folded.keys()
     for name, weight in folded.items():
         assert torch.equal(late[name], weight)
         assert not late[name].requires_grad
-    assert late.keys() == teacher.late(student=False).keys() | teacher.late(teacher=False).keys()
+    assert late.keys() == teacher.lazy(student=False).keys() | teacher.lazy(teacher=False).keys()
     with torch.no_grad():
-        assert torch.equal(teacher(x), teacher._teach(folded, (x,), {}))
+        assert torch.equal(teacher(x), teacher._run_teacher(folded, (x,), {}))
 
 
 def test_what_is_frozen_takes_no_gradient() -> None:

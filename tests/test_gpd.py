@@ -274,7 +274,7 @@ def test_features_of_teacher_and_student_are_distilled(kind: Any) -> None:
     out = gpd(x, Y[:4])
     assert set(out.terms) == {"teacher", "student", "gap", "teacher_features", "student_features"}
     taps: list[Tensor] = []
-    gpd.teacher._teach(gpd.teacher.fold(), (x,), {}, taps)
+    gpd.teacher._run_teacher(gpd.teacher.fold(), (x,), {}, taps)
     with Features(gpd.teacher._student, ["one", "two"]) as seen:
         gpd.teacher.student(x)
     assert [t.shape[1] for t in taps] == [8, 16]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpdfx.branches.kinds import Layer
+from gpdfx.branches.layer import Layer
 from gpdfx.distill.gpd import GPD
 from gpdfx.kernels.fold import reference, register
 from gpdfx.kernels.fold.op import backward_op, fold_op, refusal

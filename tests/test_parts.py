@@ -123,7 +123,7 @@ def test_parts_train_move_copy_and_follow_other_sizes() -> None:
 def test_a_call_of_another_kind_is_refused() -> None:
     model, x = loop()
     teacher = gpdfx.expand(model, 2, example_inputs=(x,)).eval()
-    part = teacher._between.get_submodule("step")
+    part = teacher._python_shell.get_submodule("step")
     with pytest.raises(gpdfx.InputError, match="size 9 in dimension 2"):
         part(torch.randn(2, 5, 9))
 

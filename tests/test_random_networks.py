@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 
 import gpdfx
-from gpdfx.branches.kinds import SETS
+from gpdfx.branches.sets import SETS
 from gpdfx.report.report import Report
 from gpdfx.teacher.module import take_first
 

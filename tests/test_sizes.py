@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 import gpdfx
-from gpdfx.passes.capture import export
+from gpdfx.passes.capture import export, limits
 
 from .networks import NETWORKS
 
@@ -104,7 +104,7 @@ def test_patience_may_end_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None
         asked += 1
         return float(asked)
 
-    monkeypatch.setattr(export.time, "thread_time", clock)
+    monkeypatch.setattr(limits.time, "thread_time", clock)
     monkeypatch.setattr(export, "PATIENCE", 1e9)
     assert export.capture(model, sites).modes["eval"].level == "sizes"
     assert asked > 300
@@ -129,15 +129,15 @@ class Precise(nn.Module):
 
 def test_impatience_never_parts_the_modes_or_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph in float64, which tells baked dtypes, has the same free sizes as the other's."""
-    patient, calls = export._patience, []
+    patient, calls = export.time_limit, []
 
     def third_time(seconds: float | None) -> AbstractContextManager[None]:
         calls.append(seconds)
         if seconds is not None and len(calls) > 2:
-            raise export._TooSlowError
+            raise export.TooSlowError
         return patient(seconds)
 
-    monkeypatch.setattr(export, "_patience", third_time)
+    monkeypatch.setattr(export, "time_limit", third_time)
     teacher = gpdfx.expand(Precise(), 2, example_inputs=(torch.randn(2, 7, 4),))
     assert len(calls) == 4
     assert teacher.report().check.tolerance == 1e-10

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import InputError
+from . import tree
+from .call import Call
 
 _RANKS: tuple[tuple[type[nn.Module], tuple[int, ...]], ...] = (
     (nn.Conv1d, (256,)),
@@ -69,3 +72,43 @@ def infer_inputs(model: nn.Module) -> tuple[torch.Tensor, ...]:
         "embedding layer",
         remedy="pass example_inputs=(x,), a batch of two or more",
     )
+
+
+def example_call(
+    model: nn.Module, inputs: Any, keywords: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if inputs is None and not keywords:
+        inputs = infer_inputs(model)
+    inputs = () if inputs is None else inputs
+    if not isinstance(inputs, tuple | list):
+        raise InputError(
+            f"example_inputs is a {type(inputs).__name__}",
+            remedy="pass a tuple of positional inputs: example_inputs=(x,)",
+        )
+    keywords = {} if keywords is None else keywords
+    if not isinstance(keywords, dict):
+        raise InputError(f"example_kwargs is a {type(keywords).__name__}", remedy="pass a dict")
+    try:
+        Call(model, tuple(inputs), keywords)
+    except TypeError as error:
+        raise InputError(
+            f"the example inputs do not fit {type(model).__name__}.forward: {error}",
+            remedy="pass what you would pass to the model: positional inputs as example_inputs, "
+            "keyword inputs as example_kwargs",
+        ) from error
+    return two_samples(tuple(inputs), keywords)
+
+
+def two_samples(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A sample batch of one would be baked in: double it."""
+    tensors = [x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    if not tensors or any(x.ndim == 0 or x.shape[0] != 1 for x in tensors):
+        return args, kwargs
+
+    def twice(x: Any) -> Any:
+        return torch.cat([x, x.flip(tuple(range(1, x.ndim)))]) if isinstance(x, torch.Tensor) else x
+
+    result: tuple[tuple[Any, ...], dict[str, Any]] = tree.map_leaves(twice, (args, kwargs))
+    return result

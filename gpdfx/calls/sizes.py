@@ -22,9 +22,8 @@ from torch import Tensor, fx
 from torch.utils._sympy.printers import PythonPrinter
 
 from ..errors import InputError
-from ..passes.program import is_free
 
-Place = tuple[int, int]
+InputDim = tuple[int, int]
 """An input's number, and one of its dimensions."""
 
 
@@ -35,7 +34,7 @@ class Sizes:
     expressions that hold for every size the graph is right for."""
 
     inputs: tuple[tuple[int | str, ...] | None, ...]
-    symbols: dict[str, tuple[Place, int, int]]
+    symbols: dict[str, tuple[InputDim, int, int]]
     conditions: tuple[str, ...]
 
     def check(self, flat: Sequence[Any], names: list[str]) -> None:
@@ -192,7 +191,7 @@ def fits(graph: fx.Graph, tensors: Sequence[Tensor]) -> bool:
 def input_sizes(graph: fx.Graph) -> Sizes:
     """Read them off the placeholders of a captured graph."""
     inputs: list[tuple[int | str, ...] | None] = []
-    symbols: dict[str, tuple[Place, int, int]] = {}
+    symbols: dict[str, tuple[InputDim, int, int]] = {}
     guards: list[Any] = []
     for k, node in enumerate(graph.find_nodes(op="placeholder")):
         val = node.meta.get("val")
@@ -215,7 +214,7 @@ def input_sizes(graph: fx.Graph) -> Sizes:
     return Sizes(tuple(inputs), symbols, tuple(dict.fromkeys(map(_code, known))))
 
 
-def _bind(symbols: dict[str, tuple[Place, int, int]], expression: Any, place: Place) -> None:
+def _bind(symbols: dict[str, tuple[InputDim, int, int]], expression: Any, place: InputDim) -> None:
     """Note where a symbol can be read; straight from a size, if there is one."""
     if len(expression.free_symbols) != 1:
         return
@@ -238,3 +237,8 @@ def _matters(expression: Any) -> bool:
 
 def _code(expression: Any) -> str:
     return str(PythonPrinter().doprint(expression))
+
+
+def is_free(size: Any) -> bool:
+    """True if a size is known only at run time. Capture bakes some symbols on its way."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number

@@ -24,7 +24,7 @@ class WrittenError(Exception):
     """A student writes to its own parameters."""
 
 
-def copied(student: nn.Module, borrow: bool) -> nn.Module:
+def copy_of(student: nn.Module, borrow: bool) -> nn.Module:
     """A copy, with buffers of its own; ``borrow``: with the student's parameters."""
     return duplicate(student, {id(p): p for p in student.parameters()} if borrow else None)
 
@@ -50,7 +50,7 @@ def compare(
     teacher.train(training)
     mode = "train" if training else "eval"
     for gradients in GRADIENTS:
-        run, before = copied(student, borrow).train(training), _digest(student) if borrow else []
+        run, before = copy_of(student, borrow).train(training), _digest(student) if borrow else []
         named = run.named_parameters()
         wrt = {n: p.requires_grad_(dead) for n, p in named if p.is_floating_point()}
         wrt = wrt if dead else {}
@@ -69,7 +69,7 @@ def compare(
         p.requires_grad_(False)
     student = run
     try:
-        between = teacher.parts_of(teacher._between)
+        between = teacher.parts_of(teacher._python_shell)
         with teacher._lean.saving() if teacher._lean else contextlib.nullcontext():
             theirs = observe(teacher, *inputs, seed, parts=between, given=mine, gradients=gradients)
     except Exception as error:  # whatever torch raises when widths do not fit

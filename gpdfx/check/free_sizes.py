@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..passes.capture.export import LEVELS
+from ..passes.capture.limits import LEVELS
 from ..teacher.captured import Section
 from ..teacher.module import Teacher
 from .locate import call_of, calls_of

@@ -17,16 +17,17 @@ from torch import nn
 
 from ..algebra.gather import gather
 from ..errors import LossyError
-from ..passes.capture.export import LEVELS
+from ..passes.capture.limits import LEVELS
 from ..passes.program import duplicate
 from ..passes.widen import Widened
-from ..teacher.chunks import operator_get
-from ..teacher.module import Teacher, filled
-from .compare import BUG, EVERY, WrittenError, compare, copied, floor_of
+from ..teacher.collapse import filled
+from ..teacher.folding import operator_get
+from ..teacher.module import Teacher
+from .compare import BUG, EVERY, WrittenError, compare, copy_of, floor_of
 from .free_sizes import free_levels
 from .locate import first_difference
 from .observe import difference, identical, keep_rng, observe
-from .probe import Way, convert, randomize, settle, ways
+from .probe import Precision, convert, precisions, randomize, settle_statistics
 from .streaming import Lean
 
 TOLERANCE = 1e-10
@@ -110,18 +111,18 @@ def _verify(
         teacher._lean = Lean(teacher, widened.graphs)
     student = widened.program.student
     refused = LossyError("the student does not run")
-    for way in ways(student, inputs):
-        loose = way.dtype is None or (single and not way.lifted)
+    for precision in precisions(student, inputs):
+        loose = precision.dtype is None or (single and not precision.lifted)
         try:
-            with way():
+            with precision():
                 try:
-                    return _verify_in(widened, teacher, way, seed, loose, settled=settled)
+                    return _verify_in(widened, teacher, precision, seed, loose, settled=settled)
                 except WrittenError:
                     return _verify_in(
-                        widened, teacher, way, seed, loose, settled=settled, borrow=False
+                        widened, teacher, precision, seed, loose, settled=settled, borrow=False
                     )
         except LossyError as error:
-            if not way.lifted or isinstance(error, _StaleError):
+            if not precision.lifted or isinstance(error, _StaleError):
                 raise
             refused = error  # baked constants of a dtype do not follow a lifted cast
     raise refused
@@ -130,14 +131,14 @@ def _verify(
 def _verify_in(
     widened: Widened,
     teacher: Teacher,
-    way: Way,
+    precision: Precision,
     seed: int,
     single: bool,
     *,
     settled: bool,
     borrow: bool = True,
 ) -> Check:
-    original, inputs, dtype = widened.program.student, way.inputs, way.dtype
+    original, inputs, dtype = widened.program.student, precision.inputs, precision.dtype
     twin, lean = convert(teacher, dtype).requires_grad_(False), teacher._lean
     assert lean is not None
     lean.noise = None
@@ -153,7 +154,7 @@ def _verify_in(
         probe = which == "probe"
         student = convert(randomize(student, seed) if probe else student, dtype)
         if probe and settled:
-            settle(student, inputs)
+            settle_statistics(student, inputs)
         twin.load_student(student)
         with twin.folded_once():
             for mode, training in _MODES:
@@ -189,7 +190,7 @@ def _verify_in(
                 used = max(used, limit)
                 error[f"{which}/{mode}"] = errors.get(worst, 0.0)
             if probe:
-                free = free_levels(copied(student, borrow), twin, inputs, seed, used)
+                free = free_levels(copy_of(student, borrow), twin, inputs, seed, used)
     _check_student(twin, inputs, seed, used)
     named = dict(original.named_parameters())
     dead = tuple(n for n, p in named.items() if n not in moved and p.is_floating_point())

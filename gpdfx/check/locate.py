@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..passes.capture.submodules import Calls, recording
 from ..passes.folded import reads
 from ..passes.infer import Inference
-from ..passes.program import Program, Site, module_path, source
+from ..passes.program import CallSite, Program, module_path, source
 from ..passes.widen import Widened
 from ..teacher.captured import Section
 from ..teacher.module import Teacher, _attach
@@ -101,7 +101,7 @@ def calls_of(student: nn.Module, paths: list[str], inputs: tuple[Any, Any]) -> C
     return calls
 
 
-def call_of(section: Section, calls: list[Site]) -> Any:
+def call_of(section: Section, calls: list[CallSite]) -> Any:
     """The tensors of the first call that a section takes."""
     for site in calls:
         try:

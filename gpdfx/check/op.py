@@ -20,9 +20,10 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
-from ..algebra.axes import ONE, Axis, Leaf, Solver, leaves
+from ..algebra.axes import ONE, Axis, Leaf, leaves
 from ..algebra.frozen import Frozen, compose
 from ..algebra.gather import gather
+from ..algebra.solver import Solver
 from ..passes.infer import Inference
 from ..passes.program import size_hint
 from ..passes.rules.base import Axes, Op, Rule, Target, parts
@@ -39,7 +40,7 @@ class Fault:
     untried: bool = False
 
 
-def try_rule(
+def check_rule(
     rule: Rule, op: Any, args: Any, kwargs: Any, static: Sequence[bool], strict: bool
 ) -> Fault | None:
     """The first fault of a rule for ``op`` on random tensors like these, if it has any.
@@ -52,7 +53,7 @@ def try_rule(
         sample = _sample(op, args, kwargs)
         if isinstance(sample, Fault):
             return sample
-        return _Trial(rule, op, *sample, static).fault(strict)
+        return _OpCheck(rule, op, *sample, static).fault(strict)
 
 
 def shown(x: Any) -> str:
@@ -122,7 +123,7 @@ _COPIES = (
 )
 
 
-class _Trial:
+class _OpCheck:
     """One call of an op as a graph in which every axis is free."""
 
     def __init__(

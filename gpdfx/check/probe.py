@@ -87,7 +87,7 @@ def convert(module: Any, dtype: torch.dtype | None) -> Any:
     return module.to(dtype) if dtype else module
 
 
-def settle(student: nn.Module, inputs: tuple[Any, Any]) -> None:
+def settle_statistics(student: nn.Module, inputs: tuple[Any, Any]) -> None:
     """Let batch norm have the statistics of this batch: with random ones a deep network multiplies
     every difference, that of rounding too."""
     norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -102,7 +102,7 @@ def settle(student: nn.Module, inputs: tuple[Any, Any]) -> None:
 
 # --------------------------------------------------------------------------- precision
 @dataclass(frozen=True)
-class Way:
+class Precision:
     """How a network is run for the check: its parameters in ``dtype`` (``None``: their own), its
     own casts ``lifted`` to float64 or not, on ``inputs`` that fit."""
 
@@ -114,20 +114,20 @@ class Way:
         return lifted() if self.lifted else contextlib.nullcontext()
 
 
-def ways(student: nn.Module, inputs: tuple[Any, Any]) -> Iterator[Way]:
-    """The ways in which a network runs, the most exact first: all of it in float64, its parameters
-    in float64, or in its own dtype. Some refuse an input in another dtype than theirs: that one
-    stays."""
-    own = Way(None, False, inputs)
+def precisions(student: nn.Module, inputs: tuple[Any, Any]) -> Iterator[Precision]:
+    """The precisions in which a network runs, the most exact first: all of it in float64, its
+    parameters in float64, or in its own dtype. Some refuse an input in another dtype than theirs:
+    that one stays."""
+    own = Precision(None, False, inputs)
     finite = _finite(student, own)
     double = False
     for lift in (True, False):
         for fitting in _castings(inputs):
-            way = Way(torch.float64, lift, fitting)
-            found = _finite(student, way)
+            precision = Precision(torch.float64, lift, fitting)
+            found = _finite(student, precision)
             if found is not None and (found or not finite):
                 double = True
-                yield way
+                yield precision
                 break
     if not double:
         yield own
@@ -146,13 +146,13 @@ def _castings(inputs: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
         yield tree.unflatten(mixed, spec)
 
 
-def _finite(student: nn.Module, way: Way) -> bool | None:
+def _finite(student: nn.Module, precision: Precision) -> bool | None:
     """True if all that a network returns is finite; ``None`` if it does not run: some bake float32
     tensors."""
-    twin = convert(duplicate(student), way.dtype).eval()
-    args, kwargs = way.inputs
+    twin = convert(duplicate(student), precision.dtype).eval()
+    args, kwargs = precision.inputs
     try:
-        with torch.no_grad(), keep_rng(), way():
+        with torch.no_grad(), keep_rng(), precision():
             outputs = tree.leaves(twin(*args, **kwargs))
     except Exception:  # whatever the user's code raises in a dtype it was not written for
         return None

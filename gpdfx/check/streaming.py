@@ -9,7 +9,7 @@ again. What a network saves beside its parameters (activations) is saved as ever
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,10 +22,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..algebra.gather import gather
 from ..kernels import copies
 from ..kernels.fold import each, reference
-from ..passes.names import Folded, Make, teachers
+from ..passes.folded import Folded, Make, teachers
 from ..passes.program import mutated
-from ..teacher.chunks import Chunk
-from ..teacher.folding import Late
+from ..teacher.folding import Chunk, Lazy
+from ..teacher.placeholders import placeholder
 
 if TYPE_CHECKING:
     from ..teacher.module import Teacher
@@ -35,23 +35,6 @@ KEEP = 2**30
 
 
 # --------------------------------------------------------------------------- placeholders
-def hollow(p: nn.Parameter) -> nn.Parameter:
-    """A parameter without values; one of a class of its own stays as it is."""
-    if type(p) is not nn.Parameter:
-        return p
-    empty = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype, device="meta")
-    return nn.Parameter(empty, requires_grad=p.requires_grad)
-
-
-def moved(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """``fn``, which moves a module to a dtype or a device; a placeholder stays one."""
-    if not t.is_meta:
-        return fn(t)
-    try:
-        return fn(t)
-    except NotImplementedError:  # to a device
-        dtype = fn(torch.empty(0, dtype=t.dtype)).dtype
-        return torch.empty_strided(t.size(), t.stride(), dtype=dtype, device="meta")
 
 
 class _Gathering(dict[str, Any]):
@@ -112,7 +95,7 @@ class Lean:
             name = f"{path}.{leaf}".lstrip(".")
             name = self.teacher._alias.get(name, name)
             if p is not None and name in self.names:
-                parameters[leaf] = hollow(p)
+                parameters[leaf] = placeholder(p)
                 made[leaf] = partial(self.gather, name)
                 self._size += 8 * p.numel()
         if made:
@@ -159,12 +142,12 @@ class Lean:
         weight is made when it is read."""
         if self._size <= KEEP:
             return self.teacher.fold()
-        made: dict[str, Make] = dict(self.teacher.late().made)
+        made: dict[str, Make] = dict(self.teacher.lazy().made)
         for chunk in self.teacher._folding.alone:
             (name,) = chunk.sites
             if name in self.names:
                 made[teachers(name)] = partial(self._in_place, chunk)
-        return Late({name: partial(self._known, make) for name, make in made.items()})
+        return Lazy({name: partial(self._known, make) for name, make in made.items()})
 
     @torch.no_grad()
     def _in_place(self, chunk: Chunk) -> Tensor:

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-from ..branches.kinds import SETS
+from ..branches.sets import SETS
 from ..compiler import expand
 from ..errors import GpdfxError
 from ..models import load
-from ..passes.capture.export import LEVELS
-from ..report.explain import explain, graph
+from ..passes.capture.limits import LEVELS
+from ..report.explain import explain
+from ..report.picture import graph
 from ..teacher.module import Teacher
 from .commands import add_training, branches, ratio, ratios
 

@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from ..branches.kinds import SETS
+from ..branches.sets import SETS
 from ..data.datasets import SOURCES
 from ..train.config import AMP, TrainConfig, default_recipe
 from ..train.recipes import CHOICES, RECIPES, TrainingRecipe, get_recipe, with_changes

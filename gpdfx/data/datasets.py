@@ -12,8 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..report.explain import suggest
+from ..errors import InputError, suggest
 from .sources import load_cifar10, load_digits, load_imagefolder, load_mnist1d
 from .splits import Data, few_labels, noisy_labels
 

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import InputError
-from ..report.explain import suggest
+from ..errors import InputError, suggest
 
 Shapes = Sequence[Sequence[int]]
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ..calls import tree
 from ..compiler import expand
 from ..control import covers
-from ..errors import InputError
-from ..report.explain import suggest
-from ..teacher.module import Teacher, collapse
+from ..errors import InputError, suggest
+from ..teacher.collapse import collapse
+from ..teacher.module import Teacher
 from . import streams
 from .features import FeatureLoss, Features
 from .losses import KD, soft_cross_entropy
@@ -142,7 +142,7 @@ class GPD(nn.Module):
 
     def _build_features(self, features: FeatureLoss) -> None:
         """One loss for the teacher, one for the student, each for its own widths."""
-        recipe = self.teacher._recipe
+        recipe = self.teacher._options
         assert recipe is not None
         training = self.training
         self.eval()
@@ -216,7 +216,7 @@ class GPD(nn.Module):
     def student(self, *args: Any, **kwargs: Any) -> Any:
         """The student alone."""
         folded = self.teacher.fold(teacher=False)
-        return self.teacher._study(folded, args, kwargs, self.own_parameters())
+        return self.teacher._run_student(folded, args, kwargs, self.own_parameters())
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
         """All networks on one batch, the branches folded once."""
@@ -225,11 +225,11 @@ class GPD(nn.Module):
             lambda: self._run_static(args, kwargs), (args, kwargs), beside=self.overlap_static
         )
         folded, wide_features = self.teacher.fold(), []  # type: ignore[var-annotated]
-        wide = self.teacher._teach(folded, args, kwargs, wide_features)
+        wide = self.teacher._run_teacher(folded, args, kwargs, wide_features)
         narrow, features = _collecting(
             self.teacher._student,
             asked.student_layers if asked else (),
-            lambda: self.teacher._study(folded, args, kwargs, own),
+            lambda: self.teacher._run_student(folded, args, kwargs, own),
         )
         found, static_features = static()
         return _Seen(

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..calls import tree
-from ..passes.names import Make
-from ..teacher.folding import Late
+from ..passes.folded import Make
+from ..teacher.folding import Lazy
 from ..teacher.module import Teacher
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
@@ -49,12 +49,12 @@ def cost(teacher: Teacher, student: nn.Module, example: Example) -> Cost:
     """Run student and teacher on the example, in eval mode, and count."""
     args, kwargs = example
     with _undisturbed(teacher), _undisturbed(student), torch.no_grad():
-        folded = Late({n: partial(_uncounted, make) for n, make in teacher.late().made.items()})
+        folded = Lazy({n: partial(_uncounted, make) for n, make in teacher.lazy().made.items()})
         macs = (
             _macs(lambda: student(*args, **kwargs), example),
-            _macs(lambda: teacher._teach(folded, args, kwargs), example),
+            _macs(lambda: teacher._run_teacher(folded, args, kwargs), example),
         )
-        fold = _count(lambda: deque(teacher.late(student=False).values(), maxlen=0))
+        fold = _count(lambda: deque(teacher.lazy(student=False).values(), maxlen=0))
     with _undisturbed(teacher, freeze=False), _undisturbed(student, freeze=False):
         try:
             both = partial(_both, teacher)
@@ -72,10 +72,10 @@ def _uncounted(make: Make) -> Tensor:
 def _both(teacher: Teacher, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     """``Teacher.both`` up to gradients of branches, with one folded weight at a time."""
     given = torch.zeros((), requires_grad=True)
-    folded = Late(
-        {name: partial(_Made.apply, given, make) for name, make in teacher.late().made.items()}
+    folded = Lazy(
+        {name: partial(_Made.apply, given, make) for name, make in teacher.lazy().made.items()}
     )
-    return teacher._teach(folded, args, kwargs), teacher._study(folded, args, kwargs)
+    return teacher._run_teacher(folded, args, kwargs), teacher._run_student(folded, args, kwargs)
 
 
 class _Made(torch.autograd.Function):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import html
-import io
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import torch
 from torch import fx
 
-from ..algebra.axes import Axis, Leaf, Product, Widths, leaves, paths
-from ..errors import InputError
+from ..algebra.axes import Axis, Leaf, Product, leaves, paths
+from ..algebra.widths import Widths
+from ..errors import InputError, suggest
 from ..passes.program import is_tensor, module_path, value
 from ..passes.widen import Widened
 
@@ -59,7 +56,7 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Story:
+class Evidence:
     """What ``explain`` and ``graph`` need, as plain data that pickles with the teacher.
 
     ``leaves``: the constraint graph, leaves as numbers with ``size``, ``width``, ``reason``,
@@ -74,11 +71,11 @@ class Story:
     roots: dict[str, list[int | None]]
     layers: nx.DiGraph
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Story:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Evidence:
         return self  # never changed once made
 
 
-def make_story(widened: Widened) -> Story:
+def gather_evidence(widened: Widened) -> Evidence:
     inference, widths = widened.inference, widened.widths
     solver, graph = inference.solver, nx.Graph()
     for a, b, label in solver.edges:
@@ -116,7 +113,7 @@ def make_story(widened: Widened) -> Story:
         name: [a.order if isinstance(a, Leaf) else None for a in inference.tensors[name]]
         for name in parameters
     }
-    return Story(graph, axes, roots, _layers(widened))
+    return Evidence(graph, axes, roots, _layers(widened))
 
 
 def _text(axis: Axis, widths: Widths) -> str:
@@ -137,36 +134,37 @@ def explain(teacher: Teacher, parameter: str) -> Explanation:
 
     Raises ``InputError`` with near names if there is none of that name.
     """
-    story = teacher._story
+    evidence = teacher._evidence
     parameter = teacher._alias.get(parameter, parameter)
-    if parameter not in story.axes:
+    if parameter not in evidence.axes:
         raise InputError(
-            f"no parameter is called {parameter!r}", remedy=suggest(parameter, story.axes)
+            f"no parameter is called {parameter!r}", remedy=suggest(parameter, evidence.axes)
         )
     dimensions = []
     for (text, student, wide, ways), root in zip(
-        story.axes[parameter], story.roots[parameter], strict=True
+        evidence.axes[parameter], evidence.roots[parameter], strict=True
     ):
         mine = {leaf for way in ways for leaf in way}
-        grown = {x for x in mine if story.leaves.nodes[x]["width"] != story.leaves.nodes[x]["size"]}
+        nodes = evidence.leaves.nodes
+        grown = {x for x in mine if nodes[x]["width"] != nodes[x]["size"]}
         group = tuple(
             name
-            for name, dims in story.axes.items()
+            for name, dims in evidence.axes.items()
             if any(grown & set(way) for *_, others in dims for way in others)
         )
         reason = "size one" if student == 1 else ""
         chain: tuple[str, ...] = ()
         for way in ways:
             if way and not grown & set(way):
-                reason, chain = _why(story, way, root)
+                reason, chain = _why(evidence, way, root)
                 break
         dimensions.append(Dimension(text, student, wide, group, reason, chain))
     return Explanation(parameter, tuple(dimensions))
 
 
-def _why(story: Story, way: tuple[int, ...], root: int | None) -> tuple[str, tuple[str, ...]]:
+def _why(evidence: Evidence, way: tuple[int, ...], root: int | None) -> tuple[str, tuple[str, ...]]:
     """The reason of a path's first leaf that has one, and the shortest chain to where it arose."""
-    nodes = story.leaves.nodes
+    nodes = evidence.leaves.nodes
     reasons = [x for x in way if nodes[x]["reason"]]
     stuck = next((x for x in reasons if nodes[x]["asked"]), next(iter(reasons), None))
     if stuck is None:
@@ -174,21 +172,15 @@ def _why(story: Story, way: tuple[int, ...], root: int | None) -> tuple[str, tup
     reason = nodes[stuck]["reason"]
     causes = {x for x, d in nodes.items() if d.get("cause") and d.get("reason") == reason}
     for start in (root, stuck):
-        if start is None or start not in story.leaves:
+        if start is None or start not in evidence.leaves:
             continue
-        reached = nx.single_source_shortest_path(story.leaves, start)
+        reached = nx.single_source_shortest_path(evidence.leaves, start)
         ends = [x for x in causes if x in reached]
         if ends:
             path = reached[min(ends, key=lambda x: (len(reached[x]), x))]
-            steps = [story.leaves.edges[a, b]["label"] for a, b in itertools.pairwise(path)]
+            steps = [evidence.leaves.edges[a, b]["label"] for a, b in itertools.pairwise(path)]
             return reason, tuple(dict.fromkeys(steps))
     return reason, ()
-
-
-def suggest(name: str, known: Any) -> str:
-    """A remedy that names what comes near."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
-    return f"did you mean {', '.join(near)}?" if near else "see the model's named_parameters()"
 
 
 # --------------------------------------------------------------------------- the picture
@@ -228,55 +220,3 @@ def _layers(widened: Widened) -> nx.DiGraph:
         else:
             reach[node] = sources
     return graph
-
-
-def graph(teacher: Teacher, out: str | Path) -> None:
-    """Draw the layers, coloured by the group that their output axis widens with; bridges are
-    diamonds, layers that stay are grey. ``out`` ends in ``.svg``, ``.png`` or ``.html``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    out = Path(out)
-    if out.suffix not in (".svg", ".png", ".html"):
-        raise InputError(f"cannot draw to {out.name}", remedy="use a name ending in .svg or .html")
-    layers = teacher._story.layers
-    acyclic = nx.DiGraph((a, b) for a, b in layers.edges if a != b)
-    acyclic.add_nodes_from(layers.nodes)
-    depth: dict[str, int] = {}
-    for name in _order(acyclic):
-        depth[name] = 1 + max((depth.get(p, 0) for p in acyclic.predecessors(name)), default=-1)
-    for name in acyclic:
-        acyclic.nodes[name]["depth"] = depth[name]
-    place = nx.multipartite_layout(acyclic, subset_key="depth", align="horizontal")
-    place = {n: (x, -float(depth[n])) for n, (x, _) in place.items()}
-    columns = max(sum(d == k for d in depth.values()) for k in set(depth.values()))
-    size = (max(6.0, 2.6 * columns), max(4.0, 0.42 * (max(depth.values()) + 2)))
-    figure, ax = pyplot.subplots(figsize=size)
-    groups = sorted({d["group"] for _, d in layers.nodes(data=True) if d["group"] >= 0})
-    palette = pyplot.get_cmap("tab20")
-    nx.draw_networkx_edges(acyclic, place, ax=ax, edge_color="#999", arrowsize=7, width=0.7)
-    for name, data in layers.nodes(data=True):
-        x, y = place[name]
-        color = palette(groups.index(data["group"]) % 20) if data["group"] >= 0 else "#ddd"
-        shape = {"bridge": "darrow", "input": "round"}.get(data["kind"], "round")
-        box = {"boxstyle": f"{shape},pad=0.25", "facecolor": color, "edgecolor": "#555"}
-        ax.text(x, y, name, ha="center", va="center", fontsize=6, bbox=box)
-    title = "same colour: output channels widen together; grey: stays; arrow box: bridge"
-    ax.set_title(title, fontsize=8)
-    ax.axis("off")
-    if out.suffix == ".html":
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight")
-        report = html.escape(str(teacher._report or ""))
-        page = f"<!doctype html><meta charset=utf-8><title>gpdfx</title><pre>{report}</pre>"
-        out.write_text(page + buffer.getvalue()[buffer.getvalue().index("<svg") :])
-    else:
-        figure.savefig(out, bbox_inches="tight")
-    pyplot.close(figure)
-
-
-def _order(acyclic: nx.DiGraph) -> list[str]:
-    """Topological, or by first appearance where modules are called twice."""
-    return list(nx.topological_sort(acyclic) if nx.is_directed_acyclic_graph(acyclic) else acyclic)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..algebra.axes import Axis, Leaf, Solver, Widths, leaves, paths
+from ..algebra.axes import Axis, Leaf, leaves, paths
+from ..algebra.solver import Solver
+from ..algebra.widths import Widths
 from ..control import Control
 from ..kernels.fold import refusal
 from ..passes.widen import Bridge, Widened

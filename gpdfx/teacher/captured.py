@@ -12,8 +12,7 @@ from torch import fx, nn
 
 from ..calls.sizes import input_sizes
 from ..errors import InputError
-from ..passes.folded import reads
-from ..passes.names import Folded
+from ..passes.folded import Folded, reads
 from ..passes.program import Mode
 
 
@@ -21,7 +20,7 @@ class Section:
     """One graph of a part: which calls it takes, its code, and the structure it returns."""
 
     def __init__(self, mode: Mode, graph: fx.Graph) -> None:
-        self.fed = bool(reads(graph))
+        self.reads_folded = bool(reads(graph))
         self.training, self.call, self.out = mode.site.training, mode.site.call, mode.out
         self.sizes = input_sizes(mode.graph)
         _read_late(graph)
@@ -34,14 +33,14 @@ class Section:
         return flat
 
     def __call__(
-        self, net: nn.Module, folded: Folded, flat: list[Any], taps: list[Any] | None = None
+        self, net: nn.Module, folded: Folded, flat: list[Any], features: list[Any] | None = None
     ) -> Any:
-        """Run on the teacher's tensors, and on the weights that its branches fold into. ``taps``:
-        takes what comes out beside the outputs."""
-        results = self.code(net, [*flat, folded] if self.fed else flat)
+        """Run on the teacher's tensors, and on the weights that its branches fold into.
+        ``features``: takes what comes out beside the outputs."""
+        results = self.code(net, [*flat, folded] if self.reads_folded else flat)
         own = sum(self.out.slots)
-        if taps is not None:
-            taps += results[own:]
+        if features is not None:
+            features += results[own:]
         return self.out.fill(results[:own])
 
 
@@ -59,7 +58,7 @@ class Part:
         training: bool,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        taps: list[Any] | None = None,
+        features: list[Any] | None = None,
     ) -> Any:
         """Run the first graph that holds for a call. Raises ``InputError`` if none does."""
         refused: InputError | None = None
@@ -70,7 +69,7 @@ class Part:
                 except InputError as error:
                     refused = refused or error
                 else:
-                    return section(net, folded, flat, taps)
+                    return section(net, folded, flat, features)
         if refused:
             raise refused
         mode = "train" if training else "eval"

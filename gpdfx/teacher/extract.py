@@ -11,16 +11,16 @@ further from the teacher.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ..algebra.frozen import Frozen
 from ..kernels import copies
+from ..passes.shares import Use
 
 Maps = tuple[Frozen, ...]
 
@@ -56,30 +56,6 @@ def _first(frozen: Frozen, device: torch.device) -> Tensor:
             return index  # a tracer's own
         held[device] = index
     return held[device]
-
-
-@dataclass(frozen=True)
-class Use:
-    """How a weight's contracted dimension ``dim`` is multiplied by shares: the other arguments of
-    ``copies.share``, tensors by name."""
-
-    table: str
-    classes: str
-    at: int
-    dim: int
-    split: tuple[int, ...] | None
-
-
-def uses(graphs: dict[str, fx.Graph]) -> dict[str, Use]:
-    """Weight -> its first use with shares."""
-    found: dict[str, Use] = {}
-    for graph in graphs.values():
-        for node in graph.find_nodes(op="call_function", target=copies.share):
-            x, table, classes, at, dim, split = node.args
-            if x.op == "get_attr":
-                use = Use(table.target, classes.target, at, dim, tuple(split) if split else None)
-                found.setdefault(x.target, use)
-    return found
 
 
 class Mean(nn.Module):

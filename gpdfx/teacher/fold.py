@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..branches.kinds import Branch, Layer
-from ..passes.names import Branched, Folded, kernel, merged, plain
+from ..branches.kinds import Branch
+from ..branches.layer import Layer
+from ..passes.folded import Branched, Folded, kernel, merged, plain
 
 EPS = 1e-5
 MOMENTUM = 0.1

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..control import covers
 from ..errors import InputError
-from ..passes.names import PREFIX
-from .chunks import operator_get
+from ..passes.folded import PREFIX
+from .folding import operator_get
 from .module import Teacher
 
 Group = dict[str, Any]

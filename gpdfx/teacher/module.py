@@ -16,21 +16,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..algebra.gather import gather
-from ..check.streaming import Lean, hollow, moved
-from ..control import Recipe
-from ..errors import InputError
+from ..control import ExpandOptions
 from ..passes.capture.submodules import slow_attention
-from ..passes.names import Folded, merged, module_of, students
+from ..passes.folded import Folded, merged, module_of, students
 from ..passes.program import Program, duplicate
 from ..passes.widen import Widened
-from ..report.explain import make_story
 from .captured import Part, Section
-from .chunks import operator_get
 from .extract import Mean, take_first
 from .fold import Fold
-from .folding import Folding, Late
+from .folding import Folding, Lazy, operator_get
+from .placeholders import apply_to, placeholder
 
 if TYPE_CHECKING:
+    from ..check.streaming import Lean
     from ..report.report import Report
 
 
@@ -52,7 +50,7 @@ class Teacher(nn.Module):
 
     _student: nn.Module  # the user's module; hidden from nn.Module's registries
     _net: nn.Module  # what generated code runs on
-    _between: nn.Module | None  # the user's Python between the parts, which it calls
+    _python_shell: nn.Module | None  # the user's Python between the parts, which it calls
 
     def __init__(
         self,
@@ -72,12 +70,12 @@ class Teacher(nn.Module):
         for key, mode in program.modes.items():
             self._parts[mode.site.path].sections.append(Section(mode, widened.graphs[key]))
         self._report: Report | None = None
-        self._recipe: Recipe | None = None
-        self._story = make_story(widened)
+        self._options: ExpandOptions | None = None
+        self._evidence: Any = None
         self._caches: list[tuple[str, str, Any]] = []
         self._lean: Lean | None = None
         # The user's module hides from nn.Module: its parameters are placeholders for the teacher's.
-        placeholders: dict[int, Any] = {id(p): hollow(p) for p in program.student.parameters()}
+        placeholders: dict[int, Any] = {id(p): placeholder(p) for p in program.student.parameters()}
         object.__setattr__(self, "_student", duplicate(program.student, placeholders))
         self._register(program, widened, empty)
         # Generated code names tensors as attributes; `_net` has the same registries and none of
@@ -105,8 +103,8 @@ class Teacher(nn.Module):
         self._folding = Folding(net, fused, singles)
         # what the parts read while the user's Python runs between them
         self._held: ChainMap[str, Tensor] = ChainMap()
-        between = None if "" in self._parts else self._make_between()
-        object.__setattr__(self, "_between", between)
+        between = None if "" in self._parts else self._make_python_shell()
+        object.__setattr__(self, "_python_shell", between)
 
     # ---- construction
     def _register(self, program: Program, widened: Widened, empty: bool) -> None:
@@ -139,7 +137,7 @@ class Teacher(nn.Module):
             own = buffer.detach().clone()
             _attach(self, f"{self._buffers_name}.{name}", own, persistent=name in lasting)
 
-    def _make_between(self) -> nn.Module:
+    def _make_python_shell(self) -> nn.Module:
         """The student's Python, whose parts run their graphs; its own tensors are not used."""
         tensors = itertools.chain(self._student.parameters(), self._student.buffers())
         between = duplicate(self._student, {id(t): t for t in tensors})
@@ -151,25 +149,27 @@ class Teacher(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the dynamic teacher. Raises ``InputError`` for inputs of another structure than the
         example's, or of another size where the network has that size baked in."""
-        return self._teach(self._folding.for_call(student=self._between is not None), args, kwargs)
+        return self._run_teacher(
+            self._folding.for_call(student=self._python_shell is not None), args, kwargs
+        )
 
     def student(self, *args: Any, **kwargs: Any) -> Any:
         """Run the student on the teacher's parameters; gradients flow into the teacher's."""
-        return self._study(self._folding.for_call(teacher=False), args, kwargs)
+        return self._run_student(self._folding.for_call(teacher=False), args, kwargs)
 
     def both(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """``(teacher(...), teacher.student(...))``, the branches folded once for both."""
         folded = self.fold()
-        return self._teach(folded, args, kwargs), self._study(folded, args, kwargs)
+        return self._run_teacher(folded, args, kwargs), self._run_student(folded, args, kwargs)
 
     def fold(self, *, teacher: bool = True, student: bool = True) -> Folded:
         """The weights that branches fold into, by the names of ``gpdfx.fold``: those that the
         teacher reads, those that the student does, or both."""
         return self._folding(teacher=teacher, student=student)
 
-    def late(self, *, teacher: bool = True, student: bool = True) -> Late:
+    def lazy(self, *, teacher: bool = True, student: bool = True) -> Lazy:
         """``fold`` without gradients; every weight is made when it is read."""
-        return self._folding.late(teacher=teacher, student=student)
+        return self._folding.lazy(teacher=teacher, student=student)
 
     def folded_once(self) -> AbstractContextManager[None]:
         """Fold the branches once for all calls inside, as an evaluation wants it: parameters must
@@ -181,12 +181,12 @@ class Teacher(nn.Module):
         for path in self._folds.values():
             yield self._net.get_submodule(path)  # type: ignore[misc]
 
-    def _teach(
-        self, folded: Folded, args: Any, kwargs: Any, taps: list[Tensor] | None = None
+    def _run_teacher(
+        self, folded: Folded, args: Any, kwargs: Any, features: list[Tensor] | None = None
     ) -> Any:
-        """``taps``: takes the features that were asked for (``features=`` of ``expand``)."""
-        if self._between is None:
-            return self._parts[""](self._net, folded, self.training, args, kwargs, taps)
+        """``features``: takes the features that were asked for (``features=`` of ``expand``)."""
+        if self._python_shell is None:
+            return self._parts[""](self._net, folded, self.training, args, kwargs, features)
         tensors = dict(self.student_parameters(folded))
         for name, _ in self._student.named_buffers():
             wide = operator_get(self._net, name)
@@ -194,11 +194,11 @@ class Teacher(nn.Module):
         self._held.maps[:] = [folded]  # type: ignore[list-item]
         try:
             with slow_attention():
-                return self._run(self._between, tensors, args, kwargs)
+                return self._run(self._python_shell, tensors, args, kwargs)
         finally:
             self._held.maps[:] = [{}]
 
-    def _study(
+    def _run_student(
         self, folded: Folded, args: Any, kwargs: Any, own: Mapping[str, Tensor] | None = None
     ) -> Any:
         """``own``: parameters that the student does not share."""
@@ -253,7 +253,7 @@ class Teacher(nn.Module):
         every copy takes the student's value."""
         return gather(own, self._maps[self._alias.get(name, name)])
 
-    def find_caches(self, args: Any, kwargs: Any, student: nn.Module | None = None) -> None:
+    def find_caches(self, args: Any, kwargs: Any, student: nn.Module) -> None:
         """Find tensors that the student keeps outside its registries (LeViT's bias cache): they
         are put back after every call, so that new weights count. ``student``: one with values."""
         before = {
@@ -262,7 +262,7 @@ class Teacher(nn.Module):
             for k, v in module.__dict__.items()
             if isinstance(v, dict | list | Tensor | type(None)) and k not in _REGISTRIES
         }
-        probe = collapse(self) if student is None else duplicate(student)
+        probe = duplicate(student)
         with torch.enable_grad():  # what is computed from parameters then says so
             for training in (True, False):
                 probe.train(training)(*args, **kwargs)
@@ -279,7 +279,7 @@ class Teacher(nn.Module):
 
     def parts_of(self, module: nn.Module | None) -> dict[str, nn.Module]:
         """The modules of a student that were captured one by one; none if it was in one piece."""
-        if self._between is None or module is None:
+        if self._python_shell is None or module is None:
             return {}
         return {path: module.get_submodule(path) for path in self._parts}
 
@@ -323,44 +323,14 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> Teacher:
         super().train(mode)
         self._student.train(mode)
-        if self._between is not None:
-            self._between.train(mode)
+        if self._python_shell is not None:
+            self._python_shell.train(mode)
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)
-        self._student._apply(lambda t: moved(fn, t), recurse)
+        self._student._apply(lambda t: apply_to(fn, t), recurse)
         return self
-
-
-def collapse(teacher: Teacher) -> nn.Module:
-    """The plain student: the user's own class, state_dict keys and ties, trained values.
-
-    Parameters are the first copies of the teacher's, bit for bit; buffers are those the student
-    gathered itself. The teacher is unchanged and shares no memory with the result.
-    """
-    if not isinstance(teacher, Teacher):
-        raise InputError(
-            f"collapse takes a teacher, not {type(teacher).__name__}",
-            remedy="pass what gpdfx.expand returned",
-        )
-    return filled(teacher, teacher._student)
-
-
-@torch.no_grad()
-def filled(teacher: Teacher, like: nn.Module) -> nn.Module:
-    """A copy of a student without values (``like``) with the teacher's."""
-    made: dict[int, Any] = {}
-    empty = dict(like.named_parameters())
-    for name, derived in teacher.student_parameters():
-        p = empty[name]
-        own = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype, device=derived.device)
-        made[id(p)] = nn.Parameter(own.copy_(derived), requires_grad=p.requires_grad)
-    plain = duplicate(like, made)
-    buffers = dict(teacher._modules[teacher._buffers_name].named_buffers())  # type: ignore[union-attr]
-    for name, buffer in plain.named_buffers():
-        buffer.copy_(buffers[name])
-    return plain.train(teacher.training)
 
 
 # --------------------------------------------------------------------------- tensors by name

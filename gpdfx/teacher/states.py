@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError
-from .module import Teacher, collapse
+from .collapse import collapse
+from .module import Teacher
 
 State = Mapping[str, Any]
 

@@ -101,7 +101,7 @@ def export(folder: AsPath, file: AsPath) -> dict[str, Any]:
     batches = [torch.randn(n, *summary["shape"], generator=draw) for n in (2, 1, 5)]
     model = Logits(student).eval()
     try:
-        with warnings.catch_warnings(), _quiet():
+        with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
             program: Any = torch.onnx.export(
                 model,
@@ -155,7 +155,7 @@ def _difference(session: Any, model: nn.Module, x: Tensor) -> float:
     return float((torch.from_numpy(found) - wanted).abs().max() / wanted.abs().max())
 
 
-class _quiet:
+class quiet:
     """No chatter of the exporter below errors."""
 
     def __enter__(self) -> None:

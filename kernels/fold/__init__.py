@@ -1,9 +1,9 @@
 """The branch fold: branches, scales and shares of many layers -> their weights, and back."""
 
 from . import reference as reference
+from .formula import FORMULAS as FORMULAS
 from .function import fold as fold
 from .op import refusal as refusal
-from .rules import RULES as RULES
 from .site import Cut as Cut
 from .site import Share as Share
 from .site import Site as Site

@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...branches.kinds import Average, Branch, Frequency, Full, Layer, LowRank, Product, Separable
+from ...branches.kinds import Average, Branch, Frequency, Full, LowRank, Product, Separable
+from ...branches.layer import Layer
 from ..copies import share
 from . import triton_kernels as k
+from .formula import some
 from .reference import room
-from .rules import some
 from .site import Site, load
 
 BLOCK = 128
@@ -49,7 +50,7 @@ class Layout:
         self.put("OUTPUTS", outputs, inputs, self.taps)
         self.put("CHANNELS", layer.channels)
         self.put("ORIGIN", self.pointer(self.origin))
-        if not site.bare:
+        if not site.unbranched:
             self.put("SCALES", self.pointer(self.tensors[1].contiguous()))
         self.put("MAIN", *load(layer, self.origin).stride())
         cut = site.cut
@@ -261,7 +262,7 @@ def backward(
         mine: list[Tensor | None] = [None] * site.size
         target = mine[0] = torch.empty_like(one.origin)
         one.put("D_ORIGIN", one.pointer(target))
-        if not site.bare:
+        if not site.unbranched:
             target = mine[1] = one.empty(tensors[1].shape, tensors[1].dtype)
             one.put("D_SCALES", one.pointer(target))
         for place, name in one.slots:

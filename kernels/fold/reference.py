@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...branches.kinds import Layer
+from ...branches.layer import Layer
 from .. import copies
-from .rules import RULES, Grad, dot, scaled
+from .formula import FORMULAS, Grad, dot, scaled
 from .site import Site, Tensors, load, store
 
 
@@ -21,26 +21,26 @@ def forward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The teacher's and the student's weight, as far as they are asked for; the same tensor twice
     if they are not distinct. ``into``: where the teacher's is made; it may be the origin."""
-    layer, cut, bare = site.layer, site.cut, site.bare
+    layer, cut, unbranched = site.layer, site.cut, site.unbranched
     if not teacher and cut is not None:
         part = merge(site, site.narrow, _part(site, tensors))
-        return None, store(site.narrow, part.clone() if bare else part)
+        return None, store(site.narrow, part.clone() if unbranched else part)
     total = merge(site, layer, tensors, into)
     part, own = total if cut is None else cut.take(total, "goi"), None
     if student:  # shares are multiplied in place
-        own = store(site.narrow, part if cut is None and not bare else part.clone())
+        own = store(site.narrow, part if cut is None and not unbranched else part.clone())
     if not teacher:
         return None, own
     wide = store(layer, total)
     if site.share is not None:
-        wide = _shared(site, wide, tensors, _place(wide, into, bare, student and cut is None))
+        wide = _shared(site, wide, tensors, _place(wide, into, unbranched, student and cut is None))
     return wide, own
 
 
-def _place(wide: Tensor, into: Tensor | None, bare: bool, kept: bool) -> Tensor | None:
+def _place(wide: Tensor, into: Tensor | None, unbranched: bool, kept: bool) -> Tensor | None:
     """Where the teacher's weight goes when it is multiplied by shares: another place than the
     origin, or than what the student reads."""
-    return into if bare else None if kept else wide
+    return into if unbranched else None if kept else wide
 
 
 def listed(site: Site, wide: Tensor | None, narrow: Tensor | None) -> list[Tensor]:
@@ -60,7 +60,7 @@ def room(site: Site, origin: Tensor) -> Tensor:
 
 def differentiable(site: Site) -> list[bool]:
     """Which of its tensors are parameters."""
-    found = [True] * (1 + (not site.bare)) + [False] * (2 * (site.share is not None))
+    found = [True] * (1 + (not site.unbranched)) + [False] * (2 * (site.share is not None))
     for branch, names in zip(site.branches, site.names, strict=True):
         found += [name in branch.shapes(site.layer) for name in names]
     return found
@@ -69,12 +69,12 @@ def differentiable(site: Site) -> list[bool]:
 def merge(site: Site, layer: Layer, tensors: Tensors, into: Tensor | None = None) -> Tensor:
     """(groups, out, in, taps); ``layer``: whose the tensors are, the teacher's or the student's.
     Without branches it is the origin itself."""
-    if site.bare:
+    if site.unbranched:
         return load(layer, tensors[0])
     origin, rows, owned = _unpack(site, layer, tensors)
     total = torch.mul(load(layer, origin), rows[0], out=into if into is None else load(layer, into))
     for branch, row, own in zip(site.branches, rows[1:], owned, strict=True):
-        RULES[type(branch)].add(branch, layer, total, row, *own)
+        FORMULAS[type(branch)].add(branch, layer, total, row, *own)
     return total
 
 
@@ -92,7 +92,7 @@ def backward(
     if teacher is None:
         assert student is not None
         grad = load(layer, student)  # an operator may not return what it was given
-        return unmerge(site, layer, tensors, grad.clone() if site.bare else grad)
+        return unmerge(site, layer, tensors, grad.clone() if site.unbranched else grad)
     fresh = site.share is not None
     if fresh:
         teacher = _shared(site, teacher, tensors, None)
@@ -110,14 +110,14 @@ def unmerge(
     """The backward of ``merge``, in the order of ``tensors``. ``fresh``: ``grad`` may be written
     to."""
     rest: list[Tensor | None] = [] if site.share is None else [None, None]
-    if site.bare:
+    if site.unbranched:
         return [store(layer, grad), *rest]
     origin, rows, owned = _unpack(site, layer, tensors)
     of_scales = [dot(grad, load(layer, origin))]
     both = Grad(grad)
     found: list[Tensor | None] = []
     for branch, row, own in zip(site.branches, rows[1:], owned, strict=True):
-        of_row, of_own = RULES[type(branch)].back(branch, layer, both, row, *own)
+        of_row, of_own = FORMULAS[type(branch)].back(branch, layer, both, row, *own)
         of_scales.append(of_row)
         found += of_own
     scales = torch.stack([s.view(-1) for s in of_scales])
@@ -150,7 +150,7 @@ def _shared(site: Site, weight: Tensor, tensors: Tensors, out: Tensor | None) ->
 # --------------------------------------------------------------------------- the student's part
 def _axes(site: Site) -> list[str]:
     """Of the tensors of all branches."""
-    return [axes for branch in site.branches for axes in RULES[type(branch)].axes]
+    return [axes for branch in site.branches for axes in FORMULAS[type(branch)].axes]
 
 
 def _part(site: Site, tensors: Tensors) -> Tensors:
@@ -158,7 +158,7 @@ def _part(site: Site, tensors: Tensors) -> Tensors:
     cut, layer, at = site.cut, site.layer, site.first
     assert cut is not None
     origin = store(site.narrow, cut.take(load(layer, tensors[0]), "goi"))
-    if site.bare:
+    if site.unbranched:
         return [origin, *tensors[1:]]
     scales = cut.take(tensors[1].unflatten(1, (layer.groups, layer.outputs)), ".go").flatten(1)
     rest = zip(tensors[at:], _axes(site), strict=True)
@@ -169,7 +169,7 @@ def _whole(site: Site, tensors: Tensors, found: list[Tensor | None]) -> list[Ten
     """Gradients of these parts as those of all."""
     cut, layer, at = site.cut, site.layer, site.first
     assert cut is not None
-    of_origin, of_scales = found[0], None if site.bare else found[1]
+    of_origin, of_scales = found[0], None if site.unbranched else found[1]
     assert of_origin is not None
     padded = cut.pad(load(site.narrow, of_origin), load(layer, tensors[0]), "goi")
     if of_scales is None:

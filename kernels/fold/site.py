@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...algebra.frozen import Frozen, blocks_of
-from ...branches.kinds import LAYOUTS, Branch, Layer
+from ...branches.kinds import Branch
+from ...branches.layer import LAYOUTS, Layer
 
 Tensors = list[Tensor]
 Blocks = tuple[int, int, int]
@@ -117,14 +118,14 @@ class Site:
     share: Share | None = None
 
     @property
-    def bare(self) -> bool:
+    def unbranched(self) -> bool:
         """True without branches."""
         return len(self.branches) == 0
 
     @cached_property
     def first(self) -> int:
         """Where the tensors of its branches begin."""
-        return 1 + (not self.bare) + 2 * (self.share is not None)
+        return 1 + (not self.unbranched) + 2 * (self.share is not None)
 
     @cached_property
     def size(self) -> int:

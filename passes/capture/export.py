@@ -7,52 +7,53 @@ by us. The user's model is never touched: copies are traced.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
 import itertools
-import logging
 import operator
 import re
-import threading
-import time
 import traceback
-import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ...calls import tree
 from ...calls.call import Call
 from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
-from ..program import Mode, Program, Site, duplicate, shape, source_line
+from ..program import CallSite, Mode, Program, duplicate, shape, source_line
+from .limits import (
+    LEVELS,
+    PATIENCE,
+    TooSlowError,
+    dynamic_shapes,
+    has_unknown_size,
+    quiet,
+    time_limit,
+)
 
 
-def whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Site]:
+def whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[CallSite]:
     """The network as one piece, in both modes."""
     call = Call(model, args, kwargs)
     tensors = tuple(call.flatten(args, kwargs))
-    return [Site("", training, call, tensors) for training in (True, False)]
+    return [CallSite("", training, call, tensors) for training in (True, False)]
 
 
 def capture(
     student: nn.Module,
-    sites: list[Site],
+    sites: list[CallSite],
     functional: bool = False,
     dynamic: str = "sizes",
     *,
     lower: bool = True,
     known: Collection[str] = (),
 ) -> Program:
-    """Trace copies of one module of the student (see ``Site``); its graphs name the student's own
-    tensors.
+    """Trace copies of one module of the student (see ``CallSite``); its graphs name the student's
+    own tensors.
 
     ``dynamic``: which input sizes stay free, one of ``LEVELS``; where that fails, or takes too
     long, the next lower level is tried, unless ``lower`` is false. ``functional``: every in-place
@@ -91,7 +92,7 @@ def capture(
     return Program(student, modes, tensors, alias, children)
 
 
-def _key(site: Site, known: Collection[str]) -> str:
+def _key(site: CallSite, known: Collection[str]) -> str:
     """``train``, or ``backbone_train``, ``backbone_train_1`` for parts."""
     key = base = f"{site.path}.{site.mode}".lstrip(".").replace(".", "_")
     number = itertools.count(1)
@@ -152,15 +153,10 @@ def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 # --------------------------------------------------------------------------- free sizes
-LEVELS = ("sizes", "batch", "none")
-"""Which input sizes stay free: every one that the model leaves free, the batch, none."""
-
-PATIENCE = 10.0
-"""Seconds of processor time for a mode with all sizes free; some networks take minutes."""
 
 
 def _export(
-    student: nn.Module, sites: list[Site], levels: tuple[str, ...]
+    student: nn.Module, sites: list[CallSite], levels: tuple[str, ...]
 ) -> tuple[list[tuple[ExportedProgram, Pattern]], str]:
     """All sites at the first level of free sizes that is possible for all, and that level."""
     failed: dict[str, Exception] = {}
@@ -174,7 +170,7 @@ def _export(
             for site, free in zip(sites, shapes, strict=True):
                 done.append(_export_site(student, site, free, patience))
             return done, level
-        except _TooSlowError:
+        except TooSlowError:
             continue
         except InputError:
             raise
@@ -193,7 +189,7 @@ def _export(
 
 
 def _export_site(
-    student: nn.Module, site: Site, free: Any, patience: float | None
+    student: nn.Module, site: CallSite, free: Any, patience: float | None
 ) -> tuple[ExportedProgram, Pattern]:
     """Export a copy of a module whose forward takes and returns flat tensors."""
     module = duplicate(student.get_submodule(site.path)).train(site.training)
@@ -213,10 +209,10 @@ def _export_site(
     unique = [n if names.count(n) == 1 else f"{n}_{k}" for k, n in enumerate(names)]
     flat.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in unique])  # type: ignore[attr-defined]
     module.forward = flat
-    with _quiet(), _patience(patience):
+    with quiet(), time_limit(patience):
         shapes = dict(zip(unique, free, strict=True)) if free else None
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
-    if any(_unknown(node.meta.get("val")) for node in exported.graph.nodes):
+    if any(has_unknown_size(node.meta.get("val")) for node in exported.graph.nodes):
         raise TypeError("a size in it depends on values")
     _check_constants(module, exported)
     _drop_replacements(exported.graph)
@@ -241,11 +237,11 @@ def _check_constants(module: nn.Module, exported: ExportedProgram) -> None:
             )
 
 
-def _check_faithful(student: nn.Module, site: Site, exported: ExportedProgram) -> None:
+def _check_faithful(student: nn.Module, site: CallSite, exported: ExportedProgram) -> None:
     """Some models ask whether they are traced, and then compute something else."""
     eager = duplicate(student.get_submodule(site.path)).eval()
     args, kwargs = site.call.unflatten([x.clone() for x in site.tensors])
-    with torch.no_grad(), _quiet(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # dropout may be on in eval mode, too
         want = tree.leaves(eager(*args, **kwargs))
         torch.manual_seed(0)
@@ -257,72 +253,3 @@ def _check_faithful(student: nn.Module, site: Site, exported: ExportedProgram) -
         gap, size = (x - y)[finite].abs(), x[finite].abs()
         if gap.numel() and float(gap.max()) > 1e-2 * float(size.max()):  # far from rounding
             raise TypeError("its graph is not its function: it asks whether it is traced")
-
-
-def _unknown(val: Any) -> bool:
-    """True for a tensor with a size that not even the example has."""
-    sizes = val.shape if isinstance(val, torch.Tensor) else [val]
-    return any(isinstance(s, torch.SymInt) and s.node.hint is None for s in sizes)
-
-
-def dynamic_shapes(tensors: tuple[torch.Tensor, ...], level: str) -> list[Any] | None:
-    """Dynamic shapes for ``torch.export``: dim 0 of every tensor that shares the batch size, and
-    for ``sizes`` all dimensions of all tensors; export bakes those that the model does not leave
-    free."""
-    sizes = [x.shape[0] for x in tensors if x.ndim]
-    if level == "none" or not sizes or (level == "batch" and sizes[0] < 2):
-        return None
-
-    def spec(x: torch.Tensor) -> dict[int, Any] | None:
-        if not x.ndim:
-            return None
-        dims = range(1, x.ndim) if level == "sizes" else ()
-        batch = [0] if x.shape[0] == sizes[0] or level == "sizes" else []
-        return {d: Dim.AUTO for d in (*batch, *dims) if x.shape[d] > 1} or None
-
-    shapes = [spec(x) for x in tensors]
-    return shapes if any(shapes) else None
-
-
-class _TooSlowError(BaseException):
-    """No ``Exception``: nothing on its way out may take it for one of the model's."""
-
-
-_STOPS = ((ShapeEnv, "evaluate_expr"), (fx.Graph, "create_node"))
-"""What tracing calls all the time, and where an error may leave it as any of its own does. (One
-raised from outside, by a timer, can end the process: it may hit code that must not fail.)"""
-
-
-@contextlib.contextmanager
-def _patience(seconds: float | None) -> Iterator[None]:
-    """Stop the tracing in the block after some seconds of this thread's processor time."""
-    if seconds is None:
-        yield
-        return
-    thread, deadline = threading.get_ident(), time.thread_time() + seconds
-
-    def stopping(call: Callable[..., Any]) -> Callable[..., Any]:
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread and time.thread_time() > deadline:
-                raise _TooSlowError
-            return call(*args, **kwargs)
-
-        return checked
-
-    with contextlib.ExitStack() as stack:
-        for kind, name in _STOPS:
-            stopped = stopping(getattr(kind, name))
-            stack.enter_context(mock.patch.object(kind, name, stopped))
-        yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """A failed export prints its partial graph to stderr; keep the terminal for our own error."""
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -15,25 +15,13 @@ import torch
 from torch import fx, nn
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
+from ...kernels.regions import enter_grad, exit_grad
 from ..program import Program, check
 
 _GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
-def enter_grad(enabled: bool) -> bool:
-    """Switch gradients on or off; returns what was before."""
-    before = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(enabled)
-    return before
-
-
-def exit_grad(before: bool) -> None:
-    """Back to what was before the region."""
-    torch._C._set_grad_enabled(before)
-
-
-REGION = frozenset({enter_grad, exit_grad, _enter_autocast, _exit_autocast})
 _FORMS = {_GRAD: (1, enter_grad, exit_grad), _AUTOCAST: (4, _enter_autocast, _exit_autocast)}
 
 

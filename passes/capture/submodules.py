@@ -18,10 +18,10 @@ from torch import nn
 from ...calls.call import Call
 from ...calls.sizes import fits
 from ...errors import CaptureError
-from ..program import Mode, Program, Site, duplicate
+from ..program import CallSite, Mode, Program, duplicate
 from .export import capture
 
-Calls = dict[str, list[Site]]
+Calls = dict[str, list[CallSite]]
 
 GRAPHS = 8
 """Structures of calls of one module; one with more is taken apart."""
@@ -76,7 +76,7 @@ def _reason(error: CaptureError) -> str:
     return f"{said} ({error.source})" if error.source else said
 
 
-def _part(program: Program, sites: list[Site], functional: bool, dynamic: str) -> Program:
+def _part(program: Program, sites: list[CallSite], functional: bool, dynamic: str) -> Program:
     """The program with one module, a graph for every structure and mode of its calls."""
     graphs: list[Mode] = []
     for site in sites:
@@ -92,11 +92,11 @@ def _part(program: Program, sites: list[Site], functional: bool, dynamic: str) -
                 raise
             new = capture(student, [site], functional, dynamic, known=known)
         graphs += new.modes.values()
-        program = merge(program, new)
+        program = join_programs(program, new)
     return program
 
 
-def _enlarged(site: Site) -> Site:
+def _enlarged(site: CallSite) -> CallSite:
     """A call with fewer than two samples (tokens of an expert, boxes of an image) would be baked:
     the same with three."""
     first = next((x.shape[0] for x in site.tensors if x.ndim), 2)
@@ -111,16 +111,16 @@ def _enlarged(site: Site) -> Site:
     return replace(site, tensors=tuple(map(three, site.tensors)))
 
 
-def _takes(mode: Mode, site: Site) -> bool:
+def _takes(mode: Mode, site: CallSite) -> bool:
     """True if a captured graph is right for another call of its module."""
     return _alike(mode.site, site) and fits(mode.graph, site.tensors)
 
 
-def _alike(a: Site, b: Site) -> bool:
+def _alike(a: CallSite, b: CallSite) -> bool:
     return a.training == b.training and a.call.pattern.same(b.call.pattern)
 
 
-def merge(a: Program, b: Program) -> Program:
+def join_programs(a: Program, b: Program) -> Program:
     """Two captures of one student."""
     return Program(
         a.student,
@@ -141,7 +141,7 @@ def recapture(
         cast = tuple(x.to(dtype) if x.is_floating_point() else x for x in mode.site.tensors)
         site = replace(mode.site, tensors=cast)
         new = capture(student, [site], functional, mode.level, lower=False, known=result.modes)
-        result = merge(result, new)
+        result = join_programs(result, new)
     return result
 
 
@@ -186,7 +186,7 @@ def recording(run: nn.Module, calls: Calls, paths: Sequence[str] | None = None) 
             with contextlib.suppress(TypeError, ValueError):  # a forward without signature
                 call = Call(module, args, kwargs)
                 tensors = tuple(x.detach() for x in call.flatten(args, kwargs))
-                calls.setdefault(path, []).append(Site(path, module.training, call, tensors))
+                calls.setdefault(path, []).append(CallSite(path, module.training, call, tensors))
 
         return write
 

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import fx
 
-from ...algebra.axes import ONE, Axis, Product, Reason, Solver
+from ...algebra.axes import ONE, Axis, Product
 from ...algebra.frozen import Frozen
+from ...algebra.solver import Reason, Solver
+from ...calls.sizes import is_free
 from ...errors import AxisConflict
 from ...kernels import copies
-from ..program import bind, describe, is_free, is_tensor, module_path, shape, size_hint, value
+from ..program import bind, describe, is_tensor, module_path, shape, size_hint, value
 
 aten = torch.ops.aten
 Axes = tuple[Axis, ...]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...algebra.axes import Reason, product
+from ...algebra.axes import product
+from ...algebra.solver import Reason
 from ...kernels import copies
 from ..program import shape, value
 from .base import Axes, Op, Rule, Writer, broadcast, student_sizes

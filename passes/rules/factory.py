@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..program import is_free, value
+from ...calls.sizes import is_free
+from ..program import value
 from .base import Axes, Op, Rule, Writer
 from .movement import sizes_of
 

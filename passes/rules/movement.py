@@ -17,9 +17,10 @@ import torch
 from torch import fx
 
 from ...algebra.axes import ONE, Axis, product, sum_
+from ...calls.sizes import is_free
 from ...errors import AxisConflict
 from ...kernels import copies
-from ..program import is_free, number, shape, size_hint, value
+from ..program import number, shape, size_hint, value
 from .base import Axes, Op, Rule, Writer, broadcast, dim_of, dims_of, memory_order
 from .reduction import along
 

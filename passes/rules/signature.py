@@ -28,9 +28,10 @@ from torch import fx
 
 from ...algebra.axes import Axis, product
 from ...algebra.frozen import share_table
+from ...calls.sizes import is_free
 from ...errors import AxisConflict
 from ...kernels import copies
-from ..program import is_free, shape, value
+from ..program import shape, value
 from .base import Axes, Op, Rule, Writer, broadcast
 
 Dim = tuple[str, ...]  # the names of one dimension; a starred or dotted name stands alone

@@ -26,20 +26,20 @@ from ...branches.kinds import (
     Frequency,
     Full,
     Identity,
-    Layer,
     Line,
     LowRank,
     Pointwise,
     Product,
     Separable,
 )
+from ...branches.layer import Layer
 
 Gradients = tuple[Tensor, tuple[Tensor | None, ...]]
 """Of the scales, (groups, out) or (channels,), and of the tensors."""
 
 
 @dataclass(frozen=True)
-class Rule:
+class Formula:
     """``axes``: of each tensor, by letters of ``goi`` as in ``Cut.view``.
     ``add(branch, layer, total, row, *tensors)`` adds to the weight in place;
     ``back(branch, layer, grad, row, *tensors)`` gives the gradients. ``row``: the scales,
@@ -233,15 +233,15 @@ def back_separable(
     return rows, (of_depthwise.view(depthwise.shape).to(depthwise.dtype), of_pointwise)
 
 
-RULES: dict[type[Branch], Rule] = {
-    Full: Rule(("goi",), add_full, back_full),
-    Line: Rule(("goi",), add_some, back_some),
-    Pointwise: Rule(("goi",), add_some, back_some),
-    Identity: Rule((".oi",), add_some, back_some),
-    Average: Rule(("goi",), add_average, back_average),
-    Frequency: Rule(("goi", "go"), add_frequency, back_frequency),
-    Product: Rule(("g.i", "go", ".i"), add_residual, back_residual),
-    LowRank: Rule(("g.i", "go"), add_low_rank, back_low_rank),
-    Separable: Rule(("gi", "goi"), add_separable, back_separable),
+FORMULAS: dict[type[Branch], Formula] = {
+    Full: Formula(("goi",), add_full, back_full),
+    Line: Formula(("goi",), add_some, back_some),
+    Pointwise: Formula(("goi",), add_some, back_some),
+    Identity: Formula((".oi",), add_some, back_some),
+    Average: Formula(("goi",), add_average, back_average),
+    Frequency: Formula(("goi", "go"), add_frequency, back_frequency),
+    Product: Formula(("g.i", "go", ".i"), add_residual, back_residual),
+    LowRank: Formula(("g.i", "go"), add_low_rank, back_low_rank),
+    Separable: Formula(("gi", "goi"), add_separable, back_separable),
 }
 """By exact type: a kind derived from one of these may compute something else."""

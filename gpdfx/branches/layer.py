@@ -1,0 +1,64 @@
+"""The geometry of a layer's weight, and how it is stored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The geometry of a layer's weight. ``layout``: how it is stored, one of ``LAYOUTS``."""
+
+    groups: int
+    outputs: int
+    inputs: int
+    kernel: tuple[int, ...]
+    layout: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(groups, out, in, *kernel), per group."""
+        return (self.groups, self.outputs, self.inputs, *self.kernel)
+
+    @property
+    def channels(self) -> int:
+        """Output channels of all groups."""
+        return self.groups * self.outputs
+
+    @property
+    def spatial(self) -> bool:
+        """True if the kernel has more than one element."""
+        return math.prod(self.kernel) > 1
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of the layer's output that its channels are."""
+        return 1 if LAYOUTS[self.layout][0] else -1
+
+    def view(self, weight: Tensor) -> Tensor:
+        """A stored weight as (groups, out, in, *kernel)."""
+        split, swapped = LAYOUTS[self.layout]
+        weight = weight.unflatten(0, (self.groups, -1)) if split else weight.unsqueeze(0)
+        return weight.transpose(1, 2) if swapped else weight
+
+    def store(self, weight: Tensor) -> Tensor:
+        """The inverse of ``view``."""
+        split, swapped = LAYOUTS[self.layout]
+        weight = weight.transpose(1, 2) if swapped else weight
+        return weight.flatten(0, 1) if split else weight.squeeze(0)
+
+    def per_channel(self, row: Tensor) -> Tensor:
+        """(channels,) -> (groups, out, 1, ...): broadcasts against a weight."""
+        return row.view(self.groups, self.outputs, *[1] * (1 + len(self.kernel)))
+
+
+LAYOUTS = {
+    "conv": (True, False),  # (groups * out, in, *kernel)
+    "transposed": (True, True),  # (groups * in, out, *kernel)
+    "linear": (False, False),  # (out, in)
+    "matrix": (False, True),  # (in, out), as in x @ W
+}
+"""Layout -> groups and channels share the first dimension; input channels come first."""

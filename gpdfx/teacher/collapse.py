@@ -1,0 +1,45 @@
+"""Collapse: the plain student out of a teacher (channel-branch reparameterization, CBR)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from ..passes.program import duplicate
+from .module import Teacher
+
+if TYPE_CHECKING:
+    pass
+
+
+def collapse(teacher: Teacher) -> nn.Module:
+    """The plain student: the user's own class, state_dict keys and ties, trained values.
+
+    Parameters are the first copies of the teacher's, bit for bit; buffers are those the student
+    gathered itself. The teacher is unchanged and shares no memory with the result.
+    """
+    if not isinstance(teacher, Teacher):
+        raise InputError(
+            f"collapse takes a teacher, not {type(teacher).__name__}",
+            remedy="pass what gpdfx.expand returned",
+        )
+    return filled(teacher, teacher._student)
+
+
+@torch.no_grad()
+def filled(teacher: Teacher, like: nn.Module) -> nn.Module:
+    """A copy of a student without values (``like``) with the teacher's."""
+    made: dict[int, Any] = {}
+    empty = dict(like.named_parameters())
+    for name, derived in teacher.student_parameters():
+        p = empty[name]
+        own = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype, device=derived.device)
+        made[id(p)] = nn.Parameter(own.copy_(derived), requires_grad=p.requires_grad)
+    plain = duplicate(like, made)
+    buffers = dict(teacher._modules[teacher._buffers_name].named_buffers())  # type: ignore[union-attr]
+    for name, buffer in plain.named_buffers():
+        buffer.copy_(buffers[name])
+    return plain.train(teacher.training)

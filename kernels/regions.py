@@ -1,0 +1,21 @@
+"""Regions without gradients or under autocast, entered and left as graphs call it."""
+
+from __future__ import annotations
+
+import torch
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+
+
+def enter_grad(enabled: bool) -> bool:
+    """Switch gradients on or off; returns what was before."""
+    before = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(enabled)
+    return before
+
+
+def exit_grad(before: bool) -> None:
+    """Back to what was before the region."""
+    torch._C._set_grad_enabled(before)
+
+
+REGION = frozenset({enter_grad, exit_grad, _enter_autocast, _exit_autocast})

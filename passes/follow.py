@@ -1,0 +1,170 @@
+"""Follow: dtype and device constants that capture baked become the parameters' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from .program import Program, check, is_tensor, value
+
+aten = torch.ops.aten
+
+
+def follow(program: Program, double: Program) -> Program:
+    """Let device and dtype constants that capture baked follow the parameters.
+
+    ``double`` is the same network captured in float64: a dtype that differs there follows the
+    parameters' dtype, one that does not (a deliberate ``.float()``) stays. A conversion that only
+    ``double`` has did nothing in this dtype (capture drops those): it is put in.
+    """
+    for name, mode in program.modes.items():
+        same = _align(program, mode.nodes, double.modes[name].nodes)
+        casts = {node for node in same.values() if node.target in _CASTS}
+        for twin, node in same.items():
+            if node.op == "call_function" and node.target == twin.target:
+                _follow_node(program, node, twin, same, casts)
+    return check(program)
+
+
+_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten._to_copy.default}
+
+
+Same = dict[fx.Node, fx.Node]
+"""The float64 twin's node -> the program's."""
+
+
+def _align(program: Program, nodes: list[fx.Node], twins: list[fx.Node]) -> Same:
+    """Which nodes are the same in both, but for conversions; empty if the graphs differ more."""
+    named = {n.target: n for n in nodes if n.op != "call_function"}
+    same: Same = {n: named[n.target] for n in twins if n.target in named}
+    own = [n for n in nodes if n.op == "call_function"]
+    missing = []
+    for twin in (n for n in twins if n.op == "call_function"):
+        while own and own[0].target in _CASTS and twin.target not in _CASTS:
+            own.pop(0)
+        if own and own[0].target == twin.target:
+            same[twin] = own.pop(0)
+        elif own and twin.target in _CASTS and twin.args[0] in same:
+            missing.append((twin, own[0]))
+            same[twin] = same[twin.args[0]]  # type: ignore[index]
+        else:
+            return {}
+    for twin, place in missing:
+        source = same[twin.args[0]]  # type: ignore[index]
+        dtype = _attribute(program, place, "dtype")
+        with place.graph.inserting_before(place):
+            cast = place.graph.call_function(aten.to.dtype, (source, dtype))
+        cast.meta = {**twin.meta, "val": value(source)}
+        for user in twin.users:
+            if user in same and same[user] is not source:
+                same[user].replace_input_with(source, cast)
+        same[twin] = cast
+    return {} if own else same
+
+
+def bakes_constants(program: Program) -> bool:
+    """True if some call names a floating dtype or one of its limits, or makes floating numbers
+    of none (and by that may name the default dtype)."""
+    return any(node.op == "call_function" and _bakes(node) for _, node in program.each())
+
+
+def _bakes(node: fx.Node) -> bool:
+    constants = [*node.args, *node.kwargs.values()]
+    if _names_dtype(node) or any(isinstance(x, float) and _limit(x) for x in constants):
+        return True
+    made = value(node)
+    return isinstance(made, torch.Tensor) and made.is_floating_point() and not _reads_floats(node)
+
+
+def casts_on_purpose(program: Program) -> bool:
+    """True if some floating value is brought into a floating dtype that does not ``follow`` the
+    parameters': such a network rounds to that dtype whatever its parameters are."""
+    nodes = [node for _, node in program.each() if node.op == "call_function"]
+    return any(_names_dtype(node) and _reads_floats(node) for node in nodes)
+
+
+def _names_dtype(node: fx.Node) -> bool:
+    constants = [*node.args, *node.kwargs.values()]
+    return any(isinstance(x, torch.dtype) and x.is_floating_point for x in constants)
+
+
+def _reads_floats(node: fx.Node) -> bool:
+    return any(value(n).is_floating_point() for n in node.all_input_nodes if is_tensor(n))
+
+
+def _follow_node(
+    program: Program, node: fx.Node, twin: fx.Node, same: Same, casts: set[fx.Node]
+) -> None:
+    def replaced(mine: Any, other: Any) -> Any:
+        if isinstance(mine, list | tuple) and isinstance(other, list | tuple):
+            return [replaced(a, b) for a, b in zip(mine, other, strict=False)]
+        if isinstance(mine, torch.dtype) and mine != other:
+            return _attribute(program, node, "dtype")
+        if isinstance(mine, float) and mine != other and (limit := _limit(mine)):
+            first = node.args[0]  # under autocast its type may not be the parameters'
+            follows = (
+                isinstance(first, fx.Node)
+                and getattr(value(twin.args[0]), "dtype", None) is torch.float64
+            )
+            dtype = None if follows else _attribute(program, node, "dtype")
+            with node.graph.inserting_before(node):
+                dtype = dtype or node.graph.call_function(getattr, (first, "dtype"))
+                return node.graph.call_function(dtype_limit, (dtype, limit))
+        if isinstance(mine, fx.Node) and mine in casts:
+            return same.get(other, mine)  # a cast that did nothing was taken for what it casts
+        return mine
+
+    args = tuple(map(replaced, node.args, twin.args))
+    kwargs = {k: replaced(v, twin.kwargs.get(k)) for k, v in node.kwargs.items()}
+    node.args, node.kwargs = args, kwargs
+
+
+_LIMITS: dict[str, Callable[[torch.finfo], float]] = {
+    "min": lambda info: info.min,
+    "max": lambda info: info.max,
+    "tiny": lambda info: info.tiny,
+    "eps": lambda info: info.eps,
+    "1 - eps": lambda info: 1 - info.eps,  # the upper end of uniform noise
+}
+
+
+def dtype_limit(dtype: torch.dtype, name: str) -> float:
+    """``torch.finfo(dtype).min`` and so on, for the dtype that the parameters have by then."""
+    return float(_LIMITS[name](torch.finfo(dtype)))
+
+
+def _limit(number: float) -> str | None:
+    """Which limit of its dtype a baked number is (masks are filled with the smallest one)."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    each = ((name, dtype_limit(dtype, name)) for dtype in dtypes for name in _LIMITS)
+    return next((name for name, limit in each if limit == number), None)
+
+
+def follow_device(program: Program) -> Program:
+    """Let device constants that equal the parameters' device follow it."""
+    for _, node in program.each():
+        if isinstance(device := node.kwargs.get("device"), torch.device):
+            new = _attribute(program, node, "device", device)
+            node.kwargs = {**node.kwargs, "device": new}
+        if node.op == "call_function" and any(isinstance(a, torch.device) for a in node.args):
+            node.args = tuple(
+                _attribute(program, node, "device", a) if isinstance(a, torch.device) else a
+                for a in node.args
+            )
+    return program
+
+
+def _attribute(program: Program, node: fx.Node, name: str, value_: Any = None) -> Any:
+    """A node that reads ``dtype`` or ``device`` of the first floating parameter, if it agrees."""
+    for target, tensor in program.tensors.items():
+        if isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point():
+            if value_ is not None and tensor.device != value_:
+                break
+            with node.graph.inserting_before(node):
+                source = node.graph.get_attr(target)
+                source.meta["val"] = tensor
+                return node.graph.call_function(getattr, (source, name))
+    return value_ if value_ is not None else torch.float32
