@@ -21,7 +21,7 @@ def fold_rows(
     count, not a ratio."""
     device, cast = setting.device, DTYPES[setting.dtype]
     with torch.no_grad():
-        folded = teacher.fold()
+        folded = teacher._fold()
     owned = {id(p): p for fold in teacher.folds() for p in fold.parameters()}
     owned |= {id(p): p for name, p in teacher.named_parameters() if name in folded}
     params = [p for p in owned.values() if p.requires_grad]
@@ -30,7 +30,7 @@ def fold_rows(
 
     def fold() -> dict[str, Tensor]:
         with torch.autocast(device, cast, enabled=cast is not None):
-            return teacher.fold()
+            return teacher._fold()
 
     def forward() -> None:
         with torch.no_grad():

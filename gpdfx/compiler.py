@@ -7,41 +7,35 @@ import gc
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import passes
 from .calls.examples import example_call
 from .check import laws
 from .check.observe import keep_rng
-from .control import Control, ExpandOptions, make_control
+from .control import ExpandOptions, make_control
 from .custom_ops import check_rules
 from .errors import CaptureError, InputError
 from .memory import give_back
+from .passes import PASSES
 from .passes.assign import assign
-from .passes.branch import branch
-from .passes.canonicalize import canonicalize
 from .passes.capture.export import capture, whole
-from .passes.capture.inline import inline
 from .passes.capture.limits import LEVELS
-from .passes.capture.submodules import capture_parts, recapture
-from .passes.features import with_features
-from .passes.follow import bakes_constants, casts_on_purpose, follow, follow_device
-from .passes.infer import Inference, NeedsFunctional, infer
-from .passes.lower import lower
+from .passes.capture.submodules import capture_parts
+from .passes.infer import NeedsFunctional
 from .passes.program import Program, duplicate, source_line
 from .passes.rules.base import DynamicAxis
-from .passes.widen import Widened, widen
-from .report.explain import gather_evidence
-from .report.report import make_report
+from .passes.widen import Widened
+from .report.report import Report, make_report
+from .teacher.compiled import Compiled, Inputs
 from .teacher.module import Teacher
 
 LARGE = 2**28
 """Bytes of parameters from which on copies of them are looked for and freed."""
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword inputs of an example call."""
 
 
 def expand(
@@ -116,7 +110,6 @@ def expand(
         LossyError: the check failed: a bug in gpdfx, with the first node that differs.
     """
     _check_arguments(model)
-    control = make_control(model, ratio, keep, round_to, branches)
     for name, given, known in (
         ("scales", scales, ("preserve", "scratch")),
         ("shares", shares, ("random", "uniform")),
@@ -126,72 +119,50 @@ def expand(
     ):
         if given not in known:
             raise InputError(f"{name} is {given!r}", remedy=f"pass one of {', '.join(known)}")
+    control = make_control(model, ratio, keep, round_to, branches)
+    options = ExpandOptions(
+        control, scales, shares, extract, tuple(features), randomness, dynamic, seed
+    )
     with keep_rng():
-        args, kwargs = example_call(model, example_inputs, example_kwargs)
-        inputs = args, kwargs
-        clock = _Clock()
-        try:
-            widened = _compile(model, inputs, control, shares, randomness, dynamic, seed, clock)
-        except CaptureError as error:
-            _check_forward(model, inputs)
-            raise error
-        widened = with_features(widened, features)
-        check = None
-        if verify:
-            checked = widened
-            if randomness == "independent":  # equal seeds say nothing: check the other form
-                checked = _widen(widened.program, widened.inference, control, shares, False, seed)
-                checked = with_features(checked, features)
-            # before the real one: both would not always fit
+        example, clock = example_call(model, example_inputs, example_kwargs), Clock()
+        program = compile_program(model, example, options, clock)
+        compiled, check = Compiled.of(program, example), None
+        if verify:  # before the teacher is made: both would not always fit
             clock.lap("transform")
             _make_room(model)
-            with _gc_paused():
-                scratch = Teacher(checked, seed=seed, extract=extract, empty=True)
-            scratch.find_caches(args, kwargs, checked.program.student)
-            single = casts_on_purpose(widened.program)
-            check = laws.verify(checked, scratch, inputs, seed=seed, single=single)
-            del scratch
+            check = laws.verify(_to_check(compiled), seed=seed)
+            compiled = compiled.pinned(check.free)
             _make_room(model)
             clock.lap("verify")
+
+        def describe(teacher: Teacher) -> Report:
+            clock.lap("transform")
+            if check:
+                laws.check_values(program, teacher)
+            return make_report(program, teacher, control, example, clock.laps, check, scales)
+
         with _gc_paused():
-            teacher = Teacher(widened, seed=seed, live=scales == "scratch", extract=extract)
-        clock.lap("transform")
-        if check:
-            laws.check_values(widened, teacher)
-            teacher.pin(check.free)
-        teacher.find_caches(args, kwargs, widened.program.student)
-        teacher._options = ExpandOptions(
-            control, scales, shares, extract, tuple(features), randomness, dynamic, seed, inputs
-        )
-        teacher._evidence = gather_evidence(widened)
-        teacher._report = make_report(widened, teacher, control, inputs, clock.laps, check, scales)
+            teacher = Teacher(compiled, describe)
     return teacher.train(model.training)
 
 
-def _compile(
-    model: nn.Module,
-    inputs: Inputs,
-    control: Control,
-    shares: str,
-    randomness: str,
-    dynamic: str,
-    seed: int,
-    clock: _Clock,
+def compile_program(
+    model: nn.Module, example: Inputs, options: ExpandOptions, clock: Clock | None = None
 ) -> Widened:
-    """Capture and transform; captured again, functionally or with fewer free sizes, if a pass
+    """Capture and run the passes; captured again, functionally or with fewer free sizes, if a pass
     asks."""
-    functional = False
+    clock = clock or Clock()
+    functional, dynamic = False, options.dynamic
     while True:
         clock.skip()
-        program = _capture(model, inputs, functional, dynamic)
+        program = _capture(model, example, functional, dynamic)
         dynamic = min((mode.level for mode in program.modes.values()), key=LEVELS.index)
         clock.lap("capture")
         try:
             with _gc_paused():
-                program = canonicalize(program)
-                inference = infer(program)
-                independent = randomness == "independent"
-                return _widen(program, inference, control, shares, independent, seed)
+                widened: Widened = passes.run(replace(program, options=options))
+                check_rules(widened)
+                return widened
         except NeedsFunctional:
             if functional:
                 raise
@@ -202,33 +173,27 @@ def _compile(
             dynamic = LEVELS[LEVELS.index(dynamic) + 1]
 
 
-def _capture(model: nn.Module, inputs: Inputs, functional: bool, dynamic: str) -> Program:
+def _capture(model: nn.Module, example: Inputs, functional: bool, dynamic: str) -> Program:
     """The network as a program: in one piece if it exports, else in parts."""
     student = duplicate(model)
     try:
-        program = capture(student, whole(student, *inputs), functional, dynamic)
+        return capture(student, whole(student, *example), functional, dynamic)
     except CaptureError as why:
-        program = capture_parts(student, *inputs, functional, dynamic, why)
-    program = inline(program)
-    if bakes_constants(program):
-        double = duplicate(model).double()
-        with contextlib.suppress(CaptureError):  # one that only runs in its own dtype keeps them
-            program = follow(program, inline(recapture(program, double, torch.double, functional)))
-    return follow_device(program)
+        try:
+            return capture_parts(student, *example, functional, dynamic, why)
+        except CaptureError as error:
+            _check_forward(model, example)
+            raise error
 
 
-def _widen(
-    program: Program,
-    inference: Inference,
-    control: Control,
-    shares: str,
-    independent: bool,
-    seed: int,
-) -> Widened:
-    check_rules(inference)
-    widths = assign(program, inference, control)
-    widened = widen(program, inference, widths, shares=shares, independent=independent, seed=seed)
-    return lower(branch(widened, control.branches_of))
+def _to_check(compiled: Compiled) -> Compiled:
+    """What the check can compare: of networks that draw at the teacher's shape equal seeds say
+    nothing, so that it is the form with shared draws."""
+    program = compiled.program
+    if program.options.randomness == "shared":
+        return compiled
+    shared = replace(program, options=replace(program.options, randomness="shared"))
+    return replace(compiled, program=passes.run(shared, PASSES[PASSES.index(assign) :]))
 
 
 @contextlib.contextmanager
@@ -250,7 +215,7 @@ def _make_room(model: nn.Module) -> None:
         give_back()
 
 
-class _Clock:
+class Clock:
     """Seconds by stage."""
 
     def __init__(self) -> None:

@@ -69,17 +69,16 @@ class Control:
 
 @dataclass(frozen=True)
 class ExpandOptions:
-    """How a teacher was made: the arguments of ``expand`` and its example inputs."""
+    """How a teacher is made: what ``expand`` was asked for, checked."""
 
-    control: Control
-    scales: str
-    shares: str
-    extract: str
-    features: tuple[str, ...]
-    randomness: str
-    dynamic: str
-    seed: int
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    control: Control = field(default_factory=lambda: Control({"*": 2.0}))
+    scales: str = "preserve"
+    shares: str = "random"
+    extract: str = "first"
+    features: tuple[str, ...] = ()
+    randomness: str = "shared"
+    dynamic: str = "sizes"
+    seed: int = 0
 
 
 def covers(pattern: str, names: Iterable[str]) -> bool:

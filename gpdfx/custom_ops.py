@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .check.op import check_rule, shown
 from .errors import InputError
-from .passes.infer import Inference
+from .passes.infer import Inferred
 from .passes.program import is_tensor, module_path, source, value
 from .passes.rules import CUSTOM, rule_of
 from .passes.rules.base import Rule
@@ -84,9 +84,9 @@ def unrule(op: Any) -> None:
         raise InputError(f"{overload} has no rule of yours", remedy="give it one by gpdfx.rule")
 
 
-def check_rules(inference: Inference) -> None:
+def check_rules(program: Inferred) -> None:
     """Check the user's rules on the shapes and arguments of every node that has one."""
-    for node, op in inference.ops.items():
+    for node, op in program.inference.ops.items():
         custom = rule_of(node.target)
         if isinstance(custom, Custom):
             given = pytree.tree_leaves((node.args, node.kwargs))

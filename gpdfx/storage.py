@@ -27,8 +27,7 @@ def save(teacher: Teacher, path: str | os.PathLike[str]) -> None:
     """Write a teacher: a safetensors file, tied tensors once, with a JSON header that holds how it
     was made, so that ``load`` needs the student's class and this file. The file appears whole or
     not at all."""
-    recipe = teacher._options
-    assert recipe is not None
+    facts = teacher._facts
     first: dict[tuple[int, ...], str] = {}
     same: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -38,11 +37,11 @@ def save(teacher: Teacher, path: str | os.PathLike[str]) -> None:
             tensors[name] = x.detach().contiguous().cpu().clone()
         else:
             same[name] = known
-    example, spec = _spell_inputs(recipe.inputs)
+    example, spec = _spell_inputs(facts.example)
     header = {
         "format": FORMAT,
         "versions": {"torch": torch.__version__, "gpdfx": version()},
-        "recipe": _spell_recipe(recipe),
+        "recipe": _spell_options(facts.options),
         "inputs": spec,
         "same": same,
         "student": _structure(teacher._student),
@@ -76,7 +75,7 @@ def load(
     """
     header = _header(path)
     _check_structure(header["student"], _structure(student))
-    recipe = dict(header["recipe"])
+    options = dict(header["recipe"])
     with safe_open(str(path), "pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     inputs = _read_inputs(header["inputs"], stored)
@@ -88,11 +87,11 @@ def load(
             "lists and dicts",
             remedy="pass example_inputs= and example_kwargs= as to expand",
         )
-    spelled = recipe.pop("branches")
+    spelled = options.pop("branches")
     chosen = branches if branches is not None else {p: read(s) for p, s in spelled.items()}
     teacher: Teacher = expand(
         student,
-        **recipe,
+        **options,
         branches=chosen,
         example_inputs=inputs[0],
         example_kwargs=inputs[1],
@@ -131,15 +130,15 @@ def version() -> str:
         return "source"
 
 
-def _spell_recipe(recipe: ExpandOptions) -> dict[str, Any]:
-    control = recipe.control
+def _spell_options(options: ExpandOptions) -> dict[str, Any]:
+    control = options.control
     return {
         "ratio": control.ratios,
         "keep": list(control.keep),
         "round_to": control.round_to,
         "branches": {p: spell(s) for p, s in control.branches.items()},
-        **{k: getattr(recipe, k) for k in ("scales", "shares", "extract", "randomness")},
-        **{k: getattr(recipe, k) for k in ("features", "dynamic", "seed")},
+        **{k: getattr(options, k) for k in ("scales", "shares", "extract", "randomness")},
+        **{k: getattr(options, k) for k in ("features", "dynamic", "seed")},
     }
 
 

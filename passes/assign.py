@@ -8,22 +8,42 @@ again, the next layer contracts them). That one's ratio counts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from ..algebra.axes import Leaf, leaves
+from ..algebra.axes import Axis, Leaf, leaves
+from ..algebra.frozen import Frozen, freeze
 from ..algebra.solver import Reason
 from ..algebra.widths import Widths, choose_widths
-from ..control import Control, covers
-from .infer import Inference
-from .program import Program
+from ..control import covers
+from .infer import Inferred
+from .program import extended
 from .rules.base import parts
 
 
-def assign(program: Program, inference: Inference, control: Control) -> Widths:
+@dataclass(frozen=True)
+class Assigned(Inferred):
+    """A program with a width for every leaf."""
+
+    widths: Widths = field(kw_only=True)
+
+    def frozen(self, axis: Axis) -> Frozen:
+        """The map from the teacher's indices along an axis to the student's."""
+        return freeze(self.inference.solver.resolve(axis), self.widths)
+
+    def check(self) -> None:
+        """Also: nothing shrinks, and what is fixed keeps its size."""
+        super().check()
+        for leaf, width in self.widths.size.items():
+            if width < leaf.size or (width > leaf.size and leaf in self.inference.solver.reason):
+                raise AssertionError(f"{leaf} may not have {width} indices")
+
+
+def assign(program: Inferred) -> Assigned:
     """One width for every leaf (see ``choose_widths``)."""
-    solver, parameters = inference.solver, inference.parameters(program)
+    inference, control = program.inference, program.options.control
+    solver, parameters = inference.solver, program.parameters()
     names = {name: [name] for name in parameters}
     for other, name in program.alias.items():
         names.setdefault(name, [name]).append(other)
@@ -36,7 +56,7 @@ def assign(program: Program, inference: Inference, control: Control) -> Widths:
         for leaf in free[name] if control.keeps(names[name]) else ():
             stays.setdefault(leaf, Reason("kept", name))
     free = {name: {x: None for x in own if x not in stays} for name, own in free.items()}
-    asked = _asked(program, inference, free, names, control)
+    asked = _asked(program, free, names)
     taken = {leaf: next(iter(by.items())) for leaf, by in asked.items()}
     stays |= {leaf: Reason("ratio 1", owner) for leaf, (owner, r) in taken.items() if r == 1}
     widths = choose_widths(
@@ -48,15 +68,12 @@ def assign(program: Program, inference: Inference, control: Control) -> Widths:
         control.round_to,
     )
     differ = {leaf: by for leaf, by in asked.items() if len(set(by.values())) > 1}
-    return replace(widths, disputed={x: by for x, by in differ.items() if x not in widths.held})
+    disputed = {x: by for x, by in differ.items() if x not in widths.held}
+    return extended(Assigned, program, widths=replace(widths, disputed=disputed))
 
 
 def _asked(
-    program: Program,
-    inference: Inference,
-    free: dict[str, dict[Leaf, None]],
-    names: dict[str, list[str]],
-    control: Control,
+    program: Inferred, free: dict[str, dict[Leaf, None]], names: dict[str, list[str]]
 ) -> dict[Leaf, dict[str, float]]:
     """Leaf -> parameter -> the ratio asked for it, the owner's first.
 
@@ -64,8 +81,9 @@ def _asked(
     head (its rows are the network's output), if they have an entry of their own: one that is not
     the owner's too.
     """
+    control, tensors = program.options.control, program.inference.tensors
     bring: dict[Leaf, dict[str, None]] = {}
-    for name, leaf in _brought(program, inference, free):
+    for name, leaf in _brought(program, free):
         bring.setdefault(leaf, {})[name] = None
     bringing = {name for some in bring.values() for name in some}
     readers: dict[Leaf, list[str]] = {}
@@ -75,7 +93,7 @@ def _asked(
     asked = {}
     for leaf, some in readers.items():
         first = [*bring.get(leaf, some)]  # behind a bridge an axis begins with those that read it
-        weights = {first[0], *(n for n in first if len(inference.tensors[n]) > 1)}
+        weights = {first[0], *(n for n in first if len(tensors[n]) > 1)}
         heads = [n for n in some if n not in bringing and n not in first]
         asked[leaf] = {
             n: control.ratio_of(names[n])
@@ -85,11 +103,10 @@ def _asked(
     return asked
 
 
-def _brought(
-    program: Program, inference: Inference, free: dict[str, dict[Leaf, None]]
-) -> Iterator[tuple[str, Leaf]]:
+def _brought(program: Inferred, free: dict[str, dict[Leaf, None]]) -> Iterator[tuple[str, Leaf]]:
     """In graph order: a parameter that an op reads, and a leaf of it that the op's result has.
     Ops on weights alone (a transpose) hand their parameters on."""
+    inference = program.inference
     read: dict[fx.Node, list[str]] = {}
     for _, node in program.each():
         if node.op == "get_attr" and node.target in free:

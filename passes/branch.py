@@ -8,7 +8,7 @@ layer, however often the weight is used, and for teacher and student together.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -47,30 +47,29 @@ Uses = dict[str, list[tuple[fx.Node, fx.Node]]]
 """Parameter -> where it is read: its node, and the op."""
 
 
-def branch(widened: Widened, choose: Callable[[list[str]], BranchSet]) -> Widened:
-    """Give every trainable layer the branches that ``choose`` says for the names of its weight."""
-    program = widened.program
+def branch(program: Widened) -> Widened:
+    """Give every trainable layer the branches that are asked for its weight, by all its names."""
     names = {name: [name] for name in program.tensors}
     for other, first in program.alias.items():
         names[first].append(other)
-    asked = {n: choose(names[n]) for n in widened.inference.parameters(program, rank=2)}
-    uses = uses_of(program)
+    choose, uses = program.options.control.branches_of, uses_of(program)
+    asked = {name: choose(names[name]) for name in program.parameters(rank=2)}
     each = {
-        n: _branched(widened, uses, n, chosen) for n, chosen in asked.items() if chosen is not NONE
+        n: _branched(program, uses, n, chosen) for n, chosen in asked.items() if chosen is not NONE
     }
     found = [one for one in each.values() if isinstance(one, Branched)]
     left = {name: why for name, why in each.items() if isinstance(why, str)}
-    graphs = dict(widened.graphs)
+    graphs = dict(program.graphs)
     for key, mode in program.modes.items() if found else ():
         graphs[key] = copied(graphs[key])
         read_folded(graphs[key], found, mode.site.training)
-    return replace(widened, graphs=graphs, branched=tuple(found), unbranched=left)
+    return replace(program, graphs=graphs, branched=tuple(found), unbranched=left)
 
 
 # --------------------------------------------------------------------------- finding layers
-def _branched(widened: Widened, uses: Uses, name: str, chosen: BranchSet) -> Branched | str:
+def _branched(program: Widened, uses: Uses, name: str, chosen: BranchSet) -> Branched | str:
     """A weight with those of the branches that fit, or why it has none."""
-    layer = layer_of(widened, uses, name)
+    layer = layer_of(program, uses, name)
     if isinstance(layer, str):
         return layer
     chosen = chosen.on(layer)
@@ -78,7 +77,7 @@ def _branched(widened: Widened, uses: Uses, name: str, chosen: BranchSet) -> Bra
         chosen = replace(chosen, branches=tuple(b for b in chosen.branches if not b.norm))
     if not chosen.branches:
         return "no branch of its set fits a layer of this form"
-    bias = _bias(widened, uses, name) if any(b.norm for b in chosen.branches) else None
+    bias = _bias(program, uses, name) if any(b.norm for b in chosen.branches) else None
     return Branched(name, bias, layer, chosen)
 
 
@@ -91,18 +90,18 @@ def uses_of(program: Program) -> Uses:
     return found
 
 
-def layer_of(widened: Widened, uses: Uses, name: str) -> Layer | str:
+def layer_of(program: Widened, uses: Uses, name: str) -> Layer | str:
     """The geometry of a weight in the teacher, or why it is not that of a layer that trains."""
     found: set[Layer] = set()
     for node, user in uses[name]:
         layout, argument, _ = LAYERS.get(user.target, ("", "", ""))
         if not layout or bind(user)[argument] is not node:
             return f"{user.target} reads it, too" if found else f"{user.target} reads it"
-        op = widened.inference.ops[user]
-        if user in widened.inference.bridges or any(x is node for x, _ in op.narrowed):
+        op = program.inference.ops[user]
+        if user in program.inference.bridges or any(x is node for x, _ in op.narrowed):
             return f"{user.target} runs at the student's width"
-        groups = widened.frozen(op.env["g"]).teacher if "g" in op.env else 1
-        shape = [m.teacher for m in widened.maps[name]]
+        groups = program.frozen(op.env["g"]).teacher if "g" in op.env else 1
+        shape = [m.teacher for m in program.maps[name]]
         if layout in ("linear", "matrix") and len(shape) != 2:
             return f"{user.target} reads it with {len(shape)} dimensions"
         rows, columns = shape[:2] if layout in ("conv", "linear") else shape[1::-1]
@@ -112,13 +111,13 @@ def layer_of(widened: Widened, uses: Uses, name: str) -> Layer | str:
         found.add(Layer(groups, outputs, inputs, tuple(shape[2:]), layout))
     if len(found) != 1:
         return "layers of several forms read it" if found else "no layer reads it"
-    if not widened.program.tensors[name].requires_grad:
+    if not program.tensors[name].requires_grad:
         return "it is frozen"
     (layer,) = found
     return layer if prod(layer.shape) else "it is empty"
 
 
-def _bias(widened: Widened, uses: Uses, name: str) -> str | None:
+def _bias(program: Widened, uses: Uses, name: str) -> str | None:
     """The bias parameter that goes with a weight, wherever either is used."""
     ops = [user for _, user in uses[name]]
     biases = {bind(op).get(LAYERS[op.target][2]) for op in ops}
@@ -127,11 +126,7 @@ def _bias(widened: Widened, uses: Uses, name: str) -> str | None:
         return None
     (bias,) = targets
     own = all(user in ops for _, user in uses[str(bias)])
-    return (
-        str(bias)
-        if own and isinstance(widened.program.tensors[str(bias)], torch.nn.Parameter)
-        else None
-    )
+    return str(bias) if own and isinstance(program.tensors[str(bias)], torch.nn.Parameter) else None
 
 
 # --------------------------------------------------------------------------- rewriting
@@ -154,7 +149,6 @@ def read_folded(graph: fx.Graph, found: Sequence[Branched], training: bool) -> N
             bias = nodes[one.bias]
             bias.replace_all_uses_with(add(merged(one.bias)))
             graph.erase_node(bias)
-    graph.lint()
 
 
 def _layers_on(weight: fx.Node) -> list[fx.Node]:

@@ -1,8 +1,7 @@
-"""Tap: what some of the student's modules return comes out of the teacher's graphs too."""
+"""Features: what some of the student's modules return comes out of the teacher's graphs too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -12,15 +11,16 @@ from .program import is_tensor
 from .widen import Widened
 
 
-def with_features(widened: Widened, paths: Sequence[str]) -> Widened:
-    """Append the results of modules, at the teacher's width, to the outputs of every graph.
+def add_features(program: Widened) -> Widened:
+    """Append the results of the modules that ``features`` names to the outputs of every graph.
 
-    Of a module that runs twice it is the last one. Raises ``InputError`` for modules that a graph
-    does not have, and for networks that were captured in parts.
+    They have the teacher's width; of a module that runs twice it is the last one. Raises
+    ``InputError`` for modules that a graph does not have, and for networks that were captured in
+    parts.
     """
+    paths = program.options.features
     if not paths:
-        return widened
-    program = widened.program
+        return program
     known = [name for name, _ in program.student.named_modules() if name]
     if program.parts != [""]:
         raise InputError(
@@ -30,7 +30,7 @@ def with_features(widened: Widened, paths: Sequence[str]) -> Widened:
     graphs = {}
     for key, mode in program.modes.items():
         graph = fx.Graph()
-        outputs = graph.graph_copy(widened.graphs[key], {})
+        outputs = graph.graph_copy(program.graphs[key], {})
         made = {n.meta["student"]: n for n in graph.nodes if "student" in n.meta}
         found = []
         for path in paths:
@@ -40,9 +40,8 @@ def with_features(widened: Widened, paths: Sequence[str]) -> Widened:
                 raise InputError(f"no module {path!r} returns a tensor that is used", remedy=near)
             found.append(made[source.name])
         graph.output((*outputs, *found))  # type: ignore[misc]
-        graph.lint()
         graphs[key] = graph
-    return replace(widened, graphs=graphs)
+    return replace(program, graphs=graphs)
 
 
 def _result(nodes: list[fx.Node], path: str) -> fx.Node | None:

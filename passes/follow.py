@@ -8,9 +8,24 @@ from typing import Any
 import torch
 from torch import fx
 
-from .program import Program, check, is_tensor, value
+from ..errors import CaptureError
+from .capture.inline import inline
+from .capture.submodules import recapture
+from .program import Program, duplicate, is_tensor, value
 
 aten = torch.ops.aten
+
+
+def follow_dtype(program: Program) -> Program:
+    """``follow``, with a capture in float64, where a dtype was baked."""
+    if not bakes_constants(program):
+        return program
+    double = duplicate(program.student).double()
+    try:
+        twin = inline(recapture(program, double, torch.double, program.functional))
+    except CaptureError:  # one that only runs in its own dtype keeps it
+        return program
+    return follow(program, twin)
 
 
 def follow(program: Program, double: Program) -> Program:
@@ -26,7 +41,7 @@ def follow(program: Program, double: Program) -> Program:
         for twin, node in same.items():
             if node.op == "call_function" and node.target == twin.target:
                 _follow_node(program, node, twin, same, casts)
-    return check(program)
+    return program
 
 
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten._to_copy.default}

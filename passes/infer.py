@@ -18,9 +18,32 @@ from ..algebra.axes import Axis, leaves
 from ..algebra.solver import Reason, Solver
 from ..calls.sizes import is_free
 from ..errors import AxisConflict
-from .program import Program, describe, draws, is_mutable, is_tensor, mutated, shape, value
+from .program import (
+    Program,
+    describe,
+    draws,
+    extended,
+    is_mutable,
+    is_tensor,
+    mutated,
+    shape,
+    size_hint,
+    value,
+)
 from .rules import rule_of
 from .rules.base import Axes, Op
+
+
+@dataclass(frozen=True)
+class BridgeReason:
+    """Why an op runs at the student's width. ``kind``: ``"no rule"``, ``"conflict"`` (of axes),
+    ``"rule failed"`` (it was not written for such a call), ``"positions"`` (matter to the op)."""
+
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -32,22 +55,38 @@ class Inference:
     axes: dict[fx.Node, Any]
     tensors: dict[str, Axes]
     ops: dict[fx.Node, Op]
-    bridges: dict[fx.Node, str] = field(default_factory=dict)
+    bridges: dict[fx.Node, BridgeReason] = field(default_factory=dict)
 
-    def parameters(self, program: Program, rank: int = 1) -> dict[str, Axes]:
+
+@dataclass(frozen=True)
+class Inferred(Program):
+    """A program with an axis for every dimension of every tensor."""
+
+    inference: Inference = field(kw_only=True)
+
+    def parameters(self, rank: int = 1) -> dict[str, Axes]:
         """Axes of the parameters with ``rank`` or more dimensions, refined."""
         return {
-            name: tuple(self.solver.resolve(a) for a in axes)
-            for name, axes in self.tensors.items()
-            if isinstance(program.tensors[name], nn.Parameter) and len(axes) >= rank
+            name: tuple(self.inference.solver.resolve(a) for a in axes)
+            for name, axes in self.inference.tensors.items()
+            if isinstance(self.tensors[name], nn.Parameter) and len(axes) >= rank
         }
+
+    def check(self) -> None:
+        """Also: every tensor has axes of its sizes."""
+        super().check()
+        for name, node in self.each():
+            axes = self.inference.axes.get(node)
+            if axes is not None and _sizes(axes) != _shapes(value(node)):
+                raise AssertionError(f"{name}: {node.name} has axes of other sizes: {axes}")
 
 
 class NeedsFunctional(Exception):
     """A view is written in place where its op must be bridged: capture functionally instead."""
 
 
-def infer(program: Program) -> Inference:
+def infer(program: Program) -> Inferred:
+    """Find the axes. Raises ``NeedsFunctional`` where only a functional capture can be widened."""
     result = Inference(Solver(), {}, {}, {})
     for mode in program.modes.values():
         static: dict[fx.Node, bool] = {}  # what depends on no input: does it on parameters?
@@ -64,7 +103,7 @@ def infer(program: Program) -> Inference:
         kind = "uncaptured" if name in apart else "unused" if name not in used else ""
         for axis in axes if kind else ():
             result.solver.fix(axis, Reason(kind, name))
-    return result
+    return extended(Inferred, program, inference=result)
 
 
 def _apart(program: Program) -> set[str]:
@@ -136,8 +175,8 @@ def _is_number(node: fx.Node) -> bool:
 def _infer_op(result: Inference, op: Op) -> Any:
     rule, point = rule_of(op.node.target), result.solver.checkpoint()
     if rule is None:
-        return bridge(result, op, "no rule for this op")
-    why = ""
+        return bridge(result, op, BridgeReason("no rule", "no rule for this op"))
+    why, kind = "", "conflict"
     for renewed in _attempts(result, op):
         op.reset({n: _renew(op, n) for n in renewed}, why)
         try:
@@ -145,15 +184,16 @@ def _infer_op(result: Inference, op: Op) -> Any:
             if _sizes(axes) == _shapes(value(op.node)):
                 return axes
             why = f"its rule gives sizes {_sizes(axes)}, it has {_shapes(value(op.node))}"
+            kind = "rule failed"
             break
         except AxisConflict as conflict:
             why = why or str(conflict)
         except Exception as error:  # a rule met a form it was not written for: bridged, reported
-            why = f"its rule failed ({type(error).__name__}: {error})"
+            why, kind = f"its rule failed ({type(error).__name__}: {error})", "rule failed"
             break
         result.solver.rollback(point)
     result.solver.rollback(point)
-    return bridge(result, op, why)
+    return bridge(result, op, BridgeReason(kind, why))
 
 
 def _attempts(result: Inference, op: Op) -> Iterator[list[fx.Node]]:
@@ -187,14 +227,16 @@ def _sizes(axes: Any) -> Any:
 
 
 def _shapes(val: Any) -> Any:
-    return [_shapes(v) for v in val] if isinstance(val, list | tuple) else list(shape(val))
+    if isinstance(val, list | tuple):
+        return [_shapes(v) for v in val]
+    return list(map(size_hint, val.shape)) if isinstance(val, torch.Tensor) else []
 
 
-def bridge(result: Inference, op: Op, why: str) -> Any:
+def bridge(result: Inference, op: Op, why: BridgeReason) -> Any:
     """Mark the op and give its outputs fresh axes: free where an input's axis of that size is."""
     solver = result.solver
     result.bridges[op.node] = why
-    op.reset({}, why)
+    op.reset({}, str(why))
     inputs = [n for n in op.node.all_input_nodes if n in result.axes and is_tensor(n)]
 
     def stays(axis: Axis) -> bool:  # for another reason than a bridge, perhaps in the other mode

@@ -8,33 +8,32 @@ the device of the parameters, so that a lowered teacher may be moved.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch import fx
 
 from ..branches.layer import Layer
 from ..branches.sets import NONE
-from ..kernels import copies
-from ..kernels.fold import FORMULAS, Share, Site, cut_of
+from ..kernels.fold import FORMULAS, Site, cut_of
 from .branch import layer_of, read_folded, uses_of
 from .folded import Branched, Lowered, merged, reads, teachers
 from .program import copied
+from .shares import Shares
 from .widen import Widened
 
 
-def lower(widened: Widened) -> Widened:
+def lower(program: Widened) -> Widened:
     """Fill in ``lowered`` and ``unlowered``."""
-    unbranched = _unbranched(widened)
-    graphs = {key: copied(graph) for key, graph in widened.graphs.items()}
+    unbranched = _unbranched(program)
+    graphs = {key: copied(graph) for key, graph in program.graphs.items()}
     for key, graph in graphs.items():
-        read_folded(graph, unbranched, widened.program.modes[key].site.training)
-    unlowered = {one.weight: why for one in widened.branched if (why := _refusal(one))}
+        read_folded(graph, unbranched, program.modes[key].site.training)
+    unlowered = {one.weight: why for one in program.branched if (why := _refusal(one))}
     read = [reads(graph) for graph in graphs.values()]
     lowered = {}
-    for one in (*widened.branched, *unbranched):
+    for one in (*program.branched, *unbranched):
         if one.weight not in unlowered:
             nodes = [its[merged(one.weight)] for its in read if merged(one.weight) in its]
-            lowered[one.weight] = _lowered(widened, one, nodes)
+            lowered[one.weight] = _lowered(program, one, nodes)
             for node in nodes:
                 node.args = (node.args[0], teachers(one.weight))
                 for user in list(node.users) if lowered[one.weight].shares else ():
@@ -44,9 +43,8 @@ def lower(widened: Widened) -> Widened:
         for node in graph.find_nodes(op="get_attr"):
             if not node.users:  # tables of shares
                 graph.erase_node(node)
-        graph.lint()
-    ordered = {name: lowered[name] for name in widened.maps if name in lowered}
-    return replace(widened, graphs=graphs, lowered=ordered, unlowered=unlowered)
+    ordered = {name: lowered[name] for name in program.maps if name in lowered}
+    return replace(program, graphs=graphs, lowered=ordered, unlowered=unlowered)
 
 
 def _refusal(one: Branched) -> str:
@@ -59,44 +57,33 @@ def _refusal(one: Branched) -> str:
     return ""
 
 
-def _unbranched(widened: Widened) -> list[Branched]:
+def _unbranched(program: Widened) -> list[Branched]:
     """Layers without branches that have shares, and a student's part that is a block."""
     nodes: dict[str, list[fx.Node]] = {}
-    for graph in widened.graphs.values():
+    for graph in program.graphs.values():
         for node in graph.find_nodes(op="get_attr"):
             nodes.setdefault(str(node.target), []).append(node)
-    uses, found = uses_of(widened.program), []
-    for name in widened.inference.parameters(widened.program, rank=2):
-        layer = layer_of(widened, uses, name) if _shares(nodes.get(name, [])) else ""
-        if isinstance(layer, Layer) and cut_of(layer, widened.maps[name]) is not None:
+    uses, found = uses_of(program), []
+    for name in program.parameters(rank=2):
+        layer = layer_of(program, uses, name) if _shares(nodes.get(name, [])) else ""
+        if isinstance(layer, Layer) and cut_of(layer, program.maps[name]) is not None:
             found.append(Branched(name, None, layer, NONE))
     return found
 
 
 # --------------------------------------------------------------------------- shares
-def _shares(nodes: list[fx.Node]) -> tuple[Any, ...] | None:
-    """The arguments of ``copies.share``, if all that reads a weight multiplies it by the same
-    ones."""
-    uses: list[Any] = []
-    for node in nodes:
-        for user in node.users:
-            use: Any = None
-            if user.target is copies.share:
-                _, table, classes, *rest = user.args
-                use = (table.target, classes.target, *rest)  # type: ignore[union-attr]
-            uses += [] if use in uses else [use]
-    return uses[0] if len(uses) == 1 else None
+def _shares(nodes: list[fx.Node]) -> Shares | None:
+    """Those of a weight, if all that reads it multiplies it by the same ones."""
+    (first, *others) = {Shares.of(user) for node in nodes for user in node.users} or {None}
+    return None if others else first
 
 
-def _lowered(widened: Widened, one: Branched, nodes: list[fx.Node]) -> Lowered:
+def _lowered(program: Widened, one: Branched, nodes: list[fx.Node]) -> Lowered:
     """With its shares, if it has them everywhere."""
-    found = _shares(nodes)
-    names: tuple[str, ...] = ()
-    share = None
-    if found is not None:
-        table, classes, at, dim, split = found
-        names, share = (table, classes), Share(at, dim, tuple(split) if split else None)
-    layer, branches = one.layer, one.chosen.branches
+    layer, branches, shares = one.layer, one.chosen.branches, _shares(nodes)
     tensors = tuple((*b.shapes(layer), *b.constants(layer)) for b in branches)
-    cut = cut_of(layer, widened.maps[one.weight])
-    return Lowered(Site(layer, branches, tensors, cut, share), names)
+    cut = cut_of(layer, program.maps[one.weight])
+    if shares is None:
+        return Lowered(Site(layer, branches, tensors, cut), ())
+    site = Site(layer, branches, tensors, cut, shares.layout)
+    return Lowered(site, (shares.table, shares.classes))

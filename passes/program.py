@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +16,14 @@ from torch.utils import _pytree as pytree
 
 from ..calls.call import Call
 from ..calls.tree import Pattern
+from ..control import ExpandOptions
 from ..kernels import copies
 from ..kernels.regions import REGION
 
 aten = torch.ops.aten
 
 Module = TypeVar("Module", bound=nn.Module)
+Kind = TypeVar("Kind", bound="Program")
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _HERE = tuple(
     str(folder) + os.sep for folder in (Path(__file__).parents[1], Path(__file__).resolve().parent)
@@ -68,7 +70,8 @@ class Program:
     ``modes``: ``train`` and ``eval``; or, where the network was captured in parts, one for every
     part, mode and structure of call. ``tensors``: what ``get_attr`` nodes name, by the student's
     own names; ``alias``: other name -> name, for tied tensors. ``children``: sub-graphs that
-    higher-order ops call. ``apart``: modules that stay the user's Python -> why.
+    higher-order ops call. ``apart``: modules that stay the user's Python -> why. ``functional``:
+    captured without in-place ops. ``options``: what the user asked for.
     """
 
     student: nn.Module
@@ -77,6 +80,8 @@ class Program:
     alias: dict[str, str]
     children: dict[str, nn.Module]
     apart: dict[str, str] = field(default_factory=dict)
+    functional: bool = False
+    options: ExpandOptions = field(default_factory=ExpandOptions, kw_only=True)
 
     @property
     def parts(self) -> list[str]:
@@ -93,18 +98,28 @@ class Program:
             for node in mode.graph.nodes:
                 yield name, node
 
+    def check(self) -> None:
+        """Legality, after every pass: well-formed graphs, and every name they use exists."""
+        known = {*self.tensors, *self.children}
+        for name, mode in self.modes.items():
+            check_graph(name, mode.graph, known)
 
-def check(program: Program) -> Program:
-    """Legality of a pass's result: well-formed graphs, and every name they use exists."""
-    for name, mode in program.modes.items():
-        mode.graph.lint()
-        for node in mode.graph.nodes:
-            known = node.target in program.tensors or node.target in program.children
-            if node.op == "get_attr" and not known:
-                raise AssertionError(f"{name}: {node.name} names the unknown tensor {node.target}")
-            if node.op in ("call_module", "call_method"):
-                raise AssertionError(f"{name}: {node.name} is no ATen call: {node.op}")
-    return program
+
+def check_graph(name: str, graph: fx.Graph, known: Container[Any], modules: bool = False) -> None:
+    """Raise ``AssertionError`` for a graph that is not well-formed, names a tensor that is not
+    ``known``, or calls what is no op (``modules``: a module may be called)."""
+    graph.lint()
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in known:
+            raise AssertionError(f"{name}: {node.name} names the unknown tensor {node.target}")
+        if node.op == "call_method" or (node.op == "call_module" and not modules):
+            raise AssertionError(f"{name}: {node.name} is no ATen call: {node.op}")
+
+
+def extended(kind: type[Kind], program: Program, **found: Any) -> Kind:
+    """A program of a richer kind: what ``program`` has, and what a pass ``found``."""
+    names = [f.name for f in fields(kind)]
+    return kind(**{n: getattr(program, n) for n in names if hasattr(program, n)} | found)
 
 
 def copied(graph: fx.Graph) -> fx.Graph:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,30 +17,32 @@ from torch import fx
 
 from ..algebra.axes import Axis
 from ..algebra.frozen import Frozen, freeze
-from ..algebra.widths import Widths
+from .assign import Assigned
 from .folded import Branched, Lowered
-from .infer import Inference
-from .program import Program, has_effect, is_tensor, module_path, mutated, source
+from .infer import BridgeReason, Inference
+from .program import check_graph, extended, has_effect, is_tensor, module_path, mutated, source
 from .rules import rule_of
 from .rules.base import Axes, DynamicAxis, Op, Target, Writer, parts, student_size
-from .shares import Use, uses
+from .shares import Shares, shares_of_weights
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Bridge:
-    """An op that runs at the student's width (along some or all of its axes)."""
+    """An op that runs at the student's width (along some or all of its axes). ``kind``: of the
+    ``reason``, see ``BridgeReason``."""
 
     node: str
     op: str
     module: str
     source: str
     reason: str = field(compare=False)
+    kind: str = field(compare=False)
 
 
 @dataclass(frozen=True)
-class Widened:
+class Widened(Assigned):
     """The teacher as data: its graphs, and how its tensors follow from the student's.
 
     ``maps``: name -> one frozen axis per dimension, for every parameter and buffer;
@@ -50,48 +52,47 @@ class Widened:
     those that the fused fold computes; ``unlowered``: the others -> why.
     """
 
-    program: Program
-    inference: Inference
-    widths: Widths
-    graphs: dict[str, fx.Graph]
-    maps: dict[str, tuple[Frozen, ...]]
-    shares: dict[str, torch.Tensor]
-    constants: dict[str, torch.Tensor]
-    bridges: tuple[Bridge, ...]
-    uses: dict[str, Use]
+    graphs: dict[str, fx.Graph] = field(kw_only=True)
+    maps: dict[str, tuple[Frozen, ...]] = field(kw_only=True)
+    shares: dict[str, torch.Tensor] = field(kw_only=True)
+    constants: dict[str, torch.Tensor] = field(kw_only=True)
+    bridges: tuple[Bridge, ...] = field(kw_only=True)
+    uses: dict[str, Shares] = field(kw_only=True)
     branched: tuple[Branched, ...] = ()
     unbranched: dict[str, str] = field(default_factory=dict)
     lowered: dict[str, Lowered] = field(default_factory=dict)
     unlowered: dict[str, str] = field(default_factory=dict)
 
-    def frozen(self, axis: Axis) -> Frozen:
-        return freeze(self.inference.solver.resolve(axis), self.widths)
+    def check(self) -> None:
+        """Also: the teacher's graphs."""
+        super().check()
+        known = {*self.tensors, *self.children, *self.shares, *self.constants}
+        for name, graph in self.graphs.items():
+            check_graph(name, graph, known, modules=True)
 
 
-def widen(
-    program: Program,
-    inference: Inference,
-    widths: Widths,
-    *,
-    shares: str = "random",
-    independent: bool = False,
-    seed: int = 0,
-) -> Widened:
-    """Write the teacher's graphs. ``shares``, ``independent``, ``seed``: see ``gpdfx.expand``."""
-    cache: dict[Axis, Frozen] = {}
+def widen(program: Assigned) -> Widened:
+    """Write the teacher's graphs."""
+    options = program.options
+    # a rule that fails here is bridged: one of several reasons that inference knows the others of
+    found = program.inference
+    inference = replace(found, bridges=dict(found.bridges))
+    solver, cache = inference.solver, dict[Axis, Frozen]()
+    refined = solver.checkpoint()
 
     def frozen(axis: Axis) -> Frozen:
-        axis = inference.solver.resolve(axis)
+        axis = solver.resolve(axis)
         if axis not in cache:
-            cache[axis] = freeze(axis, widths)
+            cache[axis] = freeze(axis, program.widths)
         return cache[axis]
 
     def draw(key: str) -> np.random.Generator | None:
-        if shares == "uniform":
+        if options.shares == "uniform":
             return None
-        return np.random.default_rng([seed, zlib.crc32(key.encode())])
+        return np.random.default_rng([options.seed, zlib.crc32(key.encode())])
 
     graphs = {mode: fx.Graph() for mode in program.modes}
+    independent = options.randomness == "independent"
     target = Target(graphs, inference.axes, frozen, draw, independent=independent)
     for tensor in program.tensors.values():
         if tensor.is_floating_point():
@@ -104,18 +105,16 @@ def widen(
     for mode, graph in graphs.items():
         GraphWriter(program.modes[mode].nodes, inference, target, mode, bridges).run()
         graph.eliminate_dead_code(is_impure_node=has_effect)
-        graph.lint()
-    maps = {n: tuple(frozen(a) for a in axes) for n, axes in inference.tensors.items()}
-    return Widened(
-        program,
-        inference,
-        widths,
-        graphs,
-        maps,
-        target.shares,
-        target.constants,
-        tuple(bridges),
-        uses(graphs),
+    assert solver.checkpoint() == refined, "widening refines no axis"
+    return extended(
+        Widened,
+        replace(program, inference=inference),
+        graphs=graphs,
+        maps={n: tuple(frozen(a) for a in axes) for n, axes in inference.tensors.items()},
+        shares=target.shares,
+        constants=target.constants,
+        bridges=tuple(bridges),
+        uses=shares_of_weights(graphs.values()),
     )
 
 
@@ -175,12 +174,14 @@ class GraphWriter:
         except DynamicAxis:
             raise
         except Exception as error:  # a form the rule was not written for: bridged, reported
-            self.inference.bridges[op.node] = f"its rule failed ({type(error).__name__}: {error})"
+            text = f"its rule failed ({type(error).__name__}: {error})"
+            self.inference.bridges[op.node] = BridgeReason("rule failed", text)
             return self._bridge(op)
         new, spread = self._spread(w, written, sorted(op.spread))
         changed = changed or spread or any(w.wide(op.axes(x)[d]) for x, d in op.narrowed)
         if op.why and changed:
-            self._note(op.node, op.why)
+            kind = "conflict" if op.renewed else "positions"
+            self._note(op.node, BridgeReason(kind, op.why))
         return new
 
     def _renew(self, w: Writer, new: Any, old: Axes, fresh: Axes) -> Any:
@@ -220,9 +221,9 @@ class GraphWriter:
             return [w.spread(x, a, dims) for x, a in zip(outputs, axes, strict=True)], True
         return (w.spread(new, axes, dims) if wide else new), wide
 
-    def _note(self, node: fx.Node, why: str) -> None:
-        note = Bridge(node.name, str(node.target), module_path(node), source(node), why)
-        self.bridges.setdefault(note)
+    def _note(self, node: fx.Node, why: BridgeReason) -> None:
+        where = node.name, str(node.target), module_path(node), source(node)
+        self.bridges.setdefault(Bridge(*where, why.text, why.kind))
 
     def _number(self, node: fx.Node) -> fx.Node:
         """Numbers keep the student's value: the size of a widened dimension is scaled back."""

@@ -20,6 +20,7 @@ from gpdfx.passes.folded import Branched, kernel, merged, plain
 from gpdfx.teacher.fold import Fold
 from gpdfx.teacher.folding import Chunk
 
+from .helpers import facts, program_of, verify, with_branches
 from .networks import NETWORKS, WRITTEN, tensors_equal
 
 LAYERS = {
@@ -218,24 +219,11 @@ def leaf(y: Any) -> Tensor:
 
 def lossless_with(name: str, sets: list[str]) -> None:
     """Captured once, then branched and checked set by set."""
-    from gpdfx.check import laws
-    from gpdfx.compiler import _Clock, _compile
-    from gpdfx.control import make_control
-    from gpdfx.passes.branch import branch
-    from gpdfx.passes.lower import lower
-    from gpdfx.passes.widen import widen
-    from gpdfx.teacher.module import Teacher
-
     case = NETWORKS[name]
-    model, inputs = case.model(), (case.inputs(), {})
-    control = make_control(model, 2)
-    made = _compile(model, inputs, control, "random", "shared", "batch", 0, _Clock())
-    bare = widen(made.program, made.inference, made.widths)
+    call = case.inputs(), {}
+    program = program_of(case.model(), call, dynamic="batch")
     for one in sets:
-        widened = lower(branch(bare, lambda _, one=one: SETS[one]))
-        teacher = Teacher(widened)
-        teacher.find_caches(*inputs, model)
-        check = laws.verify(widened, teacher, inputs)
+        check = verify(with_branches(program, one), call)
         assert check.tolerance == 1e-10 or name in ("odd", "norms"), (one, check)
 
 
@@ -268,7 +256,7 @@ def test_everything_trains_after_two_steps(name: str, branches: str) -> None:
         if ".norms." in key and key.endswith("bias"):  # shifts what the layer's own bias shifts
             own = key.removeprefix("_branches.").split(".weight.")[0] + ".bias"
         if own in small:
-            index = torch.from_numpy(teacher._maps[own][0].map)
+            index = torch.from_numpy(facts(teacher).maps[own][0].map)
             dead &= ~small[own][index]
         assert not dead.any(), (key, dead.nonzero().flatten().tolist())
 

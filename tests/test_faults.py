@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,13 @@ from gpdfx.calls.sizes import resized
 from gpdfx.check import laws, streaming
 from gpdfx.check.observe import difference
 from gpdfx.check.probe import randomize, settle_statistics
-from gpdfx.compiler import Inputs, _Clock, _compile
-from gpdfx.control import make_control
 from gpdfx.errors import LossyError
 from gpdfx.kernels import copies
 from gpdfx.passes.program import is_mutable
 from gpdfx.passes.widen import Widened
-from gpdfx.teacher.module import Teacher
+from gpdfx.teacher.compiled import Compiled, Inputs
+
+from .helpers import program_of, teacher_of, verify
 
 aten = torch.ops.aten
 Tamper = Callable[[Widened], None]
@@ -73,12 +74,7 @@ class Heads(nn.Module):
 
 
 def compiled(model: nn.Module, *inputs: Tensor, ratio: float = 2.0) -> tuple[Widened, Inputs]:
-    call, control = (inputs, {}), make_control(model, ratio)
-    return _compile(model, call, control, "random", "shared", "sizes", 0, _Clock()), call
-
-
-def check(widened: Widened, call: Inputs) -> None:
-    laws.verify(widened, Teacher(widened), call)
+    return program_of(model, (inputs, {}), ratio), (inputs, {})
 
 
 def image() -> Tensor:
@@ -232,7 +228,7 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], Tamper, float]] = {
 }
 
 
-@pytest.mark.parametrize("keep", [streaming.KEEP, 0], ids=["kept", "lean"])
+@pytest.mark.parametrize("keep", [streaming.KEEP, 0], ids=["kept", "streaming"])
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_oracle_catches(name: str, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where wide parameters are gathered at every use."""
@@ -242,10 +238,10 @@ def test_the_oracle_catches(name: str, keep: int, monkeypatch: pytest.MonkeyPatc
     model = build()
     x = image() if isinstance(model, Plain) else torch.randn(2, 7, 5)
     widened, call = compiled(model, x, ratio=ratio)
-    check(widened, call)  # sound before
+    verify(widened, call)  # sound before
     tamper(widened)
     with pytest.raises(LossyError) as caught:
-        check(widened, call)
+        verify(widened, call)
     assert "differs" in str(caught.value) or "fails" in str(caught.value)
 
 
@@ -254,7 +250,7 @@ def test_the_place_is_named() -> None:
     widened, call = compiled(Plain(), image())
     naive_softmax(widened)
     with pytest.raises(LossyError) as caught:
-        check(widened, call)
+        verify(widened, call)
     assert caught.value.node == "softmax"
     assert "y.softmax(1)" in (caught.value.source or "")
 
@@ -277,10 +273,10 @@ def test_a_fault_behind_a_zero_norm_is_invisible_on_the_real_weights() -> None:
     model, x = Hidden(), torch.randn(3, 4)
     widened, call = compiled(model, x)
     widened.maps["b.bias"] = (Frozen(6, np.roll(widened.maps["b.bias"][0].map, 1)),)
-    teacher = Teacher(widened)
+    teacher = teacher_of(widened, call)
     torch.testing.assert_close(teacher(x), model(x))
     with pytest.raises(LossyError, match="probe"):
-        check(widened, call)
+        verify(widened, call)
 
 
 def test_a_stale_cache_in_the_student_is_cleared_or_caught() -> None:
@@ -303,10 +299,8 @@ def test_a_stale_cache_in_the_student_is_cleared_or_caught() -> None:
     model = Cached().eval()
     widened, call = compiled(model, torch.randn(2, 5))
     with pytest.raises(LossyError, match=r"teacher\.student"):
-        laws.verify(widened, Teacher(widened), call)
-    teacher = Teacher(widened)
-    teacher.find_caches(*call, model)
-    laws.verify(widened, teacher, call)
+        laws.verify(replace(Compiled.of(widened, call), caches=()))
+    verify(widened, call)
     assert not model.cache
 
 
@@ -321,7 +315,7 @@ def test_not_a_number_fails() -> None:
 
     widened, call = compiled(Log(), torch.randn(2, 4))
     with pytest.raises(LossyError):
-        check(widened, call)
+        verify(widened, call)
 
 
 def test_dead_parameters_are_listed() -> None:
@@ -334,7 +328,7 @@ def test_dead_parameters_are_listed() -> None:
             return self.used(x)
 
     widened, call = compiled(Dead(), torch.randn(2, 4))
-    result = laws.verify(widened, Teacher(widened), call)
+    result = verify(widened, call)
     assert set(result.dead) == {"unused.weight", "unused.bias"}
 
 
@@ -353,8 +347,8 @@ def test_settled_statistics_are_the_batchs() -> None:
 @pytest.mark.parametrize("name", ["b.weight", "norm.running_var"])
 def test_what_ships_is_compared_value_by_value(name: str) -> None:
     """The check runs on gathered weights; a stored one that differs by a bit must not pass."""
-    widened, _ = compiled(Plain(), image())
-    teacher = Teacher(widened)
+    widened, call = compiled(Plain(), image())
+    teacher = teacher_of(widened, call)
     laws.check_values(widened, teacher)
     stored = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
     with torch.no_grad():
@@ -381,9 +375,9 @@ def test_a_student_that_writes_to_its_parameters_is_checked_on_copies() -> None:
     model, x = Writes(), torch.randn(4, 4)
     before = model.a.weight.detach().clone()
     widened, call = compiled(model, x)
-    check(widened, call)
+    verify(widened, call)
     assert torch.equal(model.a.weight, before)
-    assert torch.equal(widened.program.student.a.weight, before)
+    assert torch.equal(widened.student.a.weight, before)
 
 
 class Aside(nn.Module):

@@ -20,6 +20,7 @@ from gpdfx.kernels.fold import Share, Site, cut_of, fold, register
 from gpdfx.passes.folded import students, teachers
 from gpdfx.teacher.extract import take_first
 
+from .helpers import folding, hidden_student, parts, run_teacher
 from .networks import NETWORKS, tensors_equal
 from .test_branches import LAYERS, a_teacher, leaf, plain_teacher, stored_shape
 
@@ -198,17 +199,19 @@ def test_the_students_part_alone_is_cut_out_of_the_whole(name: str, branches: st
     with torch.no_grad():
         for p in teacher.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    alone, both = teacher.fold(teacher=False), teacher.fold()
-    wide = teacher.fold(student=False)
+    alone, both = folding(teacher)(teacher=False), folding(teacher)()
+    wide = folding(teacher)(student=False)
     assert alone.keys() | wide.keys() == both.keys()
     for key, weight in both.items():
         close(alone.get(key, weight), weight)
         close(wide.get(key, weight), weight)
-    sites = {name: site for chunk in teacher._folding.fused for name, site in chunk.sites.items()}
+    sites = {name: site for chunk in folding(teacher).fused for name, site in chunk.sites.items()}
     assert sum(site.cut is not None for site in sites.values()) > len(sites) / 2
     for weight, site in sites.items():
         if site.cut is not None:
-            assert alone[students(weight)].shape == teacher._student.get_parameter(weight).shape
+            assert (
+                alone[students(weight)].shape == hidden_student(teacher).get_parameter(weight).shape
+            )
         assert wide[teachers(weight)].shape == teacher.get_parameter(weight).shape
     leaves = [p for p in teacher.parameters() if p.requires_grad]
     grads = []
@@ -225,9 +228,9 @@ def double(x: Tensor) -> Tensor:
 
 def test_shares_are_in_the_weight_that_the_teacher_reads() -> None:
     _, teacher, _ = plain_teacher("auto")
-    source = teacher._parts[""].sections[0].code.source
+    source = parts(teacher)[""].sections[0].code.source
     assert "share" not in source
-    folded = teacher.fold()
+    folded = folding(teacher)()
     assert not torch.equal(
         folded[teachers("point.weight")][:8, :8], folded[students("point.weight")]
     )
@@ -242,7 +245,7 @@ def test_a_layer_without_a_fused_fold_takes_its_own_way() -> None:
             return params["weight"].square()
 
     _, teacher, x = plain_teacher({"*": "orepa", "twice": [Own()], "point": None})
-    (chunk,) = teacher._folding.fused
+    (chunk,) = folding(teacher).fused
     assert list(chunk.sites) == ["first.weight", "point.weight", "head.weight"]
     with torch.no_grad():
         for fold in teacher.folds():
@@ -256,14 +259,14 @@ def test_nothing_but_parameters_is_kept_for_the_backward() -> None:
     _, teacher, _ = plain_teacher("auto")
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        teacher.fold()
+        folding(teacher)()
     own = {t.data_ptr() for t in (*teacher.parameters(), *teacher.buffers())}
     assert {t.data_ptr() for t in kept} <= own
 
 
 def test_the_fold_of_small_layers_is_one_node() -> None:
     _, teacher, _ = plain_teacher("auto")
-    nodes = {weight.grad_fn for weight in teacher.fold().values()}
+    nodes = {weight.grad_fn for weight in folding(teacher)().values()}
     assert len(nodes) == 1
 
 
@@ -285,20 +288,23 @@ def test_gradients_by_function_transforms() -> None:
 def test_weights_made_when_they_are_read_are_those_of_the_fold(branches: Any) -> None:
     _, teacher, x = plain_teacher(branches)
     teacher.eval()
-    late, folded = teacher.lazy(), teacher.fold()
+    late, folded = folding(teacher).lazy(), folding(teacher)()
     assert late.keys() == folded.keys()
     for name, weight in folded.items():
         assert torch.equal(late[name], weight)
         assert not late[name].requires_grad
-    assert late.keys() == teacher.lazy(student=False).keys() | teacher.lazy(teacher=False).keys()
+    assert (
+        late.keys()
+        == folding(teacher).lazy(student=False).keys() | folding(teacher).lazy(teacher=False).keys()
+    )
     with torch.no_grad():
-        assert torch.equal(teacher(x), teacher._run_teacher(folded, (x,), {}))
+        assert torch.equal(teacher(x), run_teacher(teacher, folded, x))
 
 
 def test_what_is_frozen_takes_no_gradient() -> None:
     _, teacher, x = plain_teacher(None)
     teacher.point.weight.requires_grad_(False)
-    folded = teacher.fold()
+    folded = folding(teacher)()
     assert folded[teachers("head.weight")].requires_grad
     assert not folded[teachers("point.weight")].requires_grad
     assert not folded[students("point.weight")].requires_grad
@@ -309,7 +315,7 @@ def test_what_is_frozen_takes_no_gradient() -> None:
 def test_extraction_by_the_mean_folds_all_copies() -> None:
     model, teacher, _ = plain_teacher("orepa", extract="mean")
     assert all(
-        site.cut is None for chunk in teacher._folding.fused for site in chunk.sites.values()
+        site.cut is None for chunk in folding(teacher).fused for site in chunk.sites.values()
     )
     assert tensors_equal(gpdfx.collapse(teacher).state_dict(), model.state_dict())
 
@@ -320,5 +326,5 @@ def test_channels_last_weights_stay_so() -> None:
     model = model.to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 9, 9)
     teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches="orepa")
-    for weight in teacher.fold().values():
+    for weight in folding(teacher)().values():
         assert weight.is_contiguous(memory_format=torch.channels_last)

@@ -15,6 +15,7 @@ import gpdfx
 from gpdfx.distill.features import Features, FitNet, ReviewKD
 from gpdfx.distill.losses import KD
 
+from .helpers import folding, hidden_student, run_teacher
 from .networks import tensors_equal
 
 
@@ -274,8 +275,8 @@ def test_features_of_teacher_and_student_are_distilled(kind: Any) -> None:
     out = gpd(x, Y[:4])
     assert set(out.terms) == {"teacher", "student", "gap", "teacher_features", "student_features"}
     taps: list[Tensor] = []
-    gpd.teacher._run_teacher(gpd.teacher.fold(), (x,), {}, taps)
-    with Features(gpd.teacher._student, ["one", "two"]) as seen:
+    run_teacher(gpd.teacher, folding(gpd.teacher)(), x, features=taps)
+    with Features(hidden_student(gpd.teacher), ["one", "two"]) as seen:
         gpd.teacher.student(x)
     assert [t.shape[1] for t in taps] == [8, 16]
     for wide, own in zip(taps, seen.tensors, strict=True):  # the copies of what the student has

@@ -14,9 +14,9 @@ import resource, sys
 import torch
 from torch import nn
 import gpdfx
-from gpdfx import lean
+from gpdfx.check import streaming
 
-lean.KEEP = 0  # as if the network were a large one
+streaming.KEEP = 0  # as if the network were a large one
 
 
 def build(layers, width):

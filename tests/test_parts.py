@@ -12,13 +12,11 @@ import torchvision
 from torch import Tensor, fx, nn
 
 import gpdfx
-from gpdfx.check import laws
 from gpdfx.check.probe import randomize
-from gpdfx.compiler import Inputs, _Clock, _compile
-from gpdfx.control import make_control
+from gpdfx.compiler import Inputs
 from gpdfx.passes.widen import Widened
-from gpdfx.teacher.module import Teacher
 
+from .helpers import parts, program_of, python_shell, verify
 from .networks import tensors_equal
 
 
@@ -66,8 +64,8 @@ def test_parts_are_captured_and_the_rest_stays_python() -> None:
     assert "data-dependent" in report.apart[""]
     assert "rounds = 2 + int(" in report.apart[""]  # the user's line
     assert max(report.error.values()) <= 1e-10
-    assert set(teacher._parts) == {"stem", "step", "attend", "first"}
-    assert len(teacher._parts["attend"].sections) == 4  # two kinds of calls in each mode
+    assert set(parts(teacher)) == {"stem", "step", "attend", "first"}
+    assert len(parts(teacher)["attend"].sections) == 4  # two kinds of calls in each mode
     wide = teacher.state_dict()
     assert wide["stem.0.weight"].shape == (8, 3, 3)  # its outputs go to Python
     assert wide["step.0.weight"].shape == (24, 8)
@@ -123,7 +121,7 @@ def test_parts_train_move_copy_and_follow_other_sizes() -> None:
 def test_a_call_of_another_kind_is_refused() -> None:
     model, x = loop()
     teacher = gpdfx.expand(model, 2, example_inputs=(x,)).eval()
-    part = teacher._python_shell.get_submodule("step")
+    part = python_shell(teacher).get_submodule("step")
     with pytest.raises(gpdfx.InputError, match="size 9 in dimension 2"):
         part(torch.randn(2, 5, 9))
 
@@ -140,12 +138,10 @@ def _tamper(widened: Widened, key: str) -> None:
 def test_the_oracle_catches_a_fault_in_any_part(key: str) -> None:
     model, x = loop()
     call = example(model, x)
-    widened = _compile(
-        model, call, make_control(model, 2), "random", "shared", "batch", 0, _Clock()
-    )
+    widened = program_of(model, call, dynamic="batch")
     _tamper(widened, key)
     with pytest.raises(gpdfx.LossyError, match=r"differs by 1\.\d+e-06"):
-        laws.verify(widened, Teacher(widened), call)
+        verify(widened, call)
 
 
 class TokenModel(nn.Module):
@@ -169,7 +165,7 @@ def test_transformer_encoder_with_a_mask() -> None:
     inputs = {"example_inputs": (torch.randint(0, 20, (3, 7)),), "example_kwargs": {"mask": mask}}
     teacher = gpdfx.expand(model, 2, **inputs).eval()
     assert teacher.report().widened == 1.0
-    assert set(teacher._parts) == {"embed", "encoder.layers.0", "encoder.layers.1", "head"}
+    assert set(parts(teacher)) == {"embed", "encoder.layers.0", "encoder.layers.1", "head"}
     model.eval()
     tokens = torch.randint(0, 20, (6, 7))
     with torch.no_grad():  # where PyTorch would take its fused path past the layers
@@ -195,7 +191,7 @@ def test_a_graph_that_is_not_the_function_is_not_used() -> None:
     torch.manual_seed(0)
     teacher = gpdfx.expand(Watched(), 2, example_inputs=(torch.randn(4, 4),))
     assert "traced" in teacher.report().apart[""]
-    assert set(teacher._parts) == {"a", "b"}
+    assert set(parts(teacher)) == {"a", "b"}
 
 
 class Sorting(nn.Module):
@@ -263,7 +259,7 @@ def test_arguments_that_follow_from_values_are_not_baked() -> None:
     torch.manual_seed(0)
     model, x = Sorting(), torch.randn(12, 4)
     teacher = gpdfx.expand(model, 2, example_inputs=(x,)).eval()
-    assert {"experts.each.0", "experts.each.1"} < set(teacher._parts)
+    assert {"experts.each.0", "experts.each.1"} < set(parts(teacher))
     assert teacher.report().widened == 1.0
     for count in (12, 1, 5):  # an expert may get one row, or none
         y = torch.randn(count, 4)

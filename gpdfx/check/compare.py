@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -13,8 +12,8 @@ from ..algebra.gather import gather
 from ..calls import tree
 from ..errors import InputError, LossyError
 from ..passes.program import duplicate
-from ..teacher.module import Teacher
 from .observe import GRADIENTS, HUGE, difference, floating, observe
+from .streaming import StreamingTeacher
 
 EVERY = ("every output",)
 BUG = "this is a bug in gpdfx: please report it with the network"
@@ -35,7 +34,7 @@ def _digest(student: nn.Module) -> list[str]:
 
 def compare(
     student: nn.Module,
-    teacher: Teacher,
+    teacher: StreamingTeacher,
     inputs: tuple[Any, Any],
     training: bool,
     seed: int,
@@ -55,7 +54,7 @@ def compare(
         wrt = {n: p.requires_grad_(dead) for n, p in named if p.is_floating_point()}
         wrt = wrt if dead else {}
         try:
-            mine = observe(run, *inputs, seed, wrt, teacher.parts_of(run), gradients=gradients)
+            mine = observe(run, *inputs, seed, wrt, teacher._parts_in(run), gradients=gradients)
             break
         except RuntimeError as error:
             if gradients == GRADIENTS[-1]:
@@ -69,8 +68,8 @@ def compare(
         p.requires_grad_(False)
     student = run
     try:
-        between = teacher.parts_of(teacher._python_shell)
-        with teacher._lean.saving() if teacher._lean else contextlib.nullcontext():
+        between = teacher._parts_in(teacher._python_shell)
+        with teacher.saving():
             theirs = observe(teacher, *inputs, seed, parts=between, given=mine, gradients=gradients)
     except Exception as error:  # whatever torch raises when widths do not fit
         raise LossyError(
@@ -81,7 +80,8 @@ def compare(
     moved |= set(wrt) if gradients == "none" else set()  # unknown
     wide = dict(teacher.named_buffers())
     for name, buffer in student.named_buffers():
-        maps = teacher._maps.get(teacher._alias.get(name, name))
+        facts = teacher._facts
+        maps = facts.maps.get(facts.alias.get(name, name))
         if maps is None or tuple(m.student for m in maps) != buffer.shape:
             continue  # registered in forward, or replaced by one of another shape: a cache
         mine[f"buffer {name}"] = gather(buffer, maps)

@@ -36,7 +36,7 @@ def _free_section(
     module: nn.Module, section: Section, twin: Teacher, flat: Any, seed: int, limit: float
 ) -> str:
     def run(*args: Any, **kwargs: Any) -> Any:
-        return section(twin._net, twin.fold(), section.flatten(args, kwargs))
+        return section(twin._net, twin._fold(), section.flatten(args, kwargs))
 
     sizes = section.sizes
     for level in LEVELS[:-1] if flat else ():

@@ -18,17 +18,18 @@ from torch import nn
 from ..algebra.gather import gather
 from ..errors import LossyError
 from ..passes.capture.limits import LEVELS
+from ..passes.follow import casts_on_purpose
 from ..passes.program import duplicate
 from ..passes.widen import Widened
 from ..teacher.collapse import filled
-from ..teacher.folding import operator_get
+from ..teacher.compiled import Compiled
 from ..teacher.module import Teacher
 from .compare import BUG, EVERY, WrittenError, compare, copy_of, floor_of
 from .free_sizes import free_levels
 from .locate import first_difference
 from .observe import difference, identical, keep_rng, observe
 from .probe import Precision, convert, precisions, randomize, settle_statistics
-from .streaming import Lean
+from .streaming import StreamingTeacher
 
 TOLERANCE = 1e-10
 CEILING = 1e-7  # where rounding itself is amplified
@@ -62,28 +63,22 @@ class Check:
     unseen: dict[str, str]
 
 
-def verify(
-    widened: Widened,
-    teacher: Teacher,
-    inputs: tuple[Any, Any],
-    *,
-    seed: int = 0,
-    single: bool = False,
-) -> Check:
+def verify(compiled: Compiled, *, seed: int = 0) -> Check:
     """Raise ``LossyError``, naming the first node that differs, unless student and teacher agree
-    on a probe and on the real weights, in eval and train mode. The teacher is used up: its dtype
-    and its weights are others afterwards.
+    on a probe and on the real weights, in eval and train mode.
 
     The tolerance is 1e-10 in float64. Where rounding itself is amplified it is 50 times the
     change that a change in the last bit of the weights makes, never above 1e-7. Casts to a narrow
-    dtype are lifted to float64, too; for networks that do not run so and cast on purpose
-    (``single``), or do not run in float64 at all, it is 1e-5. A probe on which rounding alone
+    dtype are lifted to float64, too; for networks that do not run so and cast on purpose, or do not
+    run in float64 at all, it is 1e-5. A probe on which rounding alone
     makes more of a difference (an activation that lies at zero), or every output is zero, decides
     nothing: another one is drawn, with settled statistics, up to ``PROBES``.
     """
+    program, teacher = compiled.program, StreamingTeacher(compiled)
+    single, inputs = casts_on_purpose(program), compiled.example
     for last in range(PROBES):
         try:
-            return _verify(widened, teacher, inputs, seed + last, single, settled=last > 0)
+            return _verify(program, teacher, inputs, seed + last, single, settled=last > 0)
         except _UndecidedError:
             if last == PROBES - 1:
                 raise
@@ -100,16 +95,14 @@ class _UndecidedError(LossyError):
 
 def _verify(
     widened: Widened,
-    teacher: Teacher,
+    teacher: StreamingTeacher,
     inputs: tuple[Any, Any],
     seed: int,
     single: bool,
     *,
     settled: bool,
 ) -> Check:
-    if teacher._lean is None:
-        teacher._lean = Lean(teacher, widened.graphs)
-    student = widened.program.student
+    student = widened.student
     refused = LossyError("the student does not run")
     for precision in precisions(student, inputs):
         loose = precision.dtype is None or (single and not precision.lifted)
@@ -130,7 +123,7 @@ def _verify(
 
 def _verify_in(
     widened: Widened,
-    teacher: Teacher,
+    teacher: StreamingTeacher,
     precision: Precision,
     seed: int,
     single: bool,
@@ -138,10 +131,9 @@ def _verify_in(
     settled: bool,
     borrow: bool = True,
 ) -> Check:
-    original, inputs, dtype = widened.program.student, precision.inputs, precision.dtype
-    twin, lean = convert(teacher, dtype).requires_grad_(False), teacher._lean
-    assert lean is not None
-    lean.noise = None
+    original, inputs, dtype = widened.student, precision.inputs, precision.dtype
+    twin: StreamingTeacher = convert(teacher, dtype).requires_grad_(False)
+    twin.noise = None
     error: dict[str, float] = {}
     moved: set[str] = set()
     vacuous: list[str] = []
@@ -149,20 +141,20 @@ def _verify_in(
     used, free = TOLERANCE, dict.fromkeys(twin._parts, LEVELS[-1])
     for which in ("probe", "real"):
         student = None
-        lean.load(None)  # the last student is forgotten before the next is made
+        twin.forget_student()  # the last student is forgotten before the next is made
         student = duplicate(original)
         probe = which == "probe"
         student = convert(randomize(student, seed) if probe else student, dtype)
         if probe and settled:
             settle_statistics(student, inputs)
         twin.load_student(student)
-        with twin.folded_once():
+        with twin._folded_once():
             for mode, training in _MODES:
                 errors, reached, zero, gradients = compare(
                     student, twin, inputs, training, seed, dead=probe, borrow=borrow
                 )
                 if borrow:
-                    twin.load_buffers(student)
+                    twin._load_buffers(student)
                 else:  # the call wrote to its parameters, too
                     twin.load_student(student)
                 moved |= reached
@@ -215,7 +207,9 @@ def _sensitivity(
     return max(difference(x, second.get(n), floors[n]) for n, x in first.items())
 
 
-def _check_student(twin: Teacher, inputs: tuple[Any, Any], seed: int, limit: float) -> None:
+def _check_student(
+    twin: StreamingTeacher, inputs: tuple[Any, Any], seed: int, limit: float
+) -> None:
     """The student's view must follow every derived parameter: compare with a fresh module.
     Changes the teacher."""
     args, kwargs = inputs
@@ -235,10 +229,9 @@ def _check_student(twin: Teacher, inputs: tuple[Any, Any], seed: int, limit: flo
             )
 
 
-def _perturb(twin: Teacher, seed: int) -> None:
+def _perturb(twin: StreamingTeacher, seed: int) -> None:
     """Change every parameter by at most a tenth, its copies by different numbers."""
-    assert twin._lean is not None
-    twin._lean.noise = seed
+    twin.noise = seed
     draw = torch.Generator().manual_seed(seed)
     for p in twin.parameters():
         if p.is_floating_point() and not p.is_meta:
@@ -249,7 +242,7 @@ def _perturb(twin: Teacher, seed: int) -> None:
 def check_values(widened: Widened, teacher: Teacher) -> None:
     """Raise ``LossyError`` unless the parameters and buffers of the teacher are the student's at
     the teacher's indices, bit for bit: ``verify`` gathers them anew and sees no stored ones."""
-    for name, own in widened.program.tensors.items():
-        stored = operator_get(teacher._net, name)
+    for name, own in widened.tensors.items():
+        stored = teacher._tensor(name)
         if not identical(stored, gather(own.detach(), widened.maps[name])):
             raise LossyError(f"the teacher's {name} is not the student's", remedy=BUG)

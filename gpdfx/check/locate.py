@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..algebra.gather import gather
+from ..calls.sizes import input_sizes
 from ..errors import InputError
 from ..passes.capture.submodules import Calls, recording
 from ..passes.folded import reads
@@ -16,29 +17,36 @@ from ..passes.infer import Inference
 from ..passes.program import CallSite, Program, module_path, source
 from ..passes.widen import Widened
 from ..teacher.captured import Section
-from ..teacher.module import Teacher, _attach
+from ..teacher.module import attach
 from .observe import difference, keep_rng
+from .streaming import StreamingTeacher
 
 NOTICED = 1e-9  # where student and teacher part
 
 
 def first_difference(
-    widened: Widened, student: nn.Module, teacher: Teacher, inputs: Any, mode: str, seed: int
+    widened: Widened,
+    student: nn.Module,
+    teacher: StreamingTeacher,
+    inputs: Any,
+    mode: str,
+    seed: int,
 ) -> dict[str, Any]:
     """Node, module path and source line at which student and teacher part; empty if unknown."""
-    program, inference = widened.program, widened.inference
-    calls = calls_of(student.train(mode == "train"), program.parts, inputs)
-    for key, captured in program.modes.items():
+    inference = widened.inference
+    calls = calls_of(student.train(mode == "train"), widened.parts, inputs)
+    for key, captured in widened.modes.items():
         site = captured.site
         if site.mode != mode:
             continue
         try:
-            section = Section(captured, captured.graph)
+            section = Section(captured, captured.graph, input_sizes(captured.graph))
             flat = call_of(section, calls.get(site.path, []))
-            mine = _record(_root(program, student), captured.graph, flat, seed, "")
+            mine = _record(_root(widened, student), captured.graph, flat, seed, "")
             teacher.load_student(student)
-            fed = [*flat, teacher.fold()] if reads(widened.graphs[key]) else flat
-            theirs = _record(teacher._net, widened.graphs[key], fed, seed, "student")
+            graph = teacher.graphs[key]
+            fed = [*flat, teacher._fold()] if reads(graph) else flat
+            theirs = _record(teacher._net, graph, fed, seed, "student")
         except Exception as error:  # the message about the mismatch matters more than its place
             return {"source": f"(the first differing node is unknown: {type(error).__name__})"}
         for node in captured.graph.nodes:
@@ -70,7 +78,7 @@ def _root(program: Program, student: nn.Module) -> nn.Module:
     root = nn.Module()
     own = dict(student.named_parameters()) | dict(student.named_buffers())
     for name, tensor in program.tensors.items():
-        _attach(root, name, own.get(name, tensor), persistent=False)
+        attach(root, name, own.get(name, tensor), persistent=False)
     root._modules.update(program.children)
     return root
 

@@ -1,57 +1,38 @@
-"""A lean teacher: wide parameters are gathered when they are read, and forgotten after.
+"""A teacher for the check: wide parameters are gathered when they are read, and forgotten after.
 
 A check needs every wide parameter at the student's values, but only one layer's at a time. So a
-teacher that is only checked holds placeholders: without a graph, reading one gathers it from the
-student's; what autograd would save of it for the backward is kept as how it was made, and made
-again. What a network saves beside its parameters (activations) is saved as ever.
+teacher that is only checked holds placeholders: its graphs gather a parameter where they read it;
+what autograd would save of it for the backward is kept as how it was made, and made again. What a
+network saves beside its parameters (activations) is saved as ever.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..algebra.gather import gather
+from ..algebra.frozen import Frozen
 from ..kernels import copies
 from ..kernels.fold import each, reference
 from ..passes.folded import Folded, Make, teachers
-from ..passes.program import mutated
+from ..passes.program import Mode, copied, mutated
+from ..teacher.captured import Section
+from ..teacher.compiled import Compiled
 from ..teacher.folding import Chunk, Lazy
-from ..teacher.placeholders import placeholder
-
-if TYPE_CHECKING:
-    from ..teacher.module import Teacher
+from ..teacher.module import Teacher
 
 KEEP = 2**30
 """Bytes of wide parameters, in float64, up to which they are gathered once and kept (faster)."""
 
 
-# --------------------------------------------------------------------------- placeholders
-
-
-class _Gathering(dict[str, Any]):
-    """The parameters of a module, of which some are made when they are read by name."""
-
-    def __init__(self, parameters: dict[str, Any], made: dict[str, Make]) -> None:
-        super().__init__(parameters)
-        self.made = made
-
-    def __getitem__(self, name: str) -> Any:
-        return self.made[name]() if name in self.made else super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.made[name]() if name in self.made else super().get(name, default)
-
-
-# --------------------------------------------------------------------------- the teacher's side
 class _Made(NamedTuple):
     """A storage whose tensor can be made again; ``name``: of the parameter that it is."""
 
@@ -61,58 +42,89 @@ class _Made(NamedTuple):
     name: str | None
 
 
-class Lean:
-    """The wide parameters of a teacher, as they follow from ``own``, the student's.
+class StreamingTeacher(Teacher):
+    """A teacher whose wide parameters follow from those of the student that it was given last.
 
-    ``names``: those that are gathered. A parameter that a graph writes to stays a real one.
-    ``noise``: a seed; every copy of a number then differs from the others, by a tenth at most.
+    ``names``: those that are gathered; one that a graph writes to is a real one. ``graphs``: as
+    they run. ``noise``: a seed; every copy of a number then differs from the others, by a tenth at
+    most.
     """
 
-    def __init__(self, teacher: Teacher, graphs: dict[str, fx.Graph]) -> None:
-        self.own: dict[str, Tensor] = {}
-        self.noise: int | None = None
-        self.teacher = teacher
-        self._kept: dict[str, Tensor] = {}
-        self._made: dict[int, _Made] = {}
-        written, self._once = _written(graphs), _once_shared(graphs)
-        self.names = frozenset(
-            name
-            for name, maps in teacher._maps.items()
-            if any(m.wide for m in maps) and name not in written
+    def __init__(self, compiled: Compiled) -> None:
+        program = compiled.program
+        written, once = _written(program.graphs), _once_shared(program.graphs)
+        self.__dict__.update(
+            names=frozenset(
+                name
+                for name, maps in program.maps.items()
+                if isinstance(program.tensors[name], nn.Parameter)
+                and any(m.wide for m in maps)
+                and name not in written
+            ),
+            graphs={},
+            noise=None,
+            _once=once,
+            _given={},
+            _kept={},
+            _made={},
         )
-        self._size = 0
-        for path, module in list(teacher._net.named_modules()):
-            self._take_over(path, module)
-        teacher.__dict__["_parameters"] = teacher._net.__dict__["_parameters"]
-        for part in teacher._parts.values():
-            for section in part.sections:
-                section.code.exchange(copies.share, self.share)
+        super().__init__(compiled)
+        self._size = sum(8 * self._net.get_parameter(name).numel() for name in self.names)
+        self._folding.read_with(self._tensor)
 
-    def _take_over(self, path: str, module: nn.Module) -> None:
-        made: dict[str, Make] = {}
-        parameters = dict(module._parameters)
-        for leaf, p in parameters.items():
-            name = f"{path}.{leaf}".lstrip(".")
-            name = self.teacher._alias.get(name, name)
-            if p is not None and name in self.names:
-                parameters[leaf] = placeholder(p)
-                made[leaf] = partial(self.gather, name)
-                self._size += 8 * p.numel()
-        if made:
-            module.__dict__["_parameters"] = _Gathering(parameters, made)
+    names: frozenset[str]
+    graphs: dict[str, fx.Graph]
+    noise: int | None
+    _once: set[str]
+    _given: dict[str, Tensor]
+    _kept: dict[str, Tensor]
+    _made: dict[int, _Made]
 
-    def load(self, student: nn.Module | None) -> None:
-        """Gather from this one's parameters from now on; they must not change. ``None``: hold
-        none."""
+    def _section(self, key: str, mode: Mode, graph: fx.Graph, compiled: Compiled) -> Section:
+        graph = self.graphs[key] = copied(graph)
+        for node in graph.find_nodes(op="get_attr"):
+            if node.target in self.names and node.users:
+                with graph.inserting_before(min(node.users)):
+                    node.replace_all_uses_with(graph.call_function(self.gather, (node.target,)))
+                graph.erase_node(node)
+        for node in graph.find_nodes(op="call_function", target=copies.share):
+            node.target = self.share
+        return super()._section(key, mode, graph, compiled)
+
+    def _initial(self, name: str, tensor: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
+        if name not in self.names:
+            return super()._initial(name, tensor, maps)
+        empty = tensor.detach().to("meta")
+        return super()._initial(name, nn.Parameter(empty, tensor.requires_grad), maps)
+
+    # ---- the student's values
+    def load_student(self, student: nn.Module) -> None:
+        """Gather from this one's parameters from now on; they must not change."""
+        self.forget_student()
+        self._given.update({name: p.detach() for name, p in student.named_parameters()})
+        super().load_student(student)
+
+    def forget_student(self) -> None:
+        """Hold no tensors of a student any more."""
         self._kept.clear()
-        named = () if student is None else student.named_parameters()
-        self.own = {name: p.detach() for name, p in named}
+        self._given.clear()
+
+    def _load(self, name: str, tensor: Tensor) -> None:
+        if name not in self.names:
+            super()._load(name, tensor)
+
+    def _tensor(self, name: str) -> Tensor:
+        first = self._facts.alias.get(name, name)
+        return self.gather(first) if first in self.names else super()._tensor(name)
+
+    def narrow(self, name: str, wide: Tensor) -> Tensor:
+        return super().narrow(name, wide).clone()  # a view would hold all of it
 
     def gather(self, name: str) -> Tensor:
         """One wide parameter."""
         if name in self._kept:
             return self._kept[name]
-        wide = gather(self.own[name], self.teacher._maps[name])
+        wide = self.widen(name, self._given[name])
         if self.noise is not None and wide.is_floating_point():
             draw = torch.Generator().manual_seed(self.noise + zlib.crc32(name.encode()))
             noise = torch.rand(wide.shape[-1:], generator=draw, dtype=torch.float64)
@@ -137,13 +149,16 @@ class Lean:
         return self._know(y, again)
 
     # ---- folded weights
-    def fold(self) -> Folded:
-        """``Teacher.fold`` for calls without a graph of the parameters; of a large teacher every
-        weight is made when it is read."""
+    def _folded_once(self) -> AbstractContextManager[None]:
+        return self._folding.once(self._fold_to_check)
+
+    def _fold_to_check(self) -> Folded:
+        """``_fold`` for calls without a graph of the parameters; of a large teacher every weight is
+        made when it is read."""
         if self._size <= KEEP:
-            return self.teacher.fold()
-        made: dict[str, Make] = dict(self.teacher.lazy().made)
-        for chunk in self.teacher._folding.alone:
+            return self._fold()
+        made: dict[str, Make] = dict(self._fold_lazily().made)
+        for chunk in self._folding.alone:
             (name,) = chunk.sites
             if name in self.names:
                 made[teachers(name)] = partial(self._in_place, chunk)

@@ -142,12 +142,10 @@ class GPD(nn.Module):
 
     def _build_features(self, features: FeatureLoss) -> None:
         """One loss for the teacher, one for the student, each for its own widths."""
-        recipe = self.teacher._options
-        assert recipe is not None
         training = self.training
         self.eval()
         with torch.no_grad():
-            seen = self._run(*recipe.inputs)
+            seen = self._run(*self.teacher._facts.example)
         self.train(training)
         static = [x.shape for x in seen.static_features]
         for name, found in (("teacher", seen.wide_features), ("student", seen.own_features)):
@@ -215,7 +213,7 @@ class GPD(nn.Module):
 
     def student(self, *args: Any, **kwargs: Any) -> Any:
         """The student alone."""
-        folded = self.teacher.fold(teacher=False)
+        folded = self.teacher._fold(teacher=False)
         return self.teacher._run_student(folded, args, kwargs, self.own_parameters())
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
@@ -224,7 +222,7 @@ class GPD(nn.Module):
         static = streams.start(
             lambda: self._run_static(args, kwargs), (args, kwargs), beside=self.overlap_static
         )
-        folded, wide_features = self.teacher.fold(), []  # type: ignore[var-annotated]
+        folded, wide_features = self.teacher._fold(), []  # type: ignore[var-annotated]
         wide = self.teacher._run_teacher(folded, args, kwargs, wide_features)
         narrow, features = _collecting(
             self.teacher._student,

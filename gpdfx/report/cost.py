@@ -49,12 +49,14 @@ def cost(teacher: Teacher, student: nn.Module, example: Example) -> Cost:
     """Run student and teacher on the example, in eval mode, and count."""
     args, kwargs = example
     with _undisturbed(teacher), _undisturbed(student), torch.no_grad():
-        folded = Lazy({n: partial(_uncounted, make) for n, make in teacher.lazy().made.items()})
+        folded = Lazy(
+            {n: partial(_uncounted, make) for n, make in teacher._fold_lazily().made.items()}
+        )
         macs = (
             _macs(lambda: student(*args, **kwargs), example),
             _macs(lambda: teacher._run_teacher(folded, args, kwargs), example),
         )
-        fold = _count(lambda: deque(teacher.lazy(student=False).values(), maxlen=0))
+        fold = _count(lambda: deque(teacher._fold_lazily(student=False).values(), maxlen=0))
     with _undisturbed(teacher, freeze=False), _undisturbed(student, freeze=False):
         try:
             both = partial(_both, teacher)
@@ -73,7 +75,10 @@ def _both(teacher: Teacher, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     """``Teacher.both`` up to gradients of branches, with one folded weight at a time."""
     given = torch.zeros((), requires_grad=True)
     folded = Lazy(
-        {name: partial(_Made.apply, given, make) for name, make in teacher.lazy().made.items()}
+        {
+            name: partial(_Made.apply, given, make)
+            for name, make in teacher._fold_lazily().made.items()
+        }
     )
     return teacher._run_teacher(folded, args, kwargs), teacher._run_student(folded, args, kwargs)
 

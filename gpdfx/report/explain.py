@@ -80,7 +80,7 @@ def gather_evidence(widened: Widened) -> Evidence:
     solver, graph = inference.solver, nx.Graph()
     for a, b, label in solver.edges:
         graph.add_edge(a.order, b.order, label=label)
-    parameters = inference.parameters(widened.program)
+    parameters = widened.parameters()
     known = {x for axes in inference.tensors.values() for a in axes for x in leaves(a)}
     known |= set(solver.reason) | {
         x for axes in parameters.values() for a in axes for x in leaves(a)
@@ -134,8 +134,8 @@ def explain(teacher: Teacher, parameter: str) -> Explanation:
 
     Raises ``InputError`` with near names if there is none of that name.
     """
-    evidence = teacher._evidence
-    parameter = teacher._alias.get(parameter, parameter)
+    evidence = teacher.report().evidence
+    parameter = teacher._facts.alias.get(parameter, parameter)
     if parameter not in evidence.axes:
         raise InputError(
             f"no parameter is called {parameter!r}", remedy=suggest(parameter, evidence.axes)
@@ -186,7 +186,7 @@ def _why(evidence: Evidence, way: tuple[int, ...], root: int | None) -> tuple[st
 # --------------------------------------------------------------------------- the picture
 def _layers(widened: Widened) -> nx.DiGraph:
     """Modules with weights (and bridges) as nodes, data flow between them as edges."""
-    program, inference = widened.program, widened.inference
+    program, inference = widened, widened.inference
     modes = [m for m in program.modes.values() if not m.site.training]
     bridged = {b.node: b.reason for b in widened.bridges}
     graph = nx.DiGraph()

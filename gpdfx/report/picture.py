@@ -26,7 +26,7 @@ def graph(teacher: Teacher, out: str | Path) -> None:
     out = Path(out)
     if out.suffix not in (".svg", ".png", ".html"):
         raise InputError(f"cannot draw to {out.name}", remedy="use a name ending in .svg or .html")
-    layers = teacher._evidence.layers
+    layers = teacher.report().evidence.layers
     acyclic = nx.DiGraph((a, b) for a, b in layers.edges if a != b)
     acyclic.add_nodes_from(layers.nodes)
     depth: dict[str, int] = {}
@@ -54,7 +54,7 @@ def graph(teacher: Teacher, out: str | Path) -> None:
     if out.suffix == ".html":
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight")
-        report = html.escape(str(teacher._report or ""))
+        report = html.escape(str(teacher.report()))
         page = f"<!doctype html><meta charset=utf-8><title>gpdfx</title><pre>{report}</pre>"
         out.write_text(page + buffer.getvalue()[buffer.getvalue().index("<svg") :])
     else:

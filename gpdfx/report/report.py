@@ -16,6 +16,7 @@ from ..control import Control
 from ..kernels.fold import refusal
 from ..passes.widen import Bridge, Widened
 from .cost import Cost, cost
+from .explain import Evidence, gather_evidence
 
 if TYPE_CHECKING:
     from ..check.laws import Check
@@ -102,6 +103,7 @@ class Report:
     apart: dict[str, str]
     seconds: dict[str, float]
     check: Check | None
+    evidence: Evidence
 
     @property
     def ratio(self) -> float | dict[str, float]:
@@ -128,7 +130,7 @@ class Report:
         plain["macs"] = self.macs
         plain["error"], plain["dead"] = self.error, list(self.dead)
         plain |= {"ratio": self.ratio, "keep": self.control.keep, "round_to": self.control.round_to}
-        for name in ("check", "control"):
+        for name in ("check", "control", "evidence"):
             plain.pop(name)
         if self.check:
             plain["tolerance"] = self.check.tolerance
@@ -230,15 +232,15 @@ def make_report(
     check: Check | None,
     scales: str,
 ) -> Report:
-    program, inference, widths = widened.program, widened.inference, widened.widths
+    program, inference, widths = widened, widened.inference, widened.widths
     student = program.student
-    matrices = inference.parameters(program, rank=2)
-    fixed = _fixed(inference.solver, widths, inference.parameters(program))
+    matrices = widened.parameters(rank=2)
+    fixed = _fixed(inference.solver, widths, widened.parameters())
     held = {f.parameter for f in fixed if not f.cannot}
     sizes = {name: program.tensors[name].numel() for name in matrices}
     total = sum(sizes.values())
     share = sum(n for name, n in sizes.items() if name not in held) / total if total else 1.0
-    groups = _groups(inference.solver, widths, inference.parameters(program))
+    groups = _groups(inference.solver, widths, widened.parameters())
     nodes = {
         (mode.site.path, node.name)
         for mode in program.modes.values()
@@ -271,6 +273,7 @@ def make_report(
         program.apart,
         seconds,
         check,
+        gather_evidence(widened),
     )
 
 
@@ -303,7 +306,7 @@ def _groups(
 def _unrounded(widened: Widened, unit: int) -> tuple[str, ...]:
     return tuple(
         f"{name} dim {dim} ({frozen.student} -> {frozen.teacher})"
-        for name in widened.inference.parameters(widened.program)
+        for name in widened.parameters()
         for dim, frozen in enumerate(widened.maps[name])
         if frozen.wide and frozen.teacher % unit
     )

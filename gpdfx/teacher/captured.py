@@ -10,19 +10,20 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..calls.sizes import input_sizes
+from ..calls.sizes import Sizes
 from ..errors import InputError
 from ..passes.folded import Folded, reads
-from ..passes.program import Mode
+from ..passes.program import Mode, copied
 
 
 class Section:
     """One graph of a part: which calls it takes, its code, and the structure it returns."""
 
-    def __init__(self, mode: Mode, graph: fx.Graph) -> None:
+    def __init__(self, mode: Mode, graph: fx.Graph, sizes: Sizes) -> None:
         self.reads_folded = bool(reads(graph))
         self.training, self.call, self.out = mode.site.training, mode.site.call, mode.out
-        self.sizes = input_sizes(mode.graph)
+        self.sizes = sizes
+        graph = copied(graph)
         _read_late(graph)
         self.code = _Code(graph)
 
@@ -125,11 +126,6 @@ class _Code:
 
     def __call__(self, net: nn.Module, flat: list[Any]) -> Any:
         return self.function(net, *flat)
-
-    def exchange(self, old: Any, new: Any) -> None:
-        """Let the code call another function in place of ``old``."""
-        scope = self.function.__globals__
-        scope.update({name: new for name, value in scope.items() if value is old})
 
     def _compile(self) -> Callable[..., Any]:
         scope: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,9 +10,6 @@ from torch import nn
 from ..errors import InputError
 from ..passes.program import duplicate
 from .module import Teacher
-
-if TYPE_CHECKING:
-    pass
 
 
 def collapse(teacher: Teacher) -> nn.Module:
@@ -39,7 +36,7 @@ def filled(teacher: Teacher, like: nn.Module) -> nn.Module:
         own = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype, device=derived.device)
         made[id(p)] = nn.Parameter(own.copy_(derived), requires_grad=p.requires_grad)
     plain = duplicate(like, made)
-    buffers = dict(teacher._modules[teacher._buffers_name].named_buffers())  # type: ignore[union-attr]
+    buffers = teacher._student_buffers()
     for name, buffer in plain.named_buffers():
         buffer.copy_(buffers[name])
     return plain.train(teacher.training)

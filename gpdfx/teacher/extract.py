@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..algebra.frozen import Frozen
 from ..kernels import copies
-from ..passes.shares import Use
+from ..passes.shares import Shares
 
 Maps = tuple[Frozen, ...]
 
@@ -66,11 +66,11 @@ class Mean(nn.Module):
     copies of one index they add up to 1); along all others every copy weighs the same.
     """
 
-    def __init__(self, maps: Maps, use: Use | None) -> None:
+    def __init__(self, maps: Maps, shares: Shares | None) -> None:
         super().__init__()
-        self.use = use
+        self.shares = shares
         wide = [d for d, m in enumerate(maps) if m.wide]
-        place = -1 if use is None else use.dim % len(maps)
+        place = -1 if shares is None else shares.layout.dim % len(maps)
         self.dims = sorted(wide, key=lambda d: d != place)  # shares have the whole tensor's shape
         self.weighted = place in wide
         for d in wide:
@@ -103,8 +103,10 @@ class Mean(nn.Module):
         return tensor
 
     def _shares(self, like: Tensor, find: Any) -> Tensor:
-        use = self.use
-        assert use is not None
-        split = list(use.split) if use.split else None
-        ones = torch.ones_like(like)
-        return copies.share(ones, find(use.table), find(use.classes), use.at, use.dim, split)
+        used = self.shares
+        assert used is not None
+        at, dim, split = used.layout.at, used.layout.dim, used.layout.split
+        table, classes = find(used.table), find(used.classes)
+        return copies.share(
+            torch.ones_like(like), table, classes, at, dim, list(split) if split else None
+        )

@@ -48,6 +48,13 @@ class Folding:
         self.alone = chunks(lowered, net, 0)
         self.cut = frozenset(name for name, one in lowered.items() if one.site.cut is not None)
         self.kept: Folded | None = None
+        self.read = partial(operator_get, net)
+
+    def read_with(self, read: Callable[[str], Tensor]) -> None:
+        """Take tensors from ``read``, by name, and not out of the network."""
+        self.read = read  # type: ignore[assignment]
+        for chunk in (*self.fused, *self.whole, *self.alone):
+            chunk.read = read
 
     def __call__(self, *, teacher: bool = True, student: bool = True) -> Folded:
         """The weights that the teacher reads, that the student does, or both."""
@@ -98,8 +105,8 @@ class Folding:
         """The weights of one layer that is not in the fused fold."""
         fold: Fold = self.net.get_submodule(path)  # type: ignore[assignment]
         own = fold.branched
-        bias = None if own.bias is None else operator_get(self.net, own.bias)
-        folded: Folded = fold(operator_get(self.net, own.weight), bias)
+        bias = None if own.bias is None else self.read(own.bias)
+        folded: Folded = fold(self.read(own.weight), bias)
         return folded
 
     @torch.no_grad()
@@ -120,8 +127,8 @@ its weights are known, and they wait in memory until then; on a GPU launches cou
 
 
 class Chunk:
-    """Neighbouring layers that are folded together; ``sites`` by weight; ``places``: module and
-    name of each of their tensors; ``index``: whose place each site's tensors have."""
+    """Neighbouring layers that are folded together; ``sites`` by weight; ``names`` and ``places``
+    (module and name) of their tensors; ``index``: whose place each site's tensors have."""
 
     def __init__(self, lowered: Mapping[str, Lowered], net: nn.Module) -> None:
         self.sites = {name: one.site for name, one in lowered.items()}
@@ -131,6 +138,8 @@ class Chunk:
         self.index = tuple(numbers.setdefault(path, len(numbers)) for path in paths)
         ends = [path.rpartition(".") for path in numbers]
         self.places = [(net.get_submodule(parent), leaf) for parent, _, leaf in ends]
+        self.names = list(numbers)
+        self.read: Callable[[str], Tensor] | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -142,6 +151,8 @@ class Chunk:
 
     def tensors(self) -> list[Tensor]:
         """Those of its places."""
+        if self.read is not None:
+            return [self.read(name) for name in self.names]
         return [find(module, leaf) for module, leaf in self.places]
 
     def __call__(self, teacher: bool, student: bool) -> Folded:

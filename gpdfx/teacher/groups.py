@@ -10,7 +10,6 @@ from torch import nn
 from ..control import covers
 from ..errors import InputError
 from ..passes.folded import PREFIX
-from .folding import operator_get
 from .module import Teacher
 
 Group = dict[str, Any]
@@ -87,10 +86,11 @@ def _copies(teacher: Teacher) -> dict[str, int]:
     its kernel's size stands for the weight."""
     found: dict[str, int] = {}
     uneven = []
-    for name, use in teacher._uses.items():
-        table = operator_get(teacher._net, use.table)
-        found[name] = table.shape[use.at]  # a class for every copy, where they are equal in number
-        if not teacher._maps[name][use.dim % len(teacher._maps[name])].even:
+    for name, shares in teacher._facts.shares.items():
+        maps, layout = teacher._facts.maps[name], shares.layout
+        table = teacher._tensor(shares.table)
+        found[name] = table.shape[layout.at]  # a class for every copy, if they are equal in number
+        if not maps[layout.dim % len(maps)].even:
             uneven.append(name)
     if uneven:
         raise InputError(

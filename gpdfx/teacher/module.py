@@ -1,4 +1,4 @@
-"""The dynamic teacher, and the way back from it (channel-branch reparameterization, CBR)."""
+"""The dynamic teacher as a module."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from ..algebra.frozen import Frozen
 from ..algebra.gather import gather
-from ..control import ExpandOptions
 from ..passes.capture.submodules import slow_attention
 from ..passes.folded import Folded, merged, module_of, students
-from ..passes.program import Program, duplicate
+from ..passes.program import Mode, duplicate
 from ..passes.widen import Widened
 from .captured import Part, Section
+from .compiled import Compiled, Facts
 from .extract import Mean, take_first
 from .fold import Fold
 from .folding import Folding, Lazy, operator_get
 from .placeholders import apply_to, placeholder
 
 if TYPE_CHECKING:
-    from ..check.streaming import Lean
     from ..report.report import Report
 
-
-_REGISTRIES = frozenset(nn.Module().__dict__)
+_HIDDEN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 class Teacher(nn.Module):
@@ -46,6 +45,8 @@ class Teacher(nn.Module):
 
     Where the network was captured in parts, the user's Python runs between them, on the student's
     view of the parameters.
+
+    ``describe``: makes the report, once everything else is there.
     """
 
     _student: nn.Module  # the user's module; hidden from nn.Module's registries
@@ -53,105 +54,99 @@ class Teacher(nn.Module):
     _python_shell: nn.Module | None  # the user's Python between the parts, which it calls
 
     def __init__(
-        self,
-        widened: Widened,
-        *,
-        seed: int = 0,
-        live: bool = False,
-        extract: str = "first",
-        empty: bool = False,
+        self, compiled: Compiled, describe: Callable[[Teacher], Report] | None = None
     ) -> None:
-        """``empty``: wide parameters get no values yet (see ``gpdfx.lean``)."""
         super().__init__()
-        program = widened.program
-        self._maps = {n: widened.maps[n] for n in widened.maps}
-        self._alias = dict(program.alias)
+        program = compiled.program
+        options, student = program.options, program.student
+        self._facts = Facts(program.maps, program.alias, program.uses, options, compiled.example)
         self._parts = {path: Part(path) for path in program.parts}
         for key, mode in program.modes.items():
-            self._parts[mode.site.path].sections.append(Section(mode, widened.graphs[key]))
-        self._report: Report | None = None
-        self._options: ExpandOptions | None = None
-        self._evidence: Any = None
-        self._caches: list[tuple[str, str, Any]] = []
-        self._lean: Lean | None = None
+            section = self._section(key, mode, program.graphs[key], compiled)
+            self._parts[mode.site.path].sections.append(section)
         # The user's module hides from nn.Module: its parameters are placeholders for the teacher's.
-        placeholders: dict[int, Any] = {id(p): placeholder(p) for p in program.student.parameters()}
-        object.__setattr__(self, "_student", duplicate(program.student, placeholders))
-        self._register(program, widened, empty)
+        hidden: dict[int, Any] = {id(p): placeholder(p) for p in student.parameters()}
+        object.__setattr__(self, "_student", duplicate(student, hidden))
+        self._caches = [
+            (path, name, copy.copy(vars(self._student.get_submodule(path))[name]))
+            for path, name in compiled.caches
+        ]
+        self._register(program)
         # Generated code names tensors as attributes; `_net` has the same registries and none of
         # this class's methods, so a student may call its own submodules `student` or `report`.
         net = nn.Module()
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        for registry in _HIDDEN:
             net.__dict__[registry] = self.__dict__[registry]
         object.__setattr__(self, "_net", net)
-        self._folds = {one.weight: module_of(one.weight) for one in widened.branched}
-        for one in widened.branched:
-            own = program.tensors[program.alias.get(one.weight, one.weight)]
-            fold = Fold(one, own.detach(), seed + zlib.crc32(one.weight.encode()), live=live)
-            _place(self, module_of(one.weight), fold)
-        self._uses = dict(widened.uses)
+        self._folds = {one.weight: module_of(one.weight) for one in program.branched}
+        for one in program.branched:
+            weight = program.tensors[program.alias.get(one.weight, one.weight)]
+            seed = options.seed + zlib.crc32(one.weight.encode())
+            fold = Fold(one, weight.detach(), seed, live=options.scales == "scratch")
+            _add_module(self, module_of(one.weight), fold)
         self._means: dict[str, Mean] = {}
-        if extract == "mean":
-            for name, _ in self._student.named_parameters():
-                if any(m.wide for m in self._maps[name]):
-                    self._means[name] = Mean(self._maps[name], widened.uses.get(name))
-                    _place(self, f"_extraction.{name}", self._means[name])
-        fused = dict(widened.lowered)
+        for name, _ in self._student.named_parameters() if options.extract == "mean" else ():
+            if any(m.wide for m in program.maps[name]):
+                self._means[name] = Mean(program.maps[name], program.uses.get(name))
+                _add_module(self, f"_extraction.{name}", self._means[name])
+        fused = dict(program.lowered)
         for name in self._means.keys() & fused.keys():  # a mean needs all of the copies
             fused[name] = replace(fused[name], site=replace(fused[name].site, cut=None))
         singles = [path for name, path in self._folds.items() if name not in fused]
         self._folding = Folding(net, fused, singles)
         # what the parts read while the user's Python runs between them
         self._held: ChainMap[str, Tensor] = ChainMap()
-        between = None if "" in self._parts else self._make_python_shell()
-        object.__setattr__(self, "_python_shell", between)
+        shell = None if "" in self._parts else self._make_python_shell()
+        object.__setattr__(self, "_python_shell", shell)
+        self._report = describe(self) if describe else None
 
     # ---- construction
-    def _register(self, program: Program, widened: Widened, empty: bool) -> None:
-        made: dict[str, Tensor] = {}
-        for name, tensor in program.tensors.items():
-            own, maps = tensor.detach(), widened.maps[name]
-            if empty and isinstance(tensor, nn.Parameter) and any(m.wide for m in maps):
-                own = own.to("meta")
-            wide = gather(own, maps)
-            wide = own.clone() if wide is own else wide
-            if isinstance(tensor, nn.Parameter):
-                wide = nn.Parameter(wide, requires_grad=tensor.requires_grad)
-            made[name] = wide
+    def _section(self, key: str, mode: Mode, graph: fx.Graph, compiled: Compiled) -> Section:
+        """A graph as code."""
+        return Section(mode, graph, compiled.sizes[key])
+
+    def _initial(self, name: str, tensor: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
+        """IR of one of the student's parameters or buffers."""
+        own = tensor.detach()
+        wide = gather(own, maps)
+        wide = own.clone() if wide is own else wide
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(wide, requires_grad=tensor.requires_grad)
+        return wide
+
+    def _register(self, program: Widened) -> None:
+        tensors = {n: self._initial(n, t, program.maps[n]) for n, t in program.tensors.items()}
+        tensors |= {name: tensors[first] for name, first in program.alias.items()}
         lasting = set(program.student.state_dict(keep_vars=True))
-        for name, wide in made.items():
-            _attach(self, name, wide, persistent=name in lasting)
-        for name, canonical in program.alias.items():
-            _attach(self, name, made[canonical], persistent=name in lasting)
-        for name, table in widened.shares.items():
-            _attach(self, name, table, persistent=True)
-        for name, index in widened.constants.items():
-            _attach(self, name, index, persistent=False)
-        for name, child in program.children.items():
-            self._modules[name] = child
+        for name, tensor in tensors.items():
+            attach(self, name, tensor, persistent=name in lasting)
+        for name, table in program.shares.items():
+            attach(self, name, table, persistent=True)
+        for name, index in program.constants.items():
+            attach(self, name, index, persistent=False)
+        self._modules.update(program.children)
         self._buffers_name = "student_buffers"
         while self._buffers_name in self._modules:
             self._buffers_name += "_"
         self._modules[self._buffers_name] = nn.Module()
         for name, buffer in program.student.named_buffers():
             own = buffer.detach().clone()
-            _attach(self, f"{self._buffers_name}.{name}", own, persistent=name in lasting)
+            attach(self, f"{self._buffers_name}.{name}", own, persistent=name in lasting)
 
     def _make_python_shell(self) -> nn.Module:
         """The student's Python, whose parts run their graphs; its own tensors are not used."""
         tensors = itertools.chain(self._student.parameters(), self._student.buffers())
-        between = duplicate(self._student, {id(t): t for t in tensors})
+        shell = duplicate(self._student, {id(t): t for t in tensors})
         for path, part in self._parts.items():
-            part.take_over(between.get_submodule(path), self._net, self._held)
-        return between
+            part.take_over(shell.get_submodule(path), self._net, self._held)
+        return shell
 
     # ---- running
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the dynamic teacher. Raises ``InputError`` for inputs of another structure than the
         example's, or of another size where the network has that size baked in."""
-        return self._run_teacher(
-            self._folding.for_call(student=self._python_shell is not None), args, kwargs
-        )
+        folded = self._folding.for_call(student=self._python_shell is not None)
+        return self._run_teacher(folded, args, kwargs)
 
     def student(self, *args: Any, **kwargs: Any) -> Any:
         """Run the student on the teacher's parameters; gradients flow into the teacher's."""
@@ -159,22 +154,22 @@ class Teacher(nn.Module):
 
     def both(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """``(teacher(...), teacher.student(...))``, the branches folded once for both."""
-        folded = self.fold()
+        folded = self._fold()
         return self._run_teacher(folded, args, kwargs), self._run_student(folded, args, kwargs)
 
-    def fold(self, *, teacher: bool = True, student: bool = True) -> Folded:
-        """The weights that branches fold into, by the names of ``gpdfx.fold``: those that the
+    def _fold(self, *, teacher: bool = True, student: bool = True) -> Folded:
+        """The weights that branches fold into, by the names of ``passes.folded``: those that the
         teacher reads, those that the student does, or both."""
         return self._folding(teacher=teacher, student=student)
 
-    def lazy(self, *, teacher: bool = True, student: bool = True) -> Lazy:
-        """``fold`` without gradients; every weight is made when it is read."""
+    def _fold_lazily(self, *, teacher: bool = True, student: bool = True) -> Lazy:
+        """``_fold`` without gradients; every weight is made when it is read."""
         return self._folding.lazy(teacher=teacher, student=student)
 
-    def folded_once(self) -> AbstractContextManager[None]:
+    def _folded_once(self) -> AbstractContextManager[None]:
         """Fold the branches once for all calls inside, as an evaluation wants it: parameters must
         not change meanwhile, and get no gradient."""
-        return self._folding.once(self.fold if self._lean is None else self._lean.fold)
+        return self._folding.once(self._fold)
 
     def folds(self) -> Iterator[Fold]:
         """The branches of each layer."""
@@ -184,13 +179,12 @@ class Teacher(nn.Module):
     def _run_teacher(
         self, folded: Folded, args: Any, kwargs: Any, features: list[Tensor] | None = None
     ) -> Any:
-        """``features``: takes the features that were asked for (``features=`` of ``expand``)."""
+        """``features``: takes those that were asked for (``features=`` of ``expand``)."""
         if self._python_shell is None:
             return self._parts[""](self._net, folded, self.training, args, kwargs, features)
         tensors = dict(self.student_parameters(folded))
         for name, _ in self._student.named_buffers():
-            wide = operator_get(self._net, name)
-            tensors[name] = take_first(wide, self._maps[self._alias.get(name, name)])
+            tensors[name] = take_first(self._tensor(name), self._facts.maps_of(name))
         self._held.maps[:] = [folded]  # type: ignore[list-item]
         try:
             with slow_attention():
@@ -204,8 +198,7 @@ class Teacher(nn.Module):
         """``own``: parameters that the student does not share."""
         self._student.train(self.training)
         tensors = dict(self.student_parameters(folded)) | dict(own or {})
-        tensors |= dict(self._modules[self._buffers_name].named_buffers())  # type: ignore[union-attr]
-        return self._run(self._student, tensors, args, kwargs)
+        return self._run(self._student, tensors | self._student_buffers(), args, kwargs)
 
     def _run(
         self, module: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: dict[str, Any]
@@ -230,89 +223,63 @@ class Teacher(nn.Module):
             for path, attribute, pristine in self._caches:
                 module.get_submodule(path).__dict__[attribute] = copy.copy(pristine)
 
+    # ---- between student and teacher
     def student_parameters(self, folded: Folded | None = None) -> Iterator[tuple[str, Tensor]]:
-        """CBR: the student's parameters. Branches are merged (``folded``: what ``fold`` gave, if
+        """CBR: the student's parameters. Branches are merged (``folded``: what they fold into, if
         it is known), then the first copies taken: views where they can be."""
         folded = self._folding.for_call(teacher=False) if folded is None else folded
         for name, _ in self._student.named_parameters():
             wide = folded.get(students(name), folded.get(merged(name)))
-            wide = operator_get(self._net, name) if wide is None else wide
+            wide = self._tensor(name) if wide is None else wide
             yield name, wide if name in self._folding.cut else self.narrow(name, wide)
 
     def narrow(self, name: str, wide: Tensor) -> Tensor:
         """A tensor like the student's parameter ``name``, out of one like the teacher's: the first
         copies, or their mean (``extract``)."""
         if name in self._means:
-            mean: Tensor = self._means[name](wide, lambda key: operator_get(self._net, key))
+            mean: Tensor = self._means[name](wide, self._tensor)
             return mean
-        first = take_first(wide, self._maps[name])
-        return first if self._lean is None else first.clone()  # a view would hold all of it
+        return take_first(wide, self._facts.maps[name])
 
     def widen(self, name: str, own: Tensor) -> Tensor:
         """A tensor like the teacher's parameter or buffer ``name``, out of one like the student's:
         every copy takes the student's value."""
-        return gather(own, self._maps[self._alias.get(name, name)])
-
-    def find_caches(self, args: Any, kwargs: Any, student: nn.Module) -> None:
-        """Find tensors that the student keeps outside its registries (LeViT's bias cache): they
-        are put back after every call, so that new weights count. ``student``: one with values."""
-        before = {
-            (path, k): copy.copy(v)
-            for path, module in self._student.named_modules()
-            for k, v in module.__dict__.items()
-            if isinstance(v, dict | list | Tensor | type(None)) and k not in _REGISTRIES
-        }
-        probe = duplicate(student)
-        with torch.enable_grad():  # what is computed from parameters then says so
-            for training in (True, False):
-                probe.train(training)(*args, **kwargs)
-        for (path, k), old in before.items():
-            new = probe.get_submodule(path).__dict__.get(k)
-            if isinstance(old, Tensor) and isinstance(new, Tensor):
-                changed = not new.is_leaf
-            elif isinstance(old, dict | list) and isinstance(new, dict | list):
-                changed = len(old) != len(new)
-            else:
-                changed = (old is None) != (new is None)
-            if changed:
-                self._caches.append((path, k, old))
-
-    def parts_of(self, module: nn.Module | None) -> dict[str, nn.Module]:
-        """The modules of a student that were captured one by one; none if it was in one piece."""
-        if self._python_shell is None or module is None:
-            return {}
-        return {path: module.get_submodule(path) for path in self._parts}
-
-    def pin(self, levels: dict[str, str]) -> None:
-        """Accept, part by part, only the example's input sizes but for those of a level of
-        ``LEVELS``."""
-        for path, level in levels.items():
-            for section in self._parts[path].sections:
-                section.sizes = section.sizes.pinned(section.call.shapes, level)
+        return gather(own, self._facts.maps_of(name))
 
     @torch.no_grad()
     def load_student(self, student: nn.Module) -> None:
         """IR: take over all parameters and buffers of a module like the student; branches add
         nothing to them at first."""
-        if self._lean is not None:
-            self._lean.load(student)
         for name, tensor in student.named_parameters():
-            if self._lean is None or name not in self._lean.names:
-                self._load(name, tensor)
+            self._load(name, tensor)
         for fold in self.folds():
             fold.reset()
-        self.load_buffers(student)
+        self._load_buffers(student)
 
     @torch.no_grad()
-    def load_buffers(self, student: nn.Module) -> None:
+    def _load_buffers(self, student: nn.Module) -> None:
         """``load_student`` for the buffers alone."""
-        buffers = dict(self._modules[self._buffers_name].named_buffers())  # type: ignore[union-attr]
+        buffers = self._student_buffers()
         for name, buffer in student.named_buffers():
             self._load(name, buffer)
             buffers[name].copy_(buffer)
 
     def _load(self, name: str, tensor: Tensor) -> None:
-        operator_get(self._net, name).copy_(self.widen(name, tensor))
+        self._tensor(name).copy_(self.widen(name, tensor))
+
+    def _tensor(self, name: str) -> Tensor:
+        """One of the teacher's parameters or buffers."""
+        return operator_get(self._net, name)
+
+    def _student_buffers(self) -> dict[str, Tensor]:
+        """The student's own, by its names."""
+        return dict(self._modules[self._buffers_name].named_buffers())  # type: ignore[union-attr]
+
+    def _parts_in(self, module: nn.Module | None) -> dict[str, nn.Module]:
+        """The modules of a student that were captured one by one; none if it was in one piece."""
+        if self._python_shell is None or module is None:
+            return {}
+        return {path: module.get_submodule(path) for path in self._parts}
 
     def report(self) -> Report:
         """What widened, what did not and why, parameters, multiply-adds, measured error."""
@@ -327,6 +294,10 @@ class Teacher(nn.Module):
             self._python_shell.train(mode)
         return self
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """By the student's names, also where a method is called the same (``student``)."""
+        return self._net.get_submodule(target) if target else self
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)
         self._student._apply(lambda t: apply_to(fn, t), recurse)
@@ -334,20 +305,24 @@ class Teacher(nn.Module):
 
 
 # --------------------------------------------------------------------------- tensors by name
-def _place(root: nn.Module, path: str, module: nn.Module) -> None:
-    *way, leaf = path.split(".")
-    for part in way:
-        root = root._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
-    root._modules[leaf] = module
+def _add_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, leaf = path.split(".")
+    _parent(root, parents)._modules[leaf] = module
 
 
-def _attach(root: nn.Module, name: str, tensor: Tensor, persistent: bool) -> None:
-    *path, leaf = name.split(".")
+def attach(root: nn.Module, name: str, tensor: Tensor, persistent: bool) -> None:
+    """Register a parameter or buffer under a dotted name."""
+    *parents, leaf = name.split(".")
+    module = _parent(root, parents)
+    if isinstance(tensor, nn.Parameter):
+        module._parameters[leaf] = tensor
+    else:
+        module._buffers[leaf] = tensor
+        if not persistent:
+            module._non_persistent_buffers_set.add(leaf)
+
+
+def _parent(root: nn.Module, path: list[str]) -> nn.Module:
     for part in path:
         root = root._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
-    if isinstance(tensor, nn.Parameter):
-        root._parameters[leaf] = tensor
-    else:
-        root._buffers[leaf] = tensor
-        if not persistent:
-            root._non_persistent_buffers_set.add(leaf)
+    return root

@@ -260,7 +260,7 @@ class Run:
         once: AbstractContextManager[None] = nullcontext()
         if self.net.teacher is not None:
             networks.append(self.net.teacher)
-            once = self.net.teacher.folded_once()
+            once = self.net.teacher._folded_once()
         with once:
             student, *rest = self._accuracies(split, networks)
         self.net.train()

@@ -89,7 +89,7 @@ def capture(
                     for k, (path, kind) in stack.items()
                 }
         modes[key] = Mode(graph, site, out, level)
-    return Program(student, modes, tensors, alias, children)
+    return Program(student, modes, tensors, alias, children, functional=functional)
 
 
 def _key(site: CallSite, known: Collection[str]) -> str:

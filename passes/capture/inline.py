@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from ...kernels.regions import enter_grad, exit_grad
-from ..program import Program, check
+from ..program import Program
 
 _GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
@@ -34,7 +34,7 @@ def inline(program: Program) -> Program:
                 _inline(name, mode.graph, node, children)
     used = {n.target for _, n in program.each() if n.op == "get_attr"}
     kept = {name: child for name, child in children.items() if name in used}
-    return check(replace(program, children=kept))
+    return replace(program, children=kept)
 
 
 def _inline(mode: str, graph: fx.Graph, node: fx.Node, children: dict[str, nn.Module]) -> None:

@@ -38,7 +38,7 @@ def capture_parts(
     """As ``capture`` of the whole network, which failed (``why``). Raises it again if no module
     with parameters can be captured."""
     calls = _steady(record(student, args, kwargs), record(_shuffled(student), args, kwargs))
-    program = Program(student, {}, {}, {}, {}, {"": _reason(why)})
+    program = Program(student, {}, {}, {}, {}, {"": _reason(why)}, functional)
     for name, child in student.named_children():
         program = _add(program, name, child, calls, functional, dynamic, set())
     if not program.modes:
@@ -129,6 +129,7 @@ def join_programs(a: Program, b: Program) -> Program:
         a.alias | b.alias,
         a.children | b.children,
         a.apart | b.apart,
+        a.functional,
     )
 
 

@@ -1,0 +1,76 @@
+"""What several test files need to look inside a teacher and its making."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from gpdfx.check import laws
+from gpdfx.compiler import compile_program
+from gpdfx.control import ExpandOptions, make_control
+from gpdfx.passes.widen import Widened
+from gpdfx.teacher.compiled import Compiled, Facts, Inputs
+from gpdfx.teacher.folding import Folding
+from gpdfx.teacher.module import Teacher
+
+
+def program_of(
+    model: nn.Module, call: Inputs, ratio: Any = 2.0, *, branches: Any = None, **options: Any
+) -> Widened:
+    """What the passes make of a model, for a call of it."""
+    control = make_control(model, ratio, branches=branches)
+    return compile_program(model, call, ExpandOptions(control, **options))
+
+
+def with_branches(program: Widened, branches: Any) -> Widened:
+    """The same program for other branches."""
+    from gpdfx import passes
+    from gpdfx.passes.widen import widen
+
+    control = make_control(program.student, 2, branches=branches)
+    control = replace(program.options.control, branches=control.branches)
+    program = replace(program, options=replace(program.options, control=control))
+    made: Widened = passes.run(program, passes.PASSES[passes.PASSES.index(widen) :])
+    return made
+
+
+def verify(program: Widened, call: Inputs) -> laws.Check:
+    """The check that ``expand`` makes."""
+    return laws.verify(Compiled.of(program, call))
+
+
+def teacher_of(program: Widened, call: Inputs) -> Teacher:
+    """A teacher without a report."""
+    return Teacher(Compiled.of(program, call))
+
+
+def facts(teacher: Teacher) -> Facts:
+    """What a teacher knows of its making: maps, ties, shares."""
+    return teacher._facts
+
+
+def folding(teacher: Teacher) -> Folding:
+    """What folds its branches."""
+    return teacher._folding
+
+
+def parts(teacher: Teacher) -> dict[str, Any]:
+    """Its captured parts, by the path of the student's module."""
+    return teacher._parts
+
+
+def hidden_student(teacher: Teacher) -> nn.Module:
+    """The user's module, without values of its own."""
+    return teacher._student
+
+
+def python_shell(teacher: Teacher) -> nn.Module | None:
+    """The user's Python between its parts."""
+    return teacher._python_shell
+
+
+def run_teacher(teacher: Teacher, folded: Any, *args: Any, features: Any = None) -> Any:
+    """A call on given folded weights; ``features``: takes those that were asked for."""
+    return teacher._run_teacher(folded, args, {}, features)
