@@ -19,7 +19,7 @@ from .check import laws
 from .check.observe import keep_rng
 from .control import ExpandOptions, make_control
 from .custom_ops import check_rules
-from .errors import CaptureError, InputError
+from .errors import CaptureError, InputError, check_choice
 from .memory import give_back
 from .passes import PASSES
 from .passes.assign import assign
@@ -117,8 +117,7 @@ def expand(
         ("randomness", randomness, ("shared", "independent")),
         ("dynamic", dynamic, LEVELS),
     ):
-        if given not in known:
-            raise InputError(f"{name} is {given!r}", remedy=f"pass one of {', '.join(known)}")
+        check_choice(name, given, known)
     control = make_control(model, ratio, keep, round_to, branches)
     options = ExpandOptions(
         control, scales, shares, extract, tuple(features), randomness, dynamic, seed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -51,6 +52,12 @@ class TrainingError(GpdfxError):
 
 class AxisConflict(GpdfxError):
     """Two axes cannot be the same. Passes catch it and bridge; users see it in reports only."""
+
+
+def check_choice(what: str, given: Any, known: Iterable[str]) -> None:
+    """Raise ``InputError`` for an argument that is none of those known."""
+    if given not in known:
+        raise InputError(f"{what} is {given!r}", remedy=f"pass one of {', '.join(known)}")
 
 
 def suggest(name: str, known: Any) -> str:

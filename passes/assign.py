@@ -44,9 +44,7 @@ def assign(program: Inferred) -> Assigned:
     """One width for every leaf (see ``choose_widths``)."""
     inference, control = program.inference, program.options.control
     solver, parameters = inference.solver, program.parameters()
-    names = {name: [name] for name in parameters}
-    for other, name in program.alias.items():
-        names.setdefault(name, [name]).append(other)
+    names = program.names
     free = {
         name: dict.fromkeys(x for a in axes for x in leaves(a) if x not in solver.reason)
         for name, axes in parameters.items()

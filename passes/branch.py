@@ -49,10 +49,8 @@ Uses = dict[str, list[tuple[fx.Node, fx.Node]]]
 
 def branch(program: Widened) -> Widened:
     """Give every trainable layer the branches that are asked for its weight, by all its names."""
-    names = {name: [name] for name in program.tensors}
-    for other, first in program.alias.items():
-        names[first].append(other)
-    choose, uses = program.options.control.branches_of, uses_of(program)
+    names, uses = program.names, uses_of(program)
+    choose = program.options.control.branches_of
     asked = {name: choose(names[name]) for name in program.parameters(rank=2)}
     each = {
         n: _branched(program, uses, n, chosen) for n, chosen in asked.items() if chosen is not NONE

@@ -57,6 +57,10 @@ class Inference:
     ops: dict[fx.Node, Op]
     bridges: dict[fx.Node, BridgeReason] = field(default_factory=dict)
 
+    def inputs(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors that a node reads."""
+        return [n for n in node.all_input_nodes if n in self.axes and is_tensor(n)]
+
 
 @dataclass(frozen=True)
 class Inferred(Program):
@@ -199,11 +203,7 @@ def _infer_op(result: Inference, op: Op) -> Any:
 def _attempts(result: Inference, op: Op) -> Iterator[list[fx.Node]]:
     """Which inputs get fresh axes: none; if that conflicts one of them, the last first; all."""
     yield []
-    changeable = [
-        n
-        for n in op.node.all_input_nodes
-        if n in result.axes and is_tensor(n) and not op.is_static(n)
-    ]
+    changeable = [n for n in result.inputs(op.node) if not op.is_static(n)]
     movable = [n for n in changeable if not all(map(result.solver.is_fixed, result.axes[n]))]
     for n in reversed(movable):
         yield [n]
@@ -237,7 +237,7 @@ def bridge(result: Inference, op: Op, why: BridgeReason) -> Any:
     solver = result.solver
     result.bridges[op.node] = why
     op.reset({}, str(why))
-    inputs = [n for n in op.node.all_input_nodes if n in result.axes and is_tensor(n)]
+    inputs = result.inputs(op.node)
 
     def stays(axis: Axis) -> bool:  # for another reason than a bridge, perhaps in the other mode
         reasons = [solver.reason.get(leaf) for leaf in leaves(solver.resolve(axis))]
@@ -313,5 +313,5 @@ def _views(node: fx.Node) -> bool:
 
 
 def _all_fixed(result: Inference, node: fx.Node) -> bool:
-    near = [n for n in (node, *node.all_input_nodes) if n in result.axes and is_tensor(n)]
+    near = [*result.inputs(node), *([node] if is_tensor(node) else [])]
     return all(result.solver.is_fixed(a) for n in near for a in result.axes[n])

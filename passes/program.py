@@ -88,6 +88,14 @@ class Program:
         """The paths of the modules that were captured; one empty path if it is all of it."""
         return list(dict.fromkeys(mode.site.path for mode in self.modes.values()))
 
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """Tensor -> all its names, its own first: a tied one has several."""
+        found = {name: [name] for name in self.tensors}
+        for other, name in self.alias.items():
+            found[name].append(other)
+        return found
+
     def with_graphs(self, graphs: dict[str, fx.Graph]) -> Program:
         modes = {name: replace(self.modes[name], graph=graph) for name, graph in graphs.items()}
         return replace(self, modes=modes)

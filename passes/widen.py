@@ -195,9 +195,8 @@ class GraphWriter:
         """Narrow every input, run the op at the student's width, spread its outputs."""
         node, env, axes = op.node, dict(self.env), self.inference.axes
         w = Writer(op, self.target, self.mode, env)
-        for x in node.all_input_nodes:
-            if x in axes and is_tensor(x):
-                env[x] = w.narrow(env[x], axes[x])
+        for x in self.inference.inputs(node):
+            env[x] = w.narrow(env[x], axes[x])
         changed = any(env[x] is not self.env[x] for x in node.all_input_nodes)
         new, spread = self._spread(w, w.copy(), None)
         for _, x in mutated(node):

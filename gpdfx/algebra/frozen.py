@@ -16,6 +16,8 @@ import numpy as np
 
 from .axes import Axis, Leaf, Product
 
+MERGING = ("first", "rest", "owner", "copies")
+
 
 @dataclass(frozen=True, eq=False)
 class Frozen:
@@ -59,6 +61,14 @@ class Frozen:
     def first(self) -> np.ndarray:
         """Student index -> its first teacher index."""
         return np.flatnonzero(self.rank == 0)[np.argsort(self.map[self.rank == 0], kind="stable")]
+
+    @cached_property
+    def merging(self) -> dict[str, np.ndarray]:
+        """What ``copies.narrow`` takes, by ``MERGING``: first copies, all other teacher indices,
+        the student index that each of those stands for, and its number of copies."""
+        rest = np.setdiff1d(np.arange(self.teacher), self.first)
+        owner = self.map[rest]
+        return dict(zip(MERGING, (self.first, rest, owner, self.copies[owner]), strict=True))
 
     @cached_property
     def classes(self) -> tuple[np.ndarray, np.ndarray]:

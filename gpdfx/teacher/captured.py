@@ -6,6 +6,7 @@ import importlib
 import types
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -63,18 +64,15 @@ class Part:
     ) -> Any:
         """Run the first graph that holds for a call. Raises ``InputError`` if none does."""
         refused: InputError | None = None
-        for section in self.sections:
-            if section.training == training:
-                try:
-                    flat = section.flatten(args, kwargs)
-                except InputError as error:
-                    refused = refused or error
-                else:
-                    return section(net, folded, flat, features)
-        if refused:
-            raise refused
+        for section in (s for s in self.sections if s.training == training):
+            try:
+                flat = section.flatten(args, kwargs)
+            except InputError as error:
+                refused = refused or error
+                continue
+            return section(net, folded, flat, features)
         mode = "train" if training else "eval"
-        raise InputError(
+        raise refused or InputError(
             f"{self.path} is called in {mode} mode, which the example did not do",
             remedy="expand the model with example inputs that reach it in both modes",
         )
@@ -82,24 +80,18 @@ class Part:
     def take_over(self, module: nn.Module, net: nn.Module, folded: Folded) -> None:
         """Let a user's module run this instead of its forward; its hooks are in the graph.
         ``folded``: filled when it runs."""
-        for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-            module.__dict__[hooks] = OrderedDict()
-        module.forward = _Forward(self, net, module, folded)
+        module.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
+        module.forward = partial(self._forward, net, folded, module)
 
-
-class _Forward:
-    """What a module that was taken over runs."""
-
-    def __init__(self, part: Part, net: nn.Module, module: nn.Module, folded: Folded) -> None:
-        self.part, self.net, self.module, self.folded = part, net, module, folded
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.part(self.net, self.folded, self.module.training, args, kwargs)
+    def _forward(
+        self, net: nn.Module, folded: Folded, module: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        return self(net, folded, module.training, args, kwargs)
 
 
 def _read_late(graph: fx.Graph) -> None:
-    """Move the reading of every tensor to its first use: one that is made when it is read (see
-    ``gpdfx.lean``) is then held for no longer than it is used."""
+    """Move the reading of every tensor to its first use: one that is made when it is read is then
+    held for no longer than it is used."""
     for node in (*graph.find_nodes(op="get_attr"), *reads(graph).values()):
         if node.users:
             min(node.users).prepend(node)

@@ -11,14 +11,13 @@ further from the teacher.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..algebra.frozen import Frozen
+from ..algebra.frozen import MERGING, Frozen
 from ..kernels import copies
 from ..passes.shares import Shares
 
@@ -68,45 +67,32 @@ class Mean(nn.Module):
 
     def __init__(self, maps: Maps, shares: Shares | None) -> None:
         super().__init__()
-        self.shares = shares
         wide = [d for d, m in enumerate(maps) if m.wide]
-        place = -1 if shares is None else shares.layout.dim % len(maps)
-        self.dims = sorted(wide, key=lambda d: d != place)  # shares have the whole tensor's shape
-        self.weighted = place in wide
+        contracted = -1 if shares is None else shares.layout.dim % len(maps)
+        self.shares = shares if contracted in wide else None
+        self.dims = sorted(wide, key=lambda d: d != contracted)  # shares have the tensor's shape
         for d in wide:
-            frozen = maps[d]
-            rest = np.setdiff1d(np.arange(frozen.teacher), frozen.first)
-            for name, array in (
-                ("first", frozen.first),
-                ("rest", rest),
-                ("owner", frozen.map[rest]),
-                ("copies", frozen.copies[frozen.map[rest]]),
-                ("map", frozen.map),
-            ):
+            for name, array in maps[d].merging.items():
                 self.register_buffer(f"{name}_{d}", torch.from_numpy(array), persistent=False)
 
-    def forward(self, tensor: Tensor, find: Any) -> Tensor:
+    def forward(self, tensor: Tensor, find: Callable[[str], Tensor]) -> Tensor:
         """``find``: name -> tensor of the teacher."""
-        for d in self.dims:
-            names = ("first", "rest", "owner", "copies", "map")
-            first, rest, owner, count, index = (self.get_buffer(f"{k}_{d}") for k in names)
-            if self.weighted and d == self.dims[0]:
-                shares = self._shares(tensor, find)
-                total = torch.zeros_like(shares.index_select(d, first)).index_add(d, index, shares)
-                weight = (shares / total.index_select(d, index)).index_select(d, rest)
-            else:
-                weight = count.to(tensor.dtype).reciprocal()
-                weight = weight.view([-1 if e == d else 1 for e in range(tensor.ndim)])
+        for k, d in enumerate(self.dims):
+            merging = (self.get_buffer(f"{name}_{d}") for name in MERGING)
+            if k or self.shares is None:
+                tensor = copies.narrow(tensor, d, *merging)
+                continue
+            first, rest, owner, _ = merging
+            shares = self._read_shares(self.shares, tensor, find)
+            others = shares.index_select(d, rest)
+            total = shares.index_select(d, first).index_add(d, owner, others)
             head = tensor.index_select(d, first)
             delta = tensor.index_select(d, rest) - head.index_select(d, owner)
-            tensor = head.index_add(d, owner, delta * weight)
+            tensor = head.index_add(d, owner, delta * (others / total.index_select(d, owner)))
         return tensor
 
-    def _shares(self, like: Tensor, find: Any) -> Tensor:
-        used = self.shares
-        assert used is not None
-        at, dim, split = used.layout.at, used.layout.dim, used.layout.split
-        table, classes = find(used.table), find(used.classes)
-        return copies.share(
-            torch.ones_like(like), table, classes, at, dim, list(split) if split else None
-        )
+    def _read_shares(self, shares: Shares, like: Tensor, find: Callable[[str], Tensor]) -> Tensor:
+        at, dim, split = shares.layout.at, shares.layout.dim, shares.layout.split
+        table, classes = find(shares.table), find(shares.classes)
+        sizes = list(split) if split else None
+        return copies.share(torch.ones_like(like), table, classes, at, dim, sizes)

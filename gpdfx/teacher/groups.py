@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..control import covers
-from ..errors import InputError
+from ..errors import InputError, check_choice
 from ..passes.folded import PREFIX
 from .module import Teacher
 
@@ -46,12 +46,8 @@ def param_groups(
     Raises:
         InputError: for ``"paper"``: input channels with different numbers of copies, by name.
     """
-    for what, given, known in (
-        ("parametrization", parametrization, PARAMETRIZATIONS),
-        ("optimizer", optimizer, tuple(POWERS)),
-    ):
-        if given not in known:
-            raise InputError(f"{what} is {given!r}", remedy=f"pass one of {', '.join(known)}")
+    check_choice("parametrization", parametrization, PARAMETRIZATIONS)
+    check_choice("optimizer", optimizer, POWERS)
     paper = parametrization == "paper"
     if paper and lr is None:
         raise InputError("the paper's parametrization scales learning rates", remedy="pass lr=")

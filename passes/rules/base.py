@@ -245,9 +245,7 @@ class Writer:
         return self.call(copies.spread, x, dim, self.constant(frozen.map))
 
     def _narrow(self, x: fx.Node, dim: int, frozen: Frozen) -> fx.Node:
-        rest = np.setdiff1d(np.arange(frozen.teacher), frozen.first)
-        arrays = frozen.first, rest, frozen.map[rest], frozen.copies[frozen.map[rest]]
-        return self.call(copies.narrow, x, dim, *map(self.constant, arrays))
+        return self.call(copies.narrow, x, dim, *map(self.constant, frozen.merging.values()))
 
     def _along(
         self, x: fx.Node, axes: Axes, dims: Sequence[int] | None, step: Callable[..., fx.Node]
