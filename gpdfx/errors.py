@@ -56,6 +56,7 @@ class AxisConflict(GpdfxError):
 
 def check_choice(what: str, given: Any, known: Iterable[str]) -> None:
     """Raise ``InputError`` for an argument that is none of those known."""
+    known = tuple(known)
     if given not in known:
         raise InputError(f"{what} is {given!r}", remedy=f"pass one of {', '.join(known)}")
 

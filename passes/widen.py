@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -148,63 +149,55 @@ class GraphWriter:
         graph.erase_node(anchor)
 
     def _call(self, node: fx.Node) -> Any:
-        op = self.inference.ops.get(node)
+        op, bridges = self.inference.ops.get(node), self.inference.bridges
         if op is None:
             return self._number(node)
         if node.target is operator.getitem and isinstance(self.env[node.args[0]], list):  # type: ignore[index]
             return self.env[node.args[0]][node.args[1]]  # type: ignore[index]
-        if node in self.inference.bridges:
-            return self._bridge(op)
-        return self._rule(op)
+        if node not in bridges:
+            rule = rule_of(node.target)
+            assert rule is not None
+            narrowed = sorted(op.narrowed, key=lambda pair: (pair[0].name, pair[1]))
+            why = BridgeReason("conflict" if op.renewed else "positions", op.why)
+            try:
+                return self._write(op, rule.widen, op.renewed, narrowed, sorted(op.spread), why)
+            except DynamicAxis:
+                raise
+            except Exception as error:  # a form the rule was not written for: bridged, reported
+                text = f"its rule failed ({type(error).__name__}: {error})"
+                bridges[node] = BridgeReason("rule failed", text)
+        inputs = self.inference.inputs(node)
+        everywhere = [(x, d) for x in inputs for d in range(len(self.inference.axes[x]))]
+        return self._write(op, Writer.copy, {}, everywhere, None, bridges[node])
 
-    def _rule(self, op: Op) -> Any:
-        """Write the op by its rule, some dimensions of its inputs narrowed first."""
-        own = bool(op.narrowed or op.renewed)
-        env, axes = dict(self.env) if own else self.env, self.inference.axes
+    def _write(
+        self,
+        op: Op,
+        write: Callable[[Writer], Any],
+        renewed: dict[fx.Node, Axes],
+        narrowed: list[tuple[fx.Node, int]],
+        spread: list[int] | None,
+        why: BridgeReason,
+    ) -> Any:
+        """``write`` an op, inputs ``renewed`` or ``narrowed`` first, outputs spread after along
+        some dimensions (``None``: all, as behind a bridge)."""
+        node, axes = op.node, self.inference.axes
+        env = dict(self.env) if renewed or narrowed else self.env
         w = Writer(op, self.target, self.mode, env)
-        for x, fresh in op.renewed.items():
-            env[x] = self._renew(w, env[x], axes[x], fresh)
-        changed = any(env[x] is not self.env[x] for x in op.renewed)
-        for x, dim in sorted(op.narrowed, key=lambda pair: (pair[0].name, pair[1])):
-            env[x] = w.narrow(env[x], op.axes(x), [dim])
-        rule = rule_of(op.node.target)
-        assert rule is not None
-        try:
-            written = rule.widen(w)
-        except DynamicAxis:
-            raise
-        except Exception as error:  # a form the rule was not written for: bridged, reported
-            text = f"its rule failed ({type(error).__name__}: {error})"
-            self.inference.bridges[op.node] = BridgeReason("rule failed", text)
-            return self._bridge(op)
-        new, spread = self._spread(w, written, sorted(op.spread))
-        changed = changed or spread or any(w.wide(op.axes(x)[d]) for x, d in op.narrowed)
-        if op.why and changed:
-            kind = "conflict" if op.renewed else "positions"
-            self._note(op.node, BridgeReason(kind, op.why))
-        return new
-
-    def _renew(self, w: Writer, new: Any, old: Axes, fresh: Axes) -> Any:
-        """From one axis to another of the same size: by way of the student's width."""
-        for d, (a, b) in enumerate(zip(old, fresh, strict=True)):
-            if not np.array_equal(w.frozen(a).map, w.frozen(b).map):
-                new = w.spread(w.narrow(new, old, [d]), fresh, [d])
-        return new
-
-    def _bridge(self, op: Op) -> Any:
-        """Narrow every input, run the op at the student's width, spread its outputs."""
-        node, env, axes = op.node, dict(self.env), self.inference.axes
-        w = Writer(op, self.target, self.mode, env)
-        for x in self.inference.inputs(node):
-            env[x] = w.narrow(env[x], axes[x])
-        changed = any(env[x] is not self.env[x] for x in node.all_input_nodes)
-        new, spread = self._spread(w, w.copy(), None)
-        for _, x in mutated(node):
+        for x, fresh in renewed.items():
+            for d, (old, new) in enumerate(zip(axes[x], fresh, strict=True)):
+                if not np.array_equal(w.frozen(old).map, w.frozen(new).map):  # by way of one copy
+                    env[x] = w.spread(w.narrow(env[x], axes[x], [d]), fresh, [d])
+        for x, d in narrowed:
+            env[x] = w.narrow(env[x], renewed.get(x, axes[x]), [d])
+        result, widened = self._spread(w, write(w), spread)
+        for _, x in mutated(node) if spread is None else ():
             if env[x] is not self.env[x]:  # the op wrote to a narrowed copy
                 w.call(aten.copy_.default, self.env[x], w.spread(env[x], axes[x]))
-        if changed or spread:
-            self._note(node, self.inference.bridges[node])
-        return new
+        if why.text and (widened or any(env[x] is not self.env[x] for x in node.all_input_nodes)):
+            where = node.name, str(node.target), module_path(node), source(node)
+            self.bridges.setdefault(Bridge(*where, why.text, why.kind))
+        return result
 
     def _spread(self, w: Writer, new: Any, dims: list[int] | None) -> tuple[Any, bool]:
         """Spread the outputs of an op that ran at the student's width along ``dims`` (all)."""
@@ -219,10 +212,6 @@ class GraphWriter:
             outputs = [w.call(operator.getitem, new, k) for k in range(len(axes))]
             return [w.spread(x, a, dims) for x, a in zip(outputs, axes, strict=True)], True
         return (w.spread(new, axes, dims) if wide else new), wide
-
-    def _note(self, node: fx.Node, why: BridgeReason) -> None:
-        where = node.name, str(node.target), module_path(node), source(node)
-        self.bridges.setdefault(Bridge(*where, why.text, why.kind))
 
     def _number(self, node: fx.Node) -> fx.Node:
         """Numbers keep the student's value: the size of a widened dimension is scaled back."""

@@ -124,7 +124,7 @@ def read(spelled: Any) -> Any:
     this module does not have."""
     if not isinstance(spelled, list):
         return None if spelled == "none" else spelled
-    kinds = {k.__name__: k for k in Branch.__subclasses__() if k.__module__ == __name__}
+    kinds = {k.__name__: k for k in Branch.__subclasses__() if k.__module__ == Branch.__module__}
     for one in spelled:
         if one["branch"] not in kinds:
             raise InputError(
