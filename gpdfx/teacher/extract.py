@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..algebra.frozen import Frozen
 from ..kernels import copies
+from ..kernels.constant import constant
 from ..passes.shares import Use
 
 Maps = tuple[Frozen, ...]
@@ -42,9 +43,10 @@ def take_first(tensor: Tensor, maps: Maps) -> Tensor:
 
 
 _FIRST: WeakKeyDictionary[Frozen, dict[torch.device, Tensor]] = WeakKeyDictionary()
+"""An axis owns its entry, which ends with it. Axes are pickled; what is on a device is not."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _first(frozen: Frozen, device: torch.device) -> Tensor:
     """Where the first copies are. Copied to a device once: every copy would make the host wait,
     which a CUDA graph cannot hold."""
