@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import gpdfx
 from gpdfx.kernels.fold.site import key_of, sites_of
@@ -173,9 +173,21 @@ def test_the_first_copies_are_marked_as_torch_marks_constants() -> None:
 
 
 # --------------------------------------------------------------------------- and left again
+class Joined(nn.Module):
+    """The first copies of what it joins are no block: their index is a tensor."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, hidden), nn.Linear(4, 3)
+        self.head = nn.Linear(hidden + 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.cat([self.left(x), self.right(x)], 1).relu())
+        return out
+
+
 def expanded(hidden: int) -> gpdfx.Teacher:
-    net = nn.Sequential(nn.Linear(4, hidden), nn.ReLU(), nn.Linear(hidden, 2))
-    return gpdfx.expand(net, 2, example_inputs=(torch.randn(3, 4),))
+    return gpdfx.expand(Joined(hidden), 2, example_inputs=(torch.randn(3, 4),))
 
 
 def tables() -> dict[str, int]:
@@ -200,6 +212,7 @@ def test_nothing_is_left_of_fifty_teachers() -> None:
         teacher = expanded(5 + k)
         teacher.student(torch.randn(2, 4))
         alive.append(weakref.ref(teacher))
+    assert len(extract._FIRST) > before["gpdfx.teacher.extract._FIRST"]
     del teacher
     gc.collect()
     assert not any(one() for one in alive)
@@ -208,7 +221,7 @@ def test_nothing_is_left_of_fifty_teachers() -> None:
 
 def test_gradients_arrive_after_the_teacher_is_gone() -> None:
     teacher = expanded(6)
-    weight = teacher.get_parameter("0.weight")
+    weight = teacher.get_parameter("left.weight")
     loss = teacher(torch.randn(3, 4)).sum() + teacher.student(torch.randn(3, 4)).sum()
     del teacher
     gc.collect()
