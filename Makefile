@@ -1,24 +1,36 @@
-# Two commands on a fresh machine with Python 3.11 or later: `make demo` and `make test`.
+# On a fresh machine with Python 3.11 or later; the first command makes a virtual environment.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+CODE = gpdfx passes kernels benchmarks tests setup.py
 
-.PHONY: demo test lint slow
-demo: $(VENV)/installed
+.DEFAULT_GOAL = help
+.PHONY: help demo test lint slow bench
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed ## train, expand, collapse and report: the main job, about a minute
 	$(RUN) -m gpdfx.cli.demo
 
-test: lint
-	$(RUN) -m pytest -n 2
-
-lint: $(VENV)/installed
-	$(RUN) -m ruff check gpdfx passes kernels benchmarks tests
-	$(RUN) -m ruff format --check gpdfx passes kernels benchmarks tests
+lint: $(VENV)/installed ## ruff and mypy
+	$(RUN) -m ruff check $(CODE)
+	$(RUN) -m ruff format --check $(CODE)
 	$(RUN) -m mypy
 
-slow: $(VENV)/installed
+test: lint ## lint, and all default tests
+	$(RUN) -m pytest -n 2
+
+slow: $(VENV)/installed ## the tests that take minutes each
 	$(RUN) -m pytest -n 2 -m slow
 
-$(VENV)/installed: pyproject.toml
+bench: $(VENV)/installed ## benchmarks of a few minutes: lines, import, steps (files in build/)
+	$(RUN) -m benchmarks.code_lines
+	$(RUN) -m benchmarks.import_time
+	$(RUN) -m benchmarks.speed --device cpu --only noise teacher gpd --branches none auto \
+		--pairs 3 --out build/speed_cpu.csv
+
+$(VENV)/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@

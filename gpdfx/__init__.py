@@ -5,6 +5,7 @@ teacher(x), teacher.student(x)             # trained together, on shared paramet
 plain = gpdfx.collapse(teacher)            # the user's own class again
 """
 
+from . import _links as _links
 from .compiler import expand as expand
 from .custom_ops import rule as rule
 from .custom_ops import unrule as unrule

@@ -16,7 +16,7 @@ from gpdfx.branches.kinds import Full
 from gpdfx.branches.layer import Layer
 from gpdfx.branches.sets import NONE, SETS
 from gpdfx.kernels import copies
-from gpdfx.kernels.fold import Share, Site, cut_of, fold, register
+from gpdfx.kernels.fold import Share, Site, cut_of, fold, key_of
 from gpdfx.passes.folded import students, teachers
 from gpdfx.teacher.extract import take_first
 
@@ -103,8 +103,9 @@ class Case:
     ) -> list[Tensor]:
         tensors = self.tensors if tensors is None else tensors
         index = tuple(range(len(tensors)))
+        sites = (self.site,)
         ((wide, own),) = fold(
-            register((self.site,)), index, tensors, teacher=teacher, student=student
+            sites, key_of(sites), index, tensors, teacher=teacher, student=student
         )
         return [w for w in (wide, own) if w is not None]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpdfx.branches.layer import Layer
 from gpdfx.distill.gpd import GPD
-from gpdfx.kernels.fold import reference, register
+from gpdfx.kernels.fold import key_of, reference
 from gpdfx.kernels.fold.op import backward_op, fold_op, refusal
 
 from .test_branches import LAYERS, plain_teacher
@@ -169,6 +169,20 @@ def test_kernels_are_given_new_addresses() -> None:
 
 
 @interpreted
+def test_matrices_of_shares_end_with_their_tables() -> None:
+    from gpdfx.kernels.fold import launch
+
+    before = len(launch.TABLES.shares)
+    case = Case(Layer(1, 2, 2, (), "linear"), "lowrank", torch.float32)
+    owned = [t.detach().clone() for t in case.tensors]
+    for _ in range(2):
+        launch.forward([case.site], [owned], True, torch.float32)
+        assert len(launch.TABLES.shares) == before + 1
+    del owned
+    assert len(launch.TABLES.shares) == before
+
+
+@interpreted
 def test_kernels_are_there_for_channels_last() -> None:
     layer = Layer(1, 2, 3, (2, 2), "conv")
     case = Case(layer, "orepa", torch.float32)
@@ -187,7 +201,7 @@ def test_the_operator_is_registered_well(which: str, chosen: str, whole: bool) -
     case = Case(LAYERS[which], chosen, torch.float32)
     if whole:
         case.site = replace(case.site, cut=None)
-    key, index = register((case.site,)), list(range(len(case.tensors)))
+    key, index = key_of((case.site,)), list(range(len(case.tensors)))
     for asked in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(fold_op, (case.tensors, index, key, *asked, None))
     made = fold_op(case.tensors, index, key, True, True, None)

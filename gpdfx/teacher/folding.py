@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.fold import elements, fold, register
+from ..kernels.fold import elements, fold, key_of
 from ..passes.folded import Folded, Lowered, Make, module_of, students, teachers
 from .fold import Fold
 
@@ -132,7 +131,7 @@ class Chunk:
 
     def __init__(self, lowered: Mapping[str, Lowered], net: nn.Module) -> None:
         self.sites = {name: one.site for name, one in lowered.items()}
-        self.key = register(tuple(self.sites.values()))
+        self.key = key_of(tuple(self.sites.values()))
         numbers: dict[str, int] = {}
         paths = [path for name, one in lowered.items() for path in _paths(name, one, net)]
         self.index = tuple(numbers.setdefault(path, len(numbers)) for path in paths)
@@ -145,10 +144,6 @@ class Chunk:
     def on_gpu(self) -> bool:
         return find(*self.places[0]).is_cuda
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        register(tuple(self.sites.values()))  # in this process
-
     def tensors(self) -> list[Tensor]:
         """Those of its places."""
         if self.read is not None:
@@ -159,7 +154,8 @@ class Chunk:
         """The weights of teacher and student."""
         tensors = self.tensors()
         folded: dict[str, Tensor] = {}
-        weights = fold(self.key, self.index, tensors, teacher=teacher, student=student)
+        sites = tuple(self.sites.values())
+        weights = fold(sites, self.key, self.index, tensors, teacher=teacher, student=student)
         for name, (wide, own) in zip(self.sites, weights, strict=True):
             if wide is not None:
                 folded[teachers(name)] = wide

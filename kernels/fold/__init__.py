@@ -10,4 +10,4 @@ from .site import Site as Site
 from .site import cut_of as cut_of
 from .site import each as each
 from .site import elements as elements
-from .site import register as register
+from .site import key_of as key_of

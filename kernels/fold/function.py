@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .op import fold_op
-from .site import SITES, each, pairs
+from .site import Site, owned, pairs
 
 _KINDS = ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "maia", "xla")
 _CASTING = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
@@ -21,6 +21,7 @@ Weights = tuple[Tensor | None, Tensor | None]
 
 
 def fold(
+    sites: tuple[Site, ...],
     key: str,
     index: tuple[int, ...],
     tensors: Sequence[Tensor],
@@ -28,23 +29,25 @@ def fold(
     teacher: bool,
     student: bool,
 ) -> list[Weights]:
-    """The weights of all layers of ``register``'s ``key``, as far as they are asked for.
+    """The weights of all ``sites``, as far as they are asked for.
 
-    ``index``: which of ``tensors`` are those of the sites, one site after the other. Nothing is
-    kept for the backward but these tensors. On the GPU it is the operator ``gpdfx::fold``,
-    elsewhere a node of autograd over plain torch, which costs less to call than an operator, and
-    whose gradients can be differentiated again.
+    ``key``: ``key_of`` the sites. ``index``: which of ``tensors`` are those of the sites, one
+    site after the other. Nothing is kept for the backward but these tensors. On the GPU it is the
+    operator ``gpdfx::fold``, elsewhere a node of autograd over plain torch, which costs less to
+    call than an operator, and whose gradients can be differentiated again.
     """
     half = _autocast(tensors[0].device.type)
     if tensors[0].is_cuda:
         made = fold_op(list(tensors), list(index), key, teacher, student, half)
     else:
-        made = _Fold.apply(key, index, teacher, student, half, *tensors)
-    found = pairs(key, made, teacher, student)
+        made = _Fold.apply(sites, index, teacher, student, half, *tensors)
+    found = pairs(sites, made, teacher, student)
     if not (teacher and student):
         return found
-    sites = zip(SITES[key], found, strict=True)
-    return [(wide, own if site.distinct else wide) for site, (wide, own) in sites]
+    return [
+        (wide, own if site.distinct else wide)
+        for site, (wide, own) in zip(sites, found, strict=True)
+    ]
 
 
 def _autocast(kind: str) -> torch.dtype | None:
@@ -57,7 +60,7 @@ def _autocast(kind: str) -> torch.dtype | None:
 class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(
-        key: str,
+        sites: tuple[Site, ...],
         index: tuple[int, ...],
         teacher: bool,
         student: bool,
@@ -65,18 +68,18 @@ class _Fold(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         made: list[Tensor] = []
-        for site, own in each(key, index, tensors):
+        for site, own in owned(sites, index, tensors):
             made += reference.listed(site, *reference.forward(site, own, teacher, student))
         return tuple(made)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.key, ctx.index, ctx.teacher, ctx.student, ctx.half, *tensors = inputs
+        ctx.sites, ctx.index, ctx.teacher, ctx.student, ctx.half, *tensors = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        frozen = _frozen(ctx.key, ctx.index, tensors)
+        frozen = _frozen(ctx.sites, ctx.index, tensors)
         if any(frozen):
-            made = pairs(ctx.key, output, ctx.teacher, ctx.student)
+            made = pairs(ctx.sites, output, ctx.teacher, ctx.student)
             still = [w for pair, fixed in zip(made, frozen, strict=True) if fixed for w in pair]
             ctx.mark_non_differentiable(*(w for w in still if w is not None))
 
@@ -95,18 +98,18 @@ class _Fold(torch.autograd.Function):
         )
 
 
-def _frozen(key: str, index: Sequence[int], tensors: Sequence[Tensor]) -> list[bool]:
+def _frozen(sites: Sequence[Site], index: Sequence[int], tensors: Sequence[Tensor]) -> list[bool]:
     """Which sites have no tensor that takes a gradient."""
-    return [not any(t.requires_grad for t in own) for _, own in each(key, index, tensors)]
+    return [not any(t.requires_grad for t in own) for _, own in owned(sites, index, tensors)]
 
 
 def _backward(
     ctx: Any, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     found: list[Tensor | None] = [None] * len(tensors)
-    given = pairs(ctx.key, grads, ctx.teacher, ctx.student)
+    given = pairs(ctx.sites, grads, ctx.teacher, ctx.student)
     at = 0
-    for (site, own), pair in zip(each(ctx.key, ctx.index, tensors), given, strict=True):
+    for (site, own), pair in zip(owned(ctx.sites, ctx.index, tensors), given, strict=True):
         for grad in reference.backward(site, own, *pair):
             if grad is not None:  # only constants belong to several sites
                 found[ctx.index[at]] = grad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -159,11 +160,12 @@ def filters_of(branch: Branch, layer: Layer, device: str) -> Tensor:
 # --------------------------------------------------------------------------- of many
 class Tables:
     """What stays from step to step: device copies of tables whose pointers did not change, lists
-    of programs, shares as matrices (channels, in)."""
+    of programs, shares as matrices (channels, in). Tables and lists are small and of a number that
+    is bounded; a matrix ends with the table of shares that it is of."""
 
     def __init__(self) -> None:
         self.made: OrderedDict[Any, Tensor] = OrderedDict()
-        self.shares: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
+        self.shares: OrderedDict[Any, Tensor] = OrderedDict()
 
     def upload(self, numbers: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         """``numbers``: a tuple of tuples."""
@@ -189,10 +191,11 @@ class Tables:
             ones = torch.ones_like(tensors[0], dtype=torch.float32)
             shares = share(ones, table, classes, how.at, how.dim, split)
             matrix = load(site.layer, shares)[..., 0].reshape(site.layer.channels, -1)
-            self.shares[key] = (matrix.contiguous(), table)  # the table lives on: no other takes
-            while len(self.shares) > 1024:  # its address
+            self.shares[key] = matrix.contiguous()  # until another may take the table's address
+            weakref.finalize(table.untyped_storage(), self.shares.pop, key, None)
+            while len(self.shares) > 1024:
                 self.shares.popitem(last=False)
-        return self.shares[key][0]
+        return self.shares[key]
 
 
 TABLES = Tables()

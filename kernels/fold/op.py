@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...branches.kinds import Average, Frequency, Full, LowRank, Pointwise, Product, Separable
 from . import reference
-from .site import SITES, Site, each, pairs
+from .site import Site, each, pairs, sites_of
 
 KINDS = {Average: 0, Frequency: 0, Pointwise: 0, Full: 1, Product: 2, LowRank: 2, Separable: 3}
 """Kind of branch -> kind of summand, of which a layer may have as many as ``SLOTS`` says."""
@@ -80,15 +80,15 @@ def fold_kernels(
     half: torch.dtype | None,
 ) -> list[Tensor]:
     """``fold_op`` by kernels, for those layers that have them."""
-    sites_of, kernels = each(key, index, tensors), _kernels(tensors[0])
-    fused = [teacher and kernels is not None and not refusal(site) for site, _ in sites_of]
-    chosen = [one for one, good in zip(sites_of, fused, strict=True) if good]
+    layers, kernels = each(key, index, tensors), _kernels(tensors[0])
+    fused = [teacher and kernels is not None and not refusal(site) for site, _ in layers]
+    chosen = [one for one, good in zip(layers, fused, strict=True) if good]
     found = iter(())
     if chosen:
         sites, owned = zip(*chosen, strict=True)
         found = iter(kernels.forward(sites, owned, student, half or tensors[0].dtype))
     made: list[Tensor] = []
-    for (site, own), good in zip(sites_of, fused, strict=True):
+    for (site, own), good in zip(layers, fused, strict=True):
         weights = (
             next(found)
             if good
@@ -128,7 +128,7 @@ def backward_op(
     """The gradients of all tensors; an empty one for those that have none."""
     found = []
     for (site, own), (wide, narrow) in zip(
-        each(key, index, tensors), pairs(key, grads, teacher, student), strict=True
+        each(key, index, tensors), pairs(sites_of(key), grads, teacher, student), strict=True
     ):
         found.append(_autocast(half, own, reference.backward, site, own, wide, narrow))
     return _gathered(found, tensors, index)
@@ -159,20 +159,20 @@ def backward_kernels(
     half: torch.dtype | None,
 ) -> list[Tensor]:
     """``backward_op`` by kernels, for those layers that have them."""
-    sites_of, kernels = each(key, index, tensors), _kernels(tensors[0])
-    given = pairs(key, grads, teacher, student)
+    layers, kernels = each(key, index, tensors), _kernels(tensors[0])
+    given = pairs(sites_of(key), grads, teacher, student)
     fused = [
         teacher and kernels is not None and not refusal(site) and pair != (None, None)
-        for (site, _), pair in zip(sites_of, given, strict=True)
+        for (site, _), pair in zip(layers, given, strict=True)
     ]
-    chosen = [(*one, g) for one, g, good in zip(sites_of, given, fused, strict=True) if good]
+    chosen = [(*one, g) for one, g, good in zip(layers, given, fused, strict=True) if good]
     quick = iter(())
     if chosen:
         sites, owned, own_grads = zip(*chosen, strict=True)
         quick = iter(kernels.backward(sites, owned, own_grads, half or tensors[0].dtype))
     found = [
         next(quick) if good else _autocast(half, own, reference.backward, site, own, wide, narrow)
-        for (site, own), (wide, narrow), good in zip(sites_of, given, fused, strict=True)
+        for (site, own), (wide, narrow), good in zip(layers, given, fused, strict=True)
     ]
     return _gathered(found, tensors, index)
 
@@ -188,9 +188,9 @@ def _(
     half: torch.dtype | None,
 ) -> list[Tensor]:
     made = [t.new_empty(0) for t in tensors]
-    given = pairs(key, grads, teacher, student)
+    given = pairs(sites_of(key), grads, teacher, student)
     at = 0
-    for site, pair in zip(SITES[key], given, strict=True):
+    for site, pair in zip(sites_of(key), given, strict=True):
         for offset, differentiable in enumerate(reference.differentiable(site)):
             if differentiable and any(g is not None for g in pair):
                 made[index[at + offset]] = torch.empty_like(tensors[index[at + offset]])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from ...algebra.frozen import Frozen, blocks_of
 from ...branches.kinds import Branch
 from ...branches.layer import LAYOUTS, Layer
+from .formula import FORMULAS
 
 Tensors = list[Tensor]
 Blocks = tuple[int, int, int]
@@ -143,34 +144,61 @@ class Site:
         return self.layer if self.cut is None else self.cut.layer(self.layer)
 
 
-SITES: dict[str, tuple[Site, ...]] = {}
-"""The sites of a fold by the key under which operators know them."""
+TYPES: dict[str, type[Any]] = {t.__name__: t for t in (Site, Cut, Share, Layer, *FORMULAS)}
+"""What a key is made of."""
 
 
-def register(sites: tuple[Site, ...]) -> str:
-    """Their key: the same in every process."""
-    key = hashlib.sha256(repr(sites).encode()).hexdigest()[:16]
-    SITES[key] = sites
-    return key
+def key_of(sites: tuple[Site, ...]) -> str:
+    """All that they are as a text, under which operators, graphs and other processes know them:
+    nobody has to keep them anywhere."""
+
+    def named(value: Any) -> dict[str, Any]:
+        own = {field.name: getattr(value, field.name) for field in fields(value)}
+        return {"type": type(value).__name__} | own
+
+    return json.dumps(sites, default=named, separators=(",", ":"))
+
+
+@lru_cache(maxsize=256)
+def sites_of(key: str) -> tuple[Site, ...]:
+    """The inverse of ``key_of``."""
+
+    def unnamed(value: dict[str, Any]) -> Any:
+        return TYPES[value.pop("type")](**{name: hashable(own) for name, own in value.items()})
+
+    def hashable(value: Any) -> Any:
+        return tuple(map(hashable, value)) if isinstance(value, list) else value
+
+    sites: tuple[Site, ...] = hashable(json.loads(key, object_hook=unnamed))
+    return sites
 
 
 def each(key: str, index: Sequence[int], tensors: Sequence[Tensor]) -> list[tuple[Site, Tensors]]:
+    """``owned`` of a key's sites."""
+    return owned(sites_of(key), index, tensors)
+
+
+def owned(
+    sites: Sequence[Site], index: Sequence[int], tensors: Sequence[Tensor]
+) -> list[tuple[Site, Tensors]]:
     """Every site with its tensors. ``index``: which of ``tensors`` they are, one site after the
     other."""
     found = []
     at = 0
-    for site in SITES[key]:
+    for site in sites:
         found.append((site, [tensors[k] for k in index[at : at + site.size]]))
         at += site.size
     return found
 
 
-def pairs(key: str, weights: Sequence[Any], teacher: bool, student: bool) -> list[tuple[Any, Any]]:
+def pairs(
+    sites: Sequence[Site], weights: Sequence[Any], teacher: bool, student: bool
+) -> list[tuple[Any, Any]]:
     """The teacher's and the student's by site, of what a fold gives one after the other; ``None``
     for one that was not asked for, or that is the other one."""
     rest = iter(weights)
     found = []
-    for site in SITES[key]:
+    for site in sites:
         wide = next(rest) if teacher else None
         found.append((wide, next(rest) if student and (site.distinct or not teacher) else None))
     return found
