@@ -111,9 +111,13 @@ def storage_key(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
-def storage_reference(x: Tensor) -> StorageWeakRef:
-    """While it lives, the ``storage_key`` of a tensor is nobody else's, though its memory is
-    freed."""
+StorageReference = StorageWeakRef
+"""While it lives, the ``storage_key`` of its storage is nobody else's, though the memory is freed;
+``expired()`` says that it is."""
+
+
+def storage_reference(x: Tensor) -> StorageReference:
+    """Of the storage that a tensor is on."""
     return StorageWeakRef(x.untyped_storage())
 
 
