@@ -137,10 +137,9 @@ class Sizes:
         """Input -> its sizes, for people: ``batch x 3 x any x any``."""
         words = {}
         for name, sizes in zip(names, self.inputs, strict=True):
-            free = ["any" if d else "batch" for d in range(len(sizes))]
-            text = [
-                str(s) if isinstance(s, int) else word for s, word in zip(sizes, free, strict=True)
-            ]
+            text = ["any" if isinstance(s, str) else str(s) for s in sizes]
+            if text[:1] == ["any"]:
+                text[0] = "batch"
             words[name] = " x ".join(text) or "number"
         return words
 
