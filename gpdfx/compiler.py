@@ -154,12 +154,13 @@ def compile_program(
     functional, dynamic = False, options.dynamic
     while True:
         clock.skip()
-        program = _capture(model, example, functional, dynamic)
+        program = capture_model(model, example, functional, dynamic)
+        program = replace(program, options=options, functional=functional)
         dynamic = min((mode.level for mode in program.modes.values()), key=LEVELS.index)
         clock.lap("capture")
         try:
             with _gc_paused():
-                widened: Widened = passes.run(replace(program, options=options))
+                widened: Widened = passes.run(program)
                 check_rules(widened)
                 return widened
         except NeedsFunctional:
@@ -172,7 +173,7 @@ def compile_program(
             dynamic = LEVELS[LEVELS.index(dynamic) + 1]
 
 
-def _capture(model: nn.Module, example: Inputs, functional: bool, dynamic: str) -> Program:
+def capture_model(model: nn.Module, example: Inputs, functional: bool, dynamic: str) -> Program:
     """The network as a program: in one piece if it exports, else in parts."""
     student = duplicate(model)
     try:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .program import Program, bind, has_effect, is_tensor, mutated, value
+from .program import Program, bind, has_effect, is_mutable, is_tensor, mutated, value
 
 aten = torch.ops.aten
 
@@ -24,14 +24,13 @@ _CHECKS = {
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 }
-_DROPOUTS = {
-    overload.default
-    for kind in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
-    for overload in (getattr(aten, kind), getattr(aten, f"{kind}_"))
-}
+_KINDS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+_DROPOUTS = {getattr(aten, f"{kind}{end}").default for kind in _KINDS for end in ("", "_")}
 
 
 def canonicalize(program: Program) -> Program:
+    """The same program in fewer spellings, with a value on every node that has one."""
+    program = program.copied()
     for mode in program.modes.values():
         _one_node_per_tensor(mode.graph)
         for node in mode.nodes:
@@ -41,29 +40,31 @@ def canonicalize(program: Program) -> Program:
             _spell_copy(node)
         _protect_buffers(mode.graph)
         mode.graph.eliminate_dead_code(is_impure_node=has_effect)
+        for node in mode.nodes:
+            if node.op == "get_attr" and node.target in program.tensors:
+                node.meta["val"] = program.tensors[str(node.target)]
+            elif is_mutable(node) and node.args:  # the final copies of a functional capture
+                node.meta.setdefault("val", value(node.args[0]))
     return program
 
 
 def _one_node_per_tensor(graph: fx.Graph) -> None:
-    seen: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op == "get_attr":
-            if node.target in seen:
-                node.replace_all_uses_with(seen[node.target])
-                graph.erase_node(node)
-            else:
-                seen[node.target] = node
+    first: dict[Any, fx.Node] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        if first.setdefault(node.target, node) is not node:
+            node.replace_all_uses_with(first[node.target])
+            graph.erase_node(node)
 
 
 def _drop_identity(node: fx.Node) -> None:
     """Erase export's assertions, and dropout that drops nothing."""
-    if node.target in _CHECKS:
-        node.graph.erase_node(node)
-    elif node.target in _DROPOUTS:
-        source, p, train = node.args[:3] if len(node.args) > 2 else (None, None, True)
+    if node.target in _DROPOUTS and len(node.args) > 2:
+        source, p, train = node.args[:3]
         if isinstance(source, fx.Node) and (p == 0 or not train):
             node.replace_all_uses_with(source)
             node.graph.erase_node(node)
+    elif node.target in _CHECKS:
+        node.graph.erase_node(node)
 
 
 def _spell_copy(node: fx.Node) -> None:
@@ -79,43 +80,31 @@ def _spell_copy(node: fx.Node) -> None:
 
 
 def _functionalize(graph: fx.Graph) -> None:
-    order = {node: k for k, node in enumerate(graph.nodes)}
     family: dict[fx.Node, set[fx.Node]] = {}  # nodes that may share memory, views of views too
-    for node in list(graph.nodes):
+    for node in graph.nodes:
         for target in [arg for name, arg in mutated(node) if name == "self"]:
-            private = all(
-                member.op == "call_function"
-                and (member is target or all(order[user] <= order[node] for user in member.users))
-                for member in family[target]
-            )
+            others = {user for member in family[target] - {target} for user in member.users}
+            private = all(member.op == "call_function" for member in family[target])
             functional = _functional(node.target)
-            if functional and private and not _casts(node, target):
+            unseen = private and max(others, default=node) <= node
+            if functional and unseen and not _casts(node, target):
                 node.target = functional
-                later = {user for user in target.users if order[user] > order[node]}
-                target.replace_all_uses_with(node, later.__contains__)
-        family[node] = {node}
-        for source in _aliased(node):
-            family[node] |= family[source]
+                target.replace_all_uses_with(node, node.__lt__)
+        family[node] = {node}.union(*(family[source] for source in _aliased(node)))
         for member in family[node]:
             family[member] = family[node]
 
 
 def _protect_buffers(graph: fx.Graph) -> None:
     """What reads a buffer before it is overwritten reads a clone: autograd may have kept it."""
-    order = {node: k for k, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        buffer = node.args[0] if node.target is aten.copy_.default else None
+    for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        buffer = node.args[0]
         if not isinstance(buffer, fx.Node) or buffer.op != "get_attr":
             continue
-        readers = [
-            user
-            for user in buffer.users
-            if order[user] < order[node]
-            and buffer not in _aliased(user)
-            and all(target is not buffer for _, target in mutated(user))
-        ]
+        earlier = [user for user in buffer.users if user < node and buffer not in _aliased(user)]
+        readers = [user for user in earlier if buffer not in dict(mutated(user)).values()]
         if readers:
-            with graph.inserting_before(min(readers, key=order.__getitem__)):
+            with graph.inserting_before(min(readers)):
                 clone = graph.call_function(aten.clone.default, (buffer,))
             clone.meta = {**readers[0].meta, "val": value(buffer)}
             for user in readers:
@@ -125,13 +114,12 @@ def _protect_buffers(graph: fx.Graph) -> None:
 def _aliased(node: fx.Node) -> list[fx.Node]:
     """The inputs whose memory a node's result may share."""
     schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        args = bind(node)
+        return _tensors(args[a.name] for a in schema.arguments if a.alias_info is not None)
     if node.target is operator.getitem:
-        return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
-    if schema is None:
-        return node.all_input_nodes if node.op == "call_function" and value(node) is None else []
-    args = bind(node)
-    sources = [args[a.name] for a in schema.arguments if a.alias_info is not None]
-    return _tensors(sources)
+        return [x for x in node.args[:1] if isinstance(x, fx.Node)]
+    return node.all_input_nodes if node.op == "call_function" and value(node) is None else []
 
 
 def _tensors(arguments: Iterable[Any]) -> list[fx.Node]:
@@ -143,12 +131,12 @@ def _tensors(arguments: Iterable[Any]) -> list[fx.Node]:
 def _functional(target: Any) -> Any:
     """``aten.relu_.default`` -> ``aten.relu.default``, or None. Overloads need not have one name:
     ``pow_.Scalar`` is ``pow.Tensor_Scalar``."""
-    namespace, _, name = target._schema.name.partition("::")
-    packet = getattr(getattr(torch.ops, namespace), name.rstrip("_"), None)
+    name = target.overloadpacket.__name__
+    packet = getattr(getattr(torch.ops, target.namespace), name.rstrip("_"), None)
     if packet is None or not name.endswith("_"):
         return None
-    overloads, wanted = (getattr(packet, o) for o in packet.overloads()), _takes(target)
-    return next((op for op in overloads if _takes(op) == wanted), None)
+    overloads = (getattr(packet, overload) for overload in packet.overloads())
+    return next((op for op in overloads if _takes(op) == _takes(target)), None)
 
 
 def _takes(op: Any) -> list[str]:
@@ -161,6 +149,5 @@ _PLACES = {"index", "indices", "mask"}  # arguments that say where, not what
 def _casts(node: fx.Node, target: fx.Node) -> bool:
     """True if the in-place op keeps a type or shape that the functional one would promote."""
     args, mine = bind(node), value(target)
-    given = _tensors(args[name] for name in args.keys() - _PLACES)
-    others = [value(x) for x in given if x is not target]
-    return any(o.dtype != mine.dtype or o.ndim > mine.ndim for o in others)
+    given = map(value, _tensors(args[name] for name in args.keys() - _PLACES))
+    return any(x.dtype != mine.dtype or x.ndim > mine.ndim for x in given)

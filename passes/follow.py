@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,12 +28,13 @@ def follow_dtype(program: Program) -> Program:
 
 
 def follow(program: Program, double: Program) -> Program:
-    """Let device and dtype constants that capture baked follow the parameters.
+    """Let dtype constants that capture baked follow the parameters.
 
     ``double`` is the same network captured in float64: a dtype that differs there follows the
     parameters' dtype, one that does not (a deliberate ``.float()``) stays. A conversion that only
     ``double`` has did nothing in this dtype (capture drops those): it is put in.
     """
+    program = program.copied()
     for name, mode in program.modes.items():
         same = _align(program, mode.nodes, double.modes[name].nodes)
         casts = {node for node in same.values() if node.target in _CASTS}
@@ -69,7 +69,7 @@ def _align(program: Program, nodes: list[fx.Node], twins: list[fx.Node]) -> Same
             return {}
     for twin, place in missing:
         source = same[twin.args[0]]  # type: ignore[index]
-        dtype = _attribute(program, place, "dtype")
+        dtype = _attribute(program, place, "dtype", torch.float32)
         with place.graph.inserting_before(place):
             cast = place.graph.call_function(aten.to.dtype, (source, dtype))
         cast.meta = {**twin.meta, "val": value(source)}
@@ -80,36 +80,6 @@ def _align(program: Program, nodes: list[fx.Node], twins: list[fx.Node]) -> Same
     return {} if own else same
 
 
-def bakes_constants(program: Program) -> bool:
-    """True if some call names a floating dtype or one of its limits, or makes floating numbers
-    of none (and by that may name the default dtype)."""
-    return any(node.op == "call_function" and _bakes(node) for _, node in program.each())
-
-
-def _bakes(node: fx.Node) -> bool:
-    constants = [*node.args, *node.kwargs.values()]
-    if _names_dtype(node) or any(isinstance(x, float) and _limit(x) for x in constants):
-        return True
-    made = value(node)
-    return isinstance(made, torch.Tensor) and made.is_floating_point() and not _reads_floats(node)
-
-
-def casts_on_purpose(program: Program) -> bool:
-    """True if some floating value is brought into a floating dtype that does not ``follow`` the
-    parameters': such a network rounds to that dtype whatever its parameters are."""
-    nodes = [node for _, node in program.each() if node.op == "call_function"]
-    return any(_names_dtype(node) and _reads_floats(node) for node in nodes)
-
-
-def _names_dtype(node: fx.Node) -> bool:
-    constants = [*node.args, *node.kwargs.values()]
-    return any(isinstance(x, torch.dtype) and x.is_floating_point for x in constants)
-
-
-def _reads_floats(node: fx.Node) -> bool:
-    return any(value(n).is_floating_point() for n in node.all_input_nodes if is_tensor(n))
-
-
 def _follow_node(
     program: Program, node: fx.Node, twin: fx.Node, same: Same, casts: set[fx.Node]
 ) -> None:
@@ -117,17 +87,9 @@ def _follow_node(
         if isinstance(mine, list | tuple) and isinstance(other, list | tuple):
             return [replaced(a, b) for a, b in zip(mine, other, strict=False)]
         if isinstance(mine, torch.dtype) and mine != other:
-            return _attribute(program, node, "dtype")
+            return _attribute(program, node, "dtype", torch.float32)
         if isinstance(mine, float) and mine != other and (limit := _limit(mine)):
-            first = node.args[0]  # under autocast its type may not be the parameters'
-            follows = (
-                isinstance(first, fx.Node)
-                and getattr(value(twin.args[0]), "dtype", None) is torch.float64
-            )
-            dtype = None if follows else _attribute(program, node, "dtype")
-            with node.graph.inserting_before(node):
-                dtype = dtype or node.graph.call_function(getattr, (first, "dtype"))
-                return node.graph.call_function(dtype_limit, (dtype, limit))
+            return _limit_of(program, node, twin, limit)
         if isinstance(mine, fx.Node) and mine in casts:
             return same.get(other, mine)  # a cast that did nothing was taken for what it casts
         return mine
@@ -137,18 +99,49 @@ def _follow_node(
     node.args, node.kwargs = args, kwargs
 
 
-_LIMITS: dict[str, Callable[[torch.finfo], float]] = {
-    "min": lambda info: info.min,
-    "max": lambda info: info.max,
-    "tiny": lambda info: info.tiny,
-    "eps": lambda info: info.eps,
-    "1 - eps": lambda info: 1 - info.eps,  # the upper end of uniform noise
-}
+# --------------------------------------------------------------------------- what is baked
+def bakes_constants(program: Program) -> bool:
+    """True if some call names a floating dtype or one of its limits, or makes floating numbers
+    of none (and by that may name the default dtype)."""
+    for node in _calls(program):
+        makes = is_tensor(node) and value(node).is_floating_point()
+        if _names_dtype(node) or (makes and not _reads_floats(node)):
+            return True
+        if any(isinstance(x, float) and _limit(x) for x in _arguments(node)):
+            return True
+    return False
+
+
+def casts_on_purpose(program: Program) -> bool:
+    """True if some floating value is brought into a floating dtype that does not ``follow`` the
+    parameters': such a network rounds to that dtype whatever its parameters are."""
+    return any(_names_dtype(node) and _reads_floats(node) for node in _calls(program))
+
+
+def _calls(program: Program) -> list[fx.Node]:
+    return [node for _, node in program.each() if node.op == "call_function"]
+
+
+def _arguments(node: fx.Node) -> list[Any]:
+    return [*node.args, *node.kwargs.values()]
+
+
+def _names_dtype(node: fx.Node) -> bool:
+    return any(isinstance(x, torch.dtype) and x.is_floating_point for x in _arguments(node))
+
+
+def _reads_floats(node: fx.Node) -> bool:
+    return any(value(n).is_floating_point() for n in node.all_input_nodes if is_tensor(n))
+
+
+# --------------------------------------------------------------------------- limits of a dtype
+_LIMITS = ("min", "max", "tiny", "eps", "1 - eps")  # the last: the upper end of uniform noise
 
 
 def dtype_limit(dtype: torch.dtype, name: str) -> float:
     """``torch.finfo(dtype).min`` and so on, for the dtype that the parameters have by then."""
-    return float(_LIMITS[name](torch.finfo(dtype)))
+    info = torch.finfo(dtype)
+    return 1 - info.eps if name == "1 - eps" else float(getattr(info, name))
 
 
 def _limit(number: float) -> str | None:
@@ -158,28 +151,41 @@ def _limit(number: float) -> str | None:
     return next((name for name, limit in each if limit == number), None)
 
 
+def _limit_of(program: Program, node: fx.Node, twin: fx.Node, limit: str) -> fx.Node:
+    """A node that computes a limit: of the first argument's dtype where that follows the
+    parameters' (under autocast it may be another), else of theirs."""
+    first, other = node.args[0], value(twin.args[0])
+    follows = isinstance(first, fx.Node) and getattr(other, "dtype", None) is torch.float64
+    dtype = None if follows else _attribute(program, node, "dtype", torch.float32)
+    with node.graph.inserting_before(node):
+        dtype = dtype or node.graph.call_function(getattr, (first, "dtype"))
+        return node.graph.call_function(dtype_limit, (dtype, limit))
+
+
+# --------------------------------------------------------------------------- devices
 def follow_device(program: Program) -> Program:
     """Let device constants that equal the parameters' device follow it."""
-    for _, node in program.each():
-        if isinstance(device := node.kwargs.get("device"), torch.device):
-            new = _attribute(program, node, "device", device)
-            node.kwargs = {**node.kwargs, "device": new}
-        if node.op == "call_function" and any(isinstance(a, torch.device) for a in node.args):
-            node.args = tuple(
-                _attribute(program, node, "device", a) if isinstance(a, torch.device) else a
-                for a in node.args
-            )
+    program = program.copied()
+    for node in _calls(program):
+        if any(isinstance(x, torch.device) for x in _arguments(node)):
+            node.kwargs = {k: _device(program, node, x) for k, x in node.kwargs.items()}
+            node.args = tuple(_device(program, node, x) for x in node.args)
     return program
 
 
-def _attribute(program: Program, node: fx.Node, name: str, value_: Any = None) -> Any:
-    """A node that reads ``dtype`` or ``device`` of the first floating parameter, if it agrees."""
+def _device(program: Program, node: fx.Node, x: Any) -> Any:
+    return _attribute(program, node, "device", x) if isinstance(x, torch.device) else x
+
+
+def _attribute(program: Program, node: fx.Node, name: str, baked: Any) -> Any:
+    """A node that reads ``dtype`` or ``device`` of the first floating parameter; ``baked`` if there
+    is none, or it stands on another device."""
     for target, tensor in program.tensors.items():
         if isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point():
-            if value_ is not None and tensor.device != value_:
+            if name == "device" and tensor.device != baked:
                 break
             with node.graph.inserting_before(node):
                 source = node.graph.get_attr(target)
                 source.meta["val"] = tensor
                 return node.graph.call_function(getattr, (source, name))
-    return value_ if value_ is not None else torch.float32
+    return baked

@@ -144,10 +144,7 @@ def _infer_node(
             axes = _tensor_axes(solver, program.tensors[node.target])
             result.tensors[node.target] = axes
         result.axes[node] = result.tensors[node.target]
-        node.meta["val"] = program.tensors[node.target]
     elif node.op == "call_function":
-        if is_mutable(node) and node.args:  # the final copies of a functional capture
-            node.meta.setdefault("val", value(node.args[0]))
         tensors = [n for n in node.all_input_nodes if not _is_number(n)]
         if all(n in static for n in tensors) and not draws(node):
             static[node] = any(static[n] for n in tensors)

@@ -12,22 +12,22 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from ..calls.call import Call
 from ..calls.tree import Pattern
 from ..control import ExpandOptions
 from ..kernels import copies
 from ..kernels.regions import REGION
+from ..torch_private import hint, tree_leaves
 
 aten = torch.ops.aten
 
 Module = TypeVar("Module", bound=nn.Module)
 Kind = TypeVar("Kind", bound="Program")
-_TORCH = str(Path(torch.__file__).parent) + os.sep
-_HERE = tuple(
-    str(folder) + os.sep for folder in (Path(__file__).parents[1], Path(__file__).resolve().parent)
-)  # the package, and where its passes really are
+_FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[1], Path(__file__).resolve().parent)
+_NOT_THE_USERS = ("<", *(f"{folder}{os.sep}" for folder in _FOLDERS))
+"""How paths of code begin that is torch's, the package's (its passes are really elsewhere), or
+generated."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ class Program:
             found[name].append(other)
         return found
 
-    def with_graphs(self, graphs: dict[str, fx.Graph]) -> Program:
-        modes = {name: replace(self.modes[name], graph=graph) for name, graph in graphs.items()}
+    def copied(self) -> Program:
+        """The same over copies of its graphs, for a pass to edit."""
+        modes = {name: replace(mode, graph=copied(mode.graph)) for name, mode in self.modes.items()}
         return replace(self, modes=modes)
 
     def each(self) -> Iterator[tuple[str, fx.Node]]:
@@ -142,7 +143,7 @@ def duplicate(module: Module, memo: dict[int, Any] | None = None) -> Module:
     of results), which ``copy`` alone refuses. ``memo``: what is shared, by ``id``."""
     memo = dict(memo or {})
     for part in module.modules():
-        for held in pytree.tree_leaves(vars(part)):
+        for held in tree_leaves(vars(part)):
             if isinstance(held, torch.Tensor) and not held.is_leaf:
                 memo[id(held)] = held.detach().clone()
     return copy.deepcopy(module, memo)
@@ -151,19 +152,15 @@ def duplicate(module: Module, memo: dict[int, Any] | None = None) -> Module:
 # --------------------------------------------------------------------------- reading nodes
 def bind(node: fx.Node) -> dict[str, Any]:
     """The arguments of an ATen call by schema name, defaults filled in."""
-    bound = {}
-    for k, arg in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if k < len(node.args) and not arg.kwarg_only:
-            bound[arg.name] = node.args[k]
-        else:
-            bound[arg.name] = node.kwargs.get(arg.name, arg.default_value)
-    return bound
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    positional = [a.name for a in arguments if not a.kwarg_only]
+    defaults = {a.name: a.default_value for a in arguments}
+    return defaults | dict(zip(positional, node.args, strict=False)) | node.kwargs
 
 
 def size_hint(size: Any) -> int:
     """A size as a number; a symbolic one at the sizes of the example."""
-    hint: Any = size.node.hint if isinstance(size, torch.SymInt) else size
-    return int(hint)
+    return int(hint(size) if isinstance(size, torch.SymInt) else size)
 
 
 def value(node: Any) -> Any:
@@ -194,47 +191,59 @@ def mutated(node: fx.Node) -> list[tuple[str, fx.Node]]:
     """The tensor arguments that a call writes to, by schema name."""
     if not is_mutable(node):
         return []
-    args = bind(node)
-    return [
-        (a.name, args[a.name])
-        for a in node.target._schema.arguments  # type: ignore[union-attr]
-        if a.alias_info is not None and a.alias_info.is_write and is_tensor(args[a.name])
-    ]
+    args, schema = bind(node), node.target._schema  # type: ignore[union-attr]
+    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    return [(name, args[name]) for name in written if is_tensor(args[name])]
 
 
 # --------------------------------------------------------------------------- provenance
-def module_path(node: fx.Node) -> str:
-    """``"layer1.0.conv1 (Conv2d)"``: the user's module that made the node."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
+@dataclass(frozen=True)
+class Origin:
+    """Where a node comes from: the user's module (``kind``: its class; both empty if unknown), and
+    the user's line, ``resnet.py:92 out = self.conv1(x)``."""
+
+    path: str
+    kind: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.path or '(root)'} ({self.kind})" if self.kind else ""
+
+
+def origin(node: fx.Node) -> Origin:
+    """The innermost module, and the last line before torch's own."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
     path, kind = list(stack.values())[-1]
     kind = kind if isinstance(kind, str) else kind.__name__
-    return f"{path.split('@')[0] or '(root)'} ({kind.rsplit('.', 1)[-1]})"
+    source = source_line(node.meta.get("stack_trace") or "")
+    return Origin(path.split("@")[0], kind.rsplit(".", 1)[-1], source)
+
+
+def module_path(node: fx.Node) -> str:
+    """``"layer1.0.conv1 (Conv2d)"``: the user's module that made the node."""
+    return str(origin(node))
 
 
 def source(node: fx.Node) -> str:
     """``"resnet.py:92 out = self.conv1(x)"``: the user's last line before torch's own."""
-    return source_line(node.meta.get("stack_trace") or "")
+    return origin(node).source
 
 
-_FRAME = re.compile(r'\s*File "(?P<path>.+)", line (?P<line>\d+)')
+_FRAME = re.compile(r'^[ \t]*File "(.+)", line (\d+).*(?=(?:\n(.*))?)', re.MULTILINE)
 
 
 def source_line(trace: str) -> str:
     """The last frame of a formatted traceback that lies outside torch and this package."""
-    lines, found = trace.splitlines(), ""
-    for k, line in enumerate(lines):
-        frame = _FRAME.match(line)
-        if frame and not frame["path"].startswith((_TORCH, *_HERE, "<")):
-            code = lines[k + 1].strip() if k + 1 < len(lines) else ""
-            found = f"{os.path.basename(frame['path'])}:{frame['line']} {code}"
-    return found
+    for path, line, code in reversed(_FRAME.findall(trace)):
+        if not path.startswith(_NOT_THE_USERS):
+            return f"{os.path.basename(path)}:{line} {code.strip()}"
+    return ""
 
 
 def describe(node: fx.Node) -> str:
     """One line: module, source, op."""
-    return f"{module_path(node)}, {source(node)}: {node.target}".lstrip(", ")
+    where = origin(node)
+    return f"{where}, {where.source}: {node.target}".lstrip(", ")
 
 
 _STATISTICS = {aten.batch_norm.default: "training", aten.instance_norm.default: "use_input_stats"}

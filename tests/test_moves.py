@@ -9,6 +9,12 @@ from torch import Tensor, nn
 
 import gpdfx
 from benchmarks import networks
+from gpdfx.passes.canonicalize import canonicalize
+from gpdfx.passes.capture.export import capture, whole
+from gpdfx.passes.capture.inline import inline
+from gpdfx.passes.capture.submodules import recapture
+from gpdfx.passes.follow import follow, follow_device
+from gpdfx.passes.program import Program, check, value
 
 from .networks import NETWORKS
 
@@ -79,6 +85,47 @@ def test_channels_last_stays() -> None:
     plain = gpdfx.collapse(teacher)
     for name, p in plain.named_parameters():
         assert p.stride() == model.get_parameter(name).stride(), name
+
+
+def told(program: Program) -> list[str]:
+    """All that a pass could change in place."""
+    nodes = [
+        (key, n.name, n.op, n.target, n.args, n.kwargs, list(n.users), sorted(n.meta))
+        for key, n in program.each()
+    ]
+    return list(map(str, (*nodes, list(program.tensors), list(program.children))))
+
+
+class Region(Baking):
+    """Every kind of node that a pass before widening takes out, puts in or respells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(5), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            center = x.mean(1, keepdim=True)
+        y = super().forward(self.drop(self.norm(x - center)))
+        return y.clone().add_(1)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_passes_make_another_program(functional: bool) -> None:
+    model, x = Region(), torch.randn(4, 5, 6)
+    program = capture(model, whole(model, (x,), {}), functional, "batch")
+    double = inline(recapture(program, Region().double(), torch.float64, functional))
+    for step in (inline, lambda p: follow(p, double), follow_device, canonicalize):
+        before, twin = told(program), told(double)
+        result = check(step(program))
+        assert told(program) == before
+        assert told(result) != before or functional  # which leaves no region to inline
+        assert told(double) == twin
+        program = result
+    for _, node in program.each():
+        given = program.tensors.get(str(node.target)) if node.op == "get_attr" else None
+        assert given is None or value(node) is given
+        assert not hasattr(node.target, "_schema") or value(node) is not None
 
 
 class Several(nn.Module):

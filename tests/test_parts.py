@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 import gpdfx
 from gpdfx.check.probe import randomize
-from gpdfx.compiler import Inputs
+from gpdfx.compiler import Inputs, capture_model
+from gpdfx.passes.program import module_path, origin
 from gpdfx.passes.widen import Widened
 
 from .helpers import parts, program_of, python_shell, verify
@@ -76,6 +77,21 @@ def test_parts_are_captured_and_the_rest_stays_python() -> None:
     assert tensors_equal(gpdfx.collapse(teacher).state_dict(), before)
     assert "not captured" in str(report)
     assert "4" in gpdfx.explain(teacher, "step.0.weight").dimensions[0].axis
+
+
+def test_nodes_know_where_they_come_from() -> None:
+    model, x = loop()
+    model.step[0] = nn.Sequential(nn.Linear(8, 12))
+    program = capture_model(model, example(model, x), False, "batch")
+    nodes = program.modes["step_eval"].nodes
+    inner, gelu, *_, outer = (origin(n) for n in nodes if n.op == "call_function")
+    assert (inner.path, inner.kind) == ("step.0.0", "Linear")
+    assert (gelu.path, gelu.kind, str(gelu)) == ("step.1", "GELU", "step.1 (GELU)")
+    assert (outer.path, outer.kind) == ("step.3", "Linear")
+    assert str(origin(nodes[0])) == ""
+    whole = capture_model(nn.Linear(3, 3), ((torch.randn(2, 3),), {}), False, "batch")
+    (node,) = (n for n in whole.modes["eval"].nodes if n.op == "call_function")
+    assert str(origin(node)) == module_path(node) == "(root) (Linear)"
 
 
 def test_what_the_user_asks_for_reaches_every_part() -> None:

@@ -86,7 +86,7 @@ def test_lower_levels_bake_the_sizes(dynamic: str) -> None:
 
 
 def test_impatience_falls_back_to_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "PATIENCE", 0.01)
+    monkeypatch.setattr(limits, "PATIENCE", 0.01)
     case = NETWORKS["unet"]
     teacher = gpdfx.expand(case.model(), 2, example_inputs=case.inputs())
     assert teacher.report().inputs == {"x": "batch x 3 x 16 x 16"}
@@ -105,12 +105,30 @@ def test_patience_may_end_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None
         return float(asked)
 
     monkeypatch.setattr(limits.time, "thread_time", clock)
-    monkeypatch.setattr(export, "PATIENCE", 1e9)
+    monkeypatch.setattr(limits, "PATIENCE", 1e9)
     assert export.capture(model, sites).modes["eval"].level == "sizes"
     assert asked > 300
     for moment in range(0, asked // 2, asked // 10):  # the first mode
-        monkeypatch.setattr(export, "PATIENCE", float(moment))
+        monkeypatch.setattr(limits, "PATIENCE", float(moment))
         assert export.capture(model, sites).modes["eval"].level == "batch"
+
+
+class Chosen(nn.Module):
+    """Its branches are traced by the compiler, which must not see the clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return torch.cond(y.sum() > 0, self.b, lambda y: y.sin(), (y,))
+
+
+def test_branches_may_be_traced_within_the_limit() -> None:
+    model = Chosen()
+    program = export.capture(model, export.whole(model, (torch.randn(2, 4),), {}))
+    assert {mode.level for mode in program.modes.values()} == {"sizes"}
 
 
 class Precise(nn.Module):
@@ -129,15 +147,15 @@ class Precise(nn.Module):
 
 def test_impatience_never_parts_the_modes_or_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph in float64, which tells baked dtypes, has the same free sizes as the other's."""
-    patient, calls = export.time_limit, []
+    patient, calls = limits.time_limit, []
 
     def third_time(seconds: float | None) -> AbstractContextManager[None]:
         calls.append(seconds)
         if seconds is not None and len(calls) > 2:
-            raise export.TooSlowError
+            raise limits.TooSlowError
         return patient(seconds)
 
-    monkeypatch.setattr(export, "time_limit", third_time)
+    monkeypatch.setattr(limits, "time_limit", third_time)
     teacher = gpdfx.expand(Precise(), 2, example_inputs=(torch.randn(2, 7, 4),))
     assert len(calls) == 4
     assert teacher.report().check.tolerance == 1e-10

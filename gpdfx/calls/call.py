@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import torch_private
 from ..errors import InputError
 from . import tree
 
@@ -21,9 +22,8 @@ class Call:
         self.signature = inspect.signature(model.forward)
         normal = self._normal(args, kwargs)
         self.pattern, tensors = tree.pattern(normal)
-        named = zip(tree.names(normal), self.pattern.slots, strict=True)
-        parameters = list(self.signature.parameters)
-        self.names = [_name(path, parameters) for path, slot in named if slot]
+        named = zip(tree.paths(normal), self.pattern.slots, strict=True)
+        self.names = [self._name(path) for path, slot in named if slot]
         self.shapes = [tuple(x.shape) for x in tensors]
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -53,17 +53,14 @@ class Call:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments that equal their defaults are left out, keywords that may be positional are."""
         bound = self.signature.bind(*args, **kwargs)
-        for name, parameter in self.signature.parameters.items():
-            given = bound.arguments.get(name)
-            if name in bound.arguments and given is parameter.default:
+        for name, given in list(bound.arguments.items()):
+            if given is self.signature.parameters[name].default:
                 del bound.arguments[name]
         return bound.args, bound.kwargs
 
-
-def _name(path: str, parameters: list[str]) -> str:
-    """``[0][1]['boxes']`` -> ``targets['boxes']``; ``[1]['mask']`` -> ``mask``."""
-    which, _, rest = path[1:].partition("]")
-    first, _, rest = rest[1:].partition("]")
-    if which == "1":
-        return first.strip("'\"") + rest
-    return parameters[min(int(first), len(parameters) - 1)] + rest
+    def _name(self, path: tree.KeyPath) -> str:
+        """``[0][1]['boxes']`` -> ``targets['boxes']``; ``[1]['mask']`` -> ``mask``."""
+        positional, argument, rest = path[0].idx == 0, path[1], path[2:]
+        parameters = list(self.signature.parameters)
+        name = parameters[min(argument.idx, len(parameters) - 1)] if positional else argument.key
+        return f"{name}{torch_private.key_text(rest)}"

@@ -12,17 +12,8 @@ from ..errors import InputError
 from . import tree
 from .call import Call
 
-_RANKS: tuple[tuple[type[nn.Module], tuple[int, ...]], ...] = (
-    (nn.Conv1d, (256,)),
-    (nn.Conv2d, (64, 64)),
-    (nn.Conv3d, (16, 64, 64)),
-)
-
-
-def _torchvision_size(model: nn.Module) -> tuple[int, int]:
-    """The size that torchvision's own weights of this architecture were trained at."""
-    size = 299 if type(model).__name__ == "Inception3" else getattr(model, "image_size", 224)
-    return int(size), int(size)
+_SPATIAL = {nn.Conv1d: (256,), nn.Conv2d: (64, 64), nn.Conv3d: (16, 64, 64)}
+"""Convolution -> the size of an example for it."""
 
 
 def infer_inputs(model: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -34,9 +25,8 @@ def infer_inputs(model: nn.Module) -> tuple[torch.Tensor, ...]:
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     draw = torch.Generator().manual_seed(0)
 
-    def noise(*shape: int) -> torch.Tensor:
-        x = torch.randn(shape, generator=draw)
-        return x.to(parameter.device, parameter.dtype)
+    def noise(*shape: int) -> tuple[torch.Tensor]:
+        return (torch.randn(shape, generator=draw).to(parameter.device, parameter.dtype),)
 
     required = [
         name
@@ -52,17 +42,13 @@ def infer_inputs(model: nn.Module) -> tuple[torch.Tensor, ...]:
     size = config.get("input_size") if isinstance(config, dict) else None
     if size:
         built = getattr(getattr(model, "patch_embed", None), "img_size", None) or size[1:]
-        return (noise(2, size[0], *built),)
+        return noise(2, size[0], *built)
     for module in model.modules():
-        for kind, spatial in _RANKS:
+        for kind, spatial in _SPATIAL.items():
             if isinstance(module, kind):
-                channels = int(module.in_channels)  # type: ignore[arg-type]
-                vision = type(model).__module__.startswith("torchvision.models")
-                if vision and kind is nn.Conv2d:
-                    spatial = _torchvision_size(model)
-                return (noise(2, channels, *spatial),)
+                return noise(2, module.in_channels, *(_torchvision_size(model, kind) or spatial))
         if isinstance(module, nn.Linear):
-            return (noise(2, module.in_features),)
+            return noise(2, module.in_features)
         if isinstance(module, nn.Embedding):
             shape = (2, min(16, module.num_embeddings))
             tokens = torch.randint(0, module.num_embeddings, shape, generator=draw)
@@ -74,12 +60,21 @@ def infer_inputs(model: nn.Module) -> tuple[torch.Tensor, ...]:
     )
 
 
+def _torchvision_size(model: nn.Module, kind: type) -> tuple[int, ...]:
+    """The size that torchvision's own weights of this architecture were trained at, if any."""
+    if kind is not nn.Conv2d or not type(model).__module__.startswith("torchvision.models"):
+        return ()
+    size = 299 if type(model).__name__ == "Inception3" else getattr(model, "image_size", 224)
+    return int(size), int(size)
+
+
 def example_call(
     model: nn.Module, inputs: Any, keywords: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if inputs is None and not keywords:
-        inputs = infer_inputs(model)
-    inputs = () if inputs is None else inputs
+    """The user's example, or a guess where there is none. Raises ``InputError`` if it is not one
+    of this model's calls."""
+    if inputs is None:
+        inputs = () if keywords else infer_inputs(model)
     if not isinstance(inputs, tuple | list):
         raise InputError(
             f"example_inputs is a {type(inputs).__name__}",
@@ -104,11 +99,10 @@ def two_samples(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A sample batch of one would be baked in: double it."""
     tensors = [x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    if not tensors or any(x.ndim == 0 or x.shape[0] != 1 for x in tensors):
-        return args, kwargs
+    if tensors and all(x.ndim and x.shape[0] == 1 for x in tensors):
+        args, kwargs = tree.map_leaves(_twice, (args, kwargs))
+    return args, kwargs
 
-    def twice(x: Any) -> Any:
-        return torch.cat([x, x.flip(tuple(range(1, x.ndim)))]) if isinstance(x, torch.Tensor) else x
 
-    result: tuple[tuple[Any, ...], dict[str, Any]] = tree.map_leaves(twice, (args, kwargs))
-    return result
+def _twice(x: Any) -> Any:
+    return torch.cat([x, x.flip(tuple(range(1, x.ndim)))]) if isinstance(x, torch.Tensor) else x

@@ -8,6 +8,7 @@ assumes them everywhere, and the operations do not need them.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -19,43 +20,79 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch.utils._sympy.printers import PythonPrinter
 
 from ..errors import InputError
+from ..torch_private import expression, guards, python_text
 
-InputDim = tuple[int, int]
-"""An input's number, and one of its dimensions."""
+
+@dataclass(frozen=True)
+class Symbol:
+    """Where a symbol can be read: dimension ``dim`` of input number ``input`` has the size
+    ``scale * symbol + offset``."""
+
+    input: int
+    dim: int
+    scale: int
+    offset: int
+
+    def read(self, flat: Sequence[Any]) -> tuple[int, int]:
+        """The symbol's value for these inputs, and what is left over."""
+        size: int = flat[self.input].shape[self.dim]
+        return divmod(size - self.offset, self.scale)
+
+    def text(self, names: list[str]) -> str:
+        place = f"{names[self.input]}.shape[{self.dim}]"
+        plain = (self.scale, self.offset) == (1, 0)
+        return place if plain else f"(({place} - {self.offset}) // {self.scale})"
 
 
 @dataclass(frozen=True)
 class Sizes:
     """``inputs``: per input the size of each dimension: a number, or an expression in symbols;
-    ``symbols``: name -> a place whose size is ``scale * symbol + offset``; ``conditions``:
-    expressions that hold for every size the graph is right for."""
+    ``symbols``: by name; ``conditions``: expressions that hold for every size the graph is right
+    for."""
 
-    inputs: tuple[tuple[int | str, ...] | None, ...]
-    symbols: dict[str, tuple[InputDim, int, int]]
+    inputs: tuple[tuple[int | str, ...], ...]
+    symbols: dict[str, Symbol]
     conditions: tuple[str, ...]
 
     def check(self, flat: Sequence[Any], names: list[str]) -> None:
         """Raise ``InputError`` unless the inputs have sizes that the graph holds for."""
-        for k, (x, sizes) in enumerate(zip(flat, self.inputs, strict=True)):
-            if sizes is None:
-                continue
+        for name, x, sizes in zip(names, flat, self.inputs, strict=True):
             if x.ndim != len(sizes):
                 raise InputError(
-                    f"input {names[k]} has {x.ndim} dimensions, not {len(sizes)}",
+                    f"input {name} has {x.ndim} dimensions, not {len(sizes)}",
                     remedy="pass inputs of the example's rank",
                 )
             for d, want in enumerate(sizes):
                 if isinstance(want, int) and x.shape[d] != want:
-                    raise InputError(
-                        f"input {names[k]} has size {x.shape[d]} in dimension {d}; the network "
-                        f"was captured with {want} there",
-                        remedy=_REMEDY,
-                    )
+                    raise _refusal(name, x, d, f"; the network was captured with {want} there")
         if not torch.compiler.is_compiling():
             self._check_symbols(flat, names)
+
+    def _check_symbols(self, flat: Sequence[Any], names: list[str]) -> None:
+        values = {}
+        for name, at in self.symbols.items():
+            values[name], rest = at.read(flat)
+            if rest:
+                why = f", which is not {at.offset} plus a multiple of {at.scale}"
+                raise _refusal(names[at.input], flat[at.input], at.dim, why)
+        for name, x, sizes in zip(names, flat, self.inputs, strict=True):
+            for d, want in enumerate(sizes):
+                if isinstance(want, str) and _evaluate(want, values) != x.shape[d]:
+                    place = self._readable(want, names)
+                    why = f"; the network was captured with the size of {place} there"
+                    raise _refusal(name, x, d, why)
+        for condition in self.conditions:
+            if not _evaluate(condition, values):
+                needed = self._readable(condition, names)
+                why = f"the network was captured on a path that needs {needed}"
+                raise InputError(why, remedy=_REMEDY)
+
+    def _readable(self, text: str, names: list[str]) -> str:
+        for name, at in self.symbols.items():
+            text = re.sub(rf"\b{name}\b", at.text(names), text)
+        return text
 
     def free(self, level: str, shapes: list[tuple[int, ...]]) -> set[str]:
         """The symbols of a level of ``LEVELS``: all, the batch (first dimensions of the example's
@@ -63,8 +100,8 @@ class Sizes:
         if level != "batch":
             return set(self.symbols) if level == "sizes" else set()
         size = next((shape[0] for shape in shapes if shape), 0)
-        places = ((name, place) for name, (place, _, _) in self.symbols.items())
-        return {name for name, (k, d) in places if d == 0 and shapes[k][0] == size}
+        places = self.symbols.items()
+        return {n for n, at in places if at.dim == 0 and shapes[at.input][0] == size}
 
     def elsewhere(self, flat: Sequence[Any], level: str, names: list[str]) -> Iterator[list[Any]]:
         """The example's values, repeated to other sizes that the graph claims to hold for: one
@@ -72,83 +109,47 @@ class Sizes:
         shapes = [tuple(x.shape) for x in flat]
         free, batch = self.free(level, shapes), self.free("batch", shapes)
         for step in (32, 28, 24, 16, 12, 8, 4, 2, 1, 0):  # 0: twice the size
-            values = {}
-            for name, ((k, d), scale, offset) in self.symbols.items():
-                values[name] = (flat[k].shape[d] - offset) // scale
-                more = 1 if name in batch else max(step // scale, 1) if step else values[name]
-                values[name] += more if name in free else 0
+            values = {name: at.read(flat)[0] for name, at in self.symbols.items()}
+            for name in free:
+                more = max(step // self.symbols[name].scale, 1) if step else values[name]
+                values[name] += 1 if name in batch else more
             moved = list(flat)
             for k, sizes in enumerate(self.inputs):
-                for d, want in enumerate(sizes or ()):
+                for d, want in enumerate(sizes):
                     if isinstance(want, str):
                         moved[k] = resized(moved[k], d, int(_evaluate(want, values)))
-            try:
+            with contextlib.suppress(InputError):
                 self.check(moved, names)
-            except InputError:
-                continue
-            yield moved
+                yield moved
 
     def pinned(self, shapes: list[tuple[int, ...]], level: str) -> Sizes:
         """As this, but only the symbols of a lower level are free; all else is the example's."""
         free = self.free(level, shapes)
         inputs = tuple(
-            sizes
-            and tuple(
-                want if isinstance(want, int) or _names(want) <= free else shape[d]
-                for d, want in enumerate(sizes)
-            )
-            for shape, sizes in zip(shapes, self.inputs, strict=True)
+            tuple(want if _names(want) <= free else s for s, want in zip(*both, strict=True))
+            for both in zip(shapes, self.inputs, strict=True)
         )
-        symbols = {name: place for name, place in self.symbols.items() if name in free}
+        symbols = {name: at for name, at in self.symbols.items() if name in free}
         conditions = tuple(c for c in self.conditions if _names(c) & set(self.symbols) <= free)
         return Sizes(inputs, symbols, conditions)
 
     def describe(self, names: list[str]) -> dict[str, str]:
         """Input -> its sizes, for people: ``batch x 3 x any x any``."""
         words = {}
-        for k, sizes in enumerate(self.inputs):
-            if sizes is not None:
-                text = ["any" if isinstance(s, str) else str(s) for s in sizes]
-                text[:1] = ["batch"] if sizes and isinstance(sizes[0], str) else text[:1]
-                words[names[k]] = " x ".join(text) or "number"
+        for name, sizes in zip(names, self.inputs, strict=True):
+            text = ["any" if isinstance(s, str) else str(s) for s in sizes]
+            if text[:1] == ["any"]:
+                text[0] = "batch"
+            words[name] = " x ".join(text) or "number"
         return words
-
-    def _check_symbols(self, flat: Sequence[Any], names: list[str]) -> None:
-        values = {}
-        for name, ((k, d), scale, offset) in self.symbols.items():
-            values[name], rest = divmod(flat[k].shape[d] - offset, scale)
-            if rest:
-                raise InputError(
-                    f"input {names[k]} has size {flat[k].shape[d]} in dimension {d}, which is not "
-                    f"{offset} plus a multiple of {scale}",
-                    remedy=_REMEDY,
-                )
-        for k, sizes in enumerate(self.inputs):
-            for d, want in enumerate(sizes or ()):
-                if isinstance(want, str) and _evaluate(want, values) != flat[k].shape[d]:
-                    place = self._readable(want, names)
-                    raise InputError(
-                        f"input {names[k]} has size {flat[k].shape[d]} in dimension {d}; the "
-                        f"network was captured with the size of {place} there",
-                        remedy=_REMEDY,
-                    )
-        for condition in self.conditions:
-            if not _holds(condition, values):
-                raise InputError(
-                    "the network was captured on a path that needs "
-                    f"{self._readable(condition, names)}",
-                    remedy=_REMEDY,
-                )
-
-    def _readable(self, text: str, names: list[str]) -> str:
-        for name, ((k, d), scale, offset) in self.symbols.items():
-            place = f"{names[k]}.shape[{d}]"
-            place = place if (scale, offset) == (1, 0) else f"(({place} - {offset}) // {scale})"
-            text = re.sub(rf"\b{name}\b", place, text)
-        return text
 
 
 _REMEDY = "expand the model with example_inputs of this size"
+
+
+def _refusal(name: str, x: Any, dim: int, why: str) -> InputError:
+    size = f"input {name} has size {x.shape[dim]} in dimension {dim}"
+    return InputError(f"{size}{why}", remedy=_REMEDY)
 
 
 def resized(x: Tensor, dim: int, size: int) -> Tensor:
@@ -159,14 +160,10 @@ def resized(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 def _evaluate(text: str, values: dict[str, int]) -> Any:
-    return eval(_compiled(text), {"math": math}, values)
-
-
-def _holds(condition: str, values: dict[str, int]) -> bool:
     try:
-        return bool(_evaluate(condition, values))
+        return eval(_compiled(text), {"math": math}, values)
     except ZeroDivisionError:  # a size of nothing
-        return False
+        return None
 
 
 @lru_cache(maxsize=4096)
@@ -174,71 +171,61 @@ def _compiled(text: str) -> CodeType:
     return compile(text, "<sizes>", "eval")
 
 
-def _names(text: str) -> set[str]:
-    return set(_compiled(text).co_names) - {"math", "max", "min"}
+def _names(size: int | str) -> set[str]:
+    used = _compiled(size).co_names if isinstance(size, str) else ()
+    return set(used) - {"math", "max", "min"}
 
 
+# --------------------------------------------------------------------------- of a graph
 def fits(graph: fx.Graph, tensors: Sequence[Tensor]) -> bool:
     """True if a captured graph holds for tensors of these sizes."""
-    sizes = input_sizes(graph)
-    try:
-        sizes.check(tensors, [""] * len(tensors))
-    except InputError:
-        return False
-    return True
+    with contextlib.suppress(InputError):
+        input_sizes(graph).check(tensors, [""] * len(tensors))
+        return True
+    return False
 
 
 def input_sizes(graph: fx.Graph) -> Sizes:
     """Read them off the placeholders of a captured graph."""
-    inputs: list[tuple[int | str, ...] | None] = []
-    symbols: dict[str, tuple[InputDim, int, int]] = {}
-    guards: list[Any] = []
+    inputs: list[tuple[int | str, ...]] = []
+    symbols: dict[str, Symbol] = {}
+    conditions: list[Any] = []
     for k, node in enumerate(graph.find_nodes(op="placeholder")):
-        val = node.meta.get("val")
-        if not isinstance(val, Tensor):
-            inputs.append(None)
-            continue
         sizes: list[int | str] = []
-        for d, size in enumerate(val.shape):
-            if is_free(size):
-                symbolic: Any = size.node  # type: ignore[attr-defined]
-                expression = symbolic.expr
-                guards = guards or symbolic.shape_env.guards
-                sizes.append(_code(expression))
-                _bind(symbols, expression, (k, d))
-            else:
+        for d, size in enumerate(node.meta["val"].shape):
+            if not is_free(size):
                 sizes.append(int(size))
+                continue
+            sizes.append(python_text(expression(size)))
+            conditions = conditions or guards(size)
+            _bind(symbols, expression(size), k, d)
         inputs.append(tuple(sizes))
-    needed = (g.expr for g in guards if _matters(g.expr))
-    known = (e for e in needed if {str(s) for s in e.free_symbols} <= set(symbols))
-    return Sizes(tuple(inputs), symbols, tuple(dict.fromkeys(map(_code, known))))
+    known = (
+        c for c in conditions if _matters(c) and {str(s) for s in c.free_symbols} <= set(symbols)
+    )
+    return Sizes(tuple(inputs), symbols, tuple(dict.fromkeys(map(python_text, known))))
 
 
-def _bind(symbols: dict[str, tuple[InputDim, int, int]], expression: Any, place: InputDim) -> None:
+def _bind(symbols: dict[str, Symbol], size: Any, k: int, d: int) -> None:
     """Note where a symbol can be read; straight from a size, if there is one."""
-    if len(expression.free_symbols) != 1:
+    if len(size.free_symbols) != 1:
         return
-    (symbol,) = expression.free_symbols
-    scale = expression.coeff(symbol, 1)
-    offset = sympy.expand(expression - scale * symbol)
+    (symbol,) = size.free_symbols
+    scale = size.coeff(symbol, 1)
+    offset = sympy.expand(size - scale * symbol)
     known = symbols.get(str(symbol))
-    if scale.is_Integer and offset.is_Integer and scale > 0 and (not known or known[1:] != (1, 0)):
-        symbols[str(symbol)] = place, int(scale), int(offset)
+    straight = known is not None and (known.scale, known.offset) == (1, 0)
+    if scale.is_Integer and offset.is_Integer and scale > 0 and not straight:
+        symbols[str(symbol)] = Symbol(k, d, int(scale), int(offset))
 
 
-def _matters(expression: Any) -> bool:
+def _matters(condition: Any) -> bool:
     """Equations, and bounds that the user set; not that a size is neither zero nor one."""
-    if isinstance(expression, sympy.Eq):
-        return True
-    if not isinstance(expression, sympy.Rel) or isinstance(expression, sympy.Ne):
-        return False
-    return any(side.is_Integer and abs(int(side)) > 2 for side in expression.args)
-
-
-def _code(expression: Any) -> str:
-    return str(PythonPrinter().doprint(expression))
+    if isinstance(condition, sympy.Rel) and not isinstance(condition, sympy.Eq | sympy.Ne):
+        return any(side.is_Integer and abs(int(side)) > 2 for side in condition.args)
+    return isinstance(condition, sympy.Eq)
 
 
 def is_free(size: Any) -> bool:
     """True if a size is known only at run time. Capture bakes some symbols on its way."""
-    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+    return isinstance(size, torch.SymInt) and not expression(size).is_number

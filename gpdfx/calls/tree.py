@@ -10,41 +10,40 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from .. import torch_private
+
+KeyPath = tuple[Any, ...]
+"""Pytree's keys on the way to a leaf."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Opened:
-    """The object that is leaf number ``place``: an empty copy of it, and its attributes' names."""
+    """The object that is leaf number ``place``: its attributes, and an empty copy of it."""
 
     place: int
-    shell: Any
+    kind: type
     names: tuple[str, ...]
     spec: Spec
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Opened) and self._key() == other._key()
-
-    def _key(self) -> Any:
-        return self.place, type(self.shell), self.names, self.spec
+    shell: Any = field(compare=False)
 
 
 @dataclass(frozen=True)
 class Spec:
     """A structure without its leaves."""
 
-    outer: pytree.TreeSpec
+    outer: torch_private.TreeSpec
     opened: tuple[_Opened, ...]
 
 
 def flatten(tree: Any) -> tuple[list[Any], Spec]:
     """``([leaves], spec)``; ``unflatten`` is its inverse."""
-    flat, outer = pytree.tree_flatten(tree)
+    flat, outer = torch_private.tree_flatten(tree)
     leaves: list[Any] = []
     opened = []
     for place, leaf in enumerate(flat):
@@ -54,22 +53,28 @@ def flatten(tree: Any) -> tuple[list[Any], Spec]:
         shell = copy.copy(leaf)
         shell.__dict__.clear()
         inside, spec = flatten(list(vars(leaf).values()))
-        opened.append(_Opened(place, shell, tuple(vars(leaf)), spec))
+        opened.append(_Opened(place, type(leaf), tuple(vars(leaf)), spec, shell))
         leaves += inside
     return leaves, Spec(outer, tuple(opened))
 
 
+def paths(tree: Any) -> list[KeyPath]:
+    """The way to every leaf of ``flatten``."""
+    found: list[KeyPath] = []
+    for path, leaf in torch_private.tree_paths(tree):
+        if _holds_tensors(leaf):
+            for name, value in vars(leaf).items():
+                found += [
+                    (*path, torch_private.attribute_key(name), *rest) for rest in paths(value)
+                ]
+        else:
+            found.append(path)
+    return found
+
+
 def names(tree: Any) -> list[str]:
     """What every leaf of ``flatten`` would be called: ``[1]['boxes']``, ``[0].image_sizes[1]``."""
-    found: list[str] = []
-    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
-        name = pytree.keystr(path)
-        if not _holds_tensors(leaf):
-            found.append(name)
-            continue
-        for attribute, value in vars(leaf).items():
-            found += [f"{name}.{attribute}{n}" for n in names(value)]
-    return found
+    return [torch_private.key_text(path) for path in paths(tree)]
 
 
 def unflatten(leaves: Iterable[Any], spec: Spec) -> Any:
@@ -78,62 +83,53 @@ def unflatten(leaves: Iterable[Any], spec: Spec) -> Any:
     opened = {o.place: o for o in spec.opened}
     values = []
     for place in range(spec.outer.num_leaves):
-        if place in opened:
-            made = copy.copy(opened[place].shell)
-            inside = opened[place].spec
-            count = _count(inside)
-            values_inside = unflatten((next(rest) for _ in range(count)), inside)
-            made.__dict__.update(zip(opened[place].names, values_inside, strict=True))
+        if one := opened.get(place):
+            made = copy.copy(one.shell)
+            made.__dict__.update(zip(one.names, unflatten(rest, one.spec), strict=True))
             values.append(made)
         else:
             values.append(next(rest))
-    return pytree.tree_unflatten(values, spec.outer)
-
-
-def _count(spec: Spec) -> int:
-    return spec.outer.num_leaves + sum(_count(o.spec) - 1 for o in spec.opened)
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """A structure with its constant leaves, and a slot for each of the others."""
-
-    spec: Spec
-    slots: tuple[bool, ...]
-    constants: tuple[Any, ...]
-
-    def fill(self, values: Iterable[Any]) -> Any:
-        """The structure with values in its slots."""
-        rest = iter(values)
-        both = zip(self.slots, self.constants, strict=True)
-        return unflatten([next(rest) if slot else c for slot, c in both], self.spec)
-
-    def same(self, other: Pattern) -> bool:
-        """True if structure and constants are equal."""
-        constants = zip(self.constants, other.constants, strict=False)
-        alike = self.spec == other.spec and self.slots == other.slots
-        return alike and all(_same(a, b) for a, b in constants)
-
-    def match(self, tree: Any) -> list[Any] | None:
-        """What stands in the slots; ``None`` if the structure or a constant is another."""
-        flat, spec = flatten(tree)
-        if spec != self.spec:
-            return None
-        for x, slot, constant in zip(flat, self.slots, self.constants, strict=True):
-            if isinstance(x, Tensor) != slot or not (slot or _same(x, constant)):
-                return None
-        return [x for x, slot in zip(flat, self.slots, strict=True) if slot]
+    return torch_private.tree_unflatten(values, spec.outer)
 
 
 SLOTS = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-def pattern(tree: Any) -> tuple[Pattern, list[Any]]:
+class Slot:
+    """Stands in a pattern for what differs from call to call."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A structure with its constant leaves, and ``Slot`` for each of the others."""
+
+    spec: Spec
+    held: tuple[Any, ...]
+
+    @property
+    def slots(self) -> list[bool]:
+        return [x is Slot for x in self.held]
+
+    def fill(self, values: Iterable[Any]) -> Any:
+        """The structure with values in its slots."""
+        rest = iter(values)
+        return unflatten([next(rest) if x is Slot else x for x in self.held], self.spec)
+
+    def same(self, other: Pattern) -> bool:
+        """True if structure and constants are equal."""
+        return self.spec == other.spec and all(map(_same, self.held, other.held))
+
+    def match(self, tree: Any) -> list[Any] | None:
+        """The tensors in the slots; ``None`` if the structure or a constant is another."""
+        other, tensors = pattern(tree, (Tensor,))
+        return tensors if self.same(other) else None
+
+
+def pattern(tree: Any, kinds: tuple[type, ...] = SLOTS) -> tuple[Pattern, list[Any]]:
     """A pattern with slots for all tensors and symbolic numbers, and what stands in them."""
     flat, spec = flatten(tree)
-    slots = tuple(isinstance(x, SLOTS) for x in flat)
-    constants = tuple(None if slot else x for x, slot in zip(flat, slots, strict=True))
-    return Pattern(spec, slots, constants), [x for x, s in zip(flat, slots, strict=True) if s]
+    held = tuple(Slot if isinstance(x, kinds) else x for x in flat)
+    return Pattern(spec, held), [x for x in flat if isinstance(x, kinds)]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -161,5 +157,5 @@ def _holds_tensors(leaf: Any, depth: int = 4) -> bool:
     """True for an object that pytree leaves whole and that has tensors in its attributes."""
     if isinstance(leaf, _CLOSED) or not hasattr(leaf, "__dict__") or depth == 0:
         return False
-    inside = pytree.tree_leaves(list(vars(leaf).values()))
+    inside = torch_private.tree_leaves(list(vars(leaf).values()))
     return any(isinstance(x, Tensor) or _holds_tensors(x, depth - 1) for x in inside)

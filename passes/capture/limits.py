@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import fx
 from torch.export import Dim
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
+
+from ...torch_private import hint
 
 LEVELS = ("sizes", "batch", "none")
 """Which input sizes stay free: every one that the model leaves free, the batch, none."""
@@ -28,25 +27,21 @@ PATIENCE = 10.0
 def has_unknown_size(val: Any) -> bool:
     """True for a tensor with a size that not even the example has."""
     sizes = val.shape if isinstance(val, torch.Tensor) else [val]
-    return any(isinstance(s, torch.SymInt) and s.node.hint is None for s in sizes)
+    return any(isinstance(s, torch.SymInt) and hint(s) is None for s in sizes)
 
 
 def dynamic_shapes(tensors: tuple[torch.Tensor, ...], level: str) -> list[Any] | None:
     """Dynamic shapes for ``torch.export``: dim 0 of every tensor that shares the batch size, and
     for ``sizes`` all dimensions of all tensors; export bakes those that the model does not leave
     free."""
-    sizes = [x.shape[0] for x in tensors if x.ndim]
-    if level == "none" or not sizes or (level == "batch" and sizes[0] < 2):
+    batch = next((x.shape[0] for x in tensors if x.ndim), 0)
+    if level == "none" or (level == "batch" and batch < 2):
         return None
 
-    def spec(x: torch.Tensor) -> dict[int, Any] | None:
-        if not x.ndim:
-            return None
-        dims = range(1, x.ndim) if level == "sizes" else ()
-        batch = [0] if x.shape[0] == sizes[0] or level == "sizes" else []
-        return {d: Dim.AUTO for d in (*batch, *dims) if x.shape[d] > 1} or None
+    def free(d: int, size: int) -> bool:
+        return size > 1 and (level == "sizes" or (d == 0 and size == batch))
 
-    shapes = [spec(x) for x in tensors]
+    shapes = [{d: Dim.AUTO for d, s in enumerate(x.shape) if free(d, s)} or None for x in tensors]
     return shapes if any(shapes) else None
 
 
@@ -54,32 +49,32 @@ class TooSlowError(BaseException):
     """No ``Exception``: nothing on its way out may take it for one of the model's."""
 
 
-_STOPS = ((ShapeEnv, "evaluate_expr"), (fx.Graph, "create_node"))
-"""What tracing calls all the time, and where an error may leave it as any of its own does. (One
-raised from outside, by a timer, can end the process: it may hit code that must not fail.)"""
+class _Deadline(TorchFunctionMode):
+    """Raises ``TooSlowError`` once this thread has used its processor time.
+
+    A mode is asked before every call of PyTorch's that tracing makes, and an error may leave it as
+    the call's own would. (Raised from a timer, or by a dispatch mode, it ended the process: both
+    hit code that must not fail.) A single call of a slow network takes seconds, not more.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        super().__init__()
+        self.deadline = deadline
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        compiling = torch.compiler.is_dynamo_compiling()  # torch.cond's branches: it has no clock
+        if not compiling and time.thread_time() > self.deadline:
+            raise TooSlowError
+        return func(*args, **(kwargs or {}))
 
 
-@contextlib.contextmanager
-def time_limit(seconds: float | None) -> Iterator[None]:
+def time_limit(seconds: float | None) -> contextlib.AbstractContextManager[Any]:
     """Stop the tracing in the block after some seconds of this thread's processor time."""
     if seconds is None:
-        yield
-        return
-    thread, deadline = threading.get_ident(), time.thread_time() + seconds
-
-    def stopping(call: Callable[..., Any]) -> Callable[..., Any]:
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread and time.thread_time() > deadline:
-                raise TooSlowError
-            return call(*args, **kwargs)
-
-        return checked
-
-    with contextlib.ExitStack() as stack:
-        for kind, name in _STOPS:
-            stopped = stopping(getattr(kind, name))
-            stack.enter_context(mock.patch.object(kind, name, stopped))
-        yield
+        return contextlib.nullcontext()
+    return _Deadline(time.thread_time() + seconds)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import nn
 from ...calls.call import Call
 from ...calls.sizes import fits
 from ...errors import CaptureError
-from ..program import CallSite, Mode, Program, duplicate
-from .export import capture
+from ..program import CallSite, Program, duplicate
+from .export import bare, first_line, with_module
+from .limits import LEVELS
 
 Calls = dict[str, list[CallSite]]
 
@@ -38,61 +40,43 @@ def capture_parts(
     """As ``capture`` of the whole network, which failed (``why``). Raises it again if no module
     with parameters can be captured."""
     calls = _steady(record(student, args, kwargs), record(_shuffled(student), args, kwargs))
-    program = Program(student, {}, {}, {}, {}, {"": _reason(why)}, functional)
-    for name, child in student.named_children():
-        program = _add(program, name, child, calls, functional, dynamic, set())
+    program = replace(bare(student), apart={"": _reason(why)})
+    levels = LEVELS[LEVELS.index(dynamic) :]
+    for path, module in student.named_modules():  # a module before those in it
+        inside = any(path.startswith(f"{part}.") for part in program.parts)
+        if path in calls and path and not inside and any(True for _ in module.parameters()):
+            try:
+                program = _with_part(program, calls[path], functional, levels)
+            except CaptureError as error:
+                program = replace(program, apart={**program.apart, path: _reason(error)})
     if not program.modes:
         raise why
     return program
 
 
-def _add(
-    program: Program,
-    path: str,
-    module: nn.Module,
-    calls: Calls,
-    functional: bool,
-    dynamic: str,
-    seen: set[nn.Module],
-) -> Program:
-    """The program with what can be captured of one module."""
-    if module in seen or not any(True for _ in module.parameters()):
-        return program
-    seen.add(module)
-    if path in calls:
-        try:
-            return _part(program, calls[path], functional, dynamic)
-        except CaptureError as error:
-            apart = {**program.apart, path: _reason(error)}
-            program = replace(program, apart=apart)
-    for name, child in module.named_children():
-        program = _add(program, f"{path}.{name}", child, calls, functional, dynamic, seen)
-    return program
-
-
 def _reason(error: CaptureError) -> str:
     """What export said, and about which line of the user's."""
-    said = str(error).splitlines()[0].partition(" mode: ")[2] or str(error).splitlines()[0]
+    said = first_line(error.__cause__)[:300] if error.__cause__ else str(error)
     return f"{said} ({error.source})" if error.source else said
 
 
-def _part(program: Program, sites: list[CallSite], functional: bool, dynamic: str) -> Program:
+def _with_part(
+    program: Program, sites: list[CallSite], functional: bool, levels: Sequence[str]
+) -> Program:
     """The program with one module, a graph for every structure and mode of its calls."""
-    graphs: list[Mode] = []
     for site in sites:
-        if any(_takes(mode, site) for mode in graphs):
+        graphs = [mode for mode in program.modes.values() if mode.site.path == site.path]
+        if any(_alike(mode.site, site) and fits(mode.graph, site.tensors) for mode in graphs):
             continue
         if len(graphs) == GRAPHS:
             raise CaptureError(f"it is called in more than {GRAPHS} ways")
-        student, known, larger = program.student, program.modes, _enlarged(site)
+        larger = _enlarged(site)
         try:
-            new = capture(student, [larger], functional, dynamic, known=known)
+            program = with_module(program, [larger], functional, levels)
         except CaptureError:
             if larger is site:
                 raise
-            new = capture(student, [site], functional, dynamic, known=known)
-        graphs += new.modes.values()
-        program = join_programs(program, new)
+            program = with_module(program, [site], functional, levels)
     return program
 
 
@@ -111,38 +95,19 @@ def _enlarged(site: CallSite) -> CallSite:
     return replace(site, tensors=tuple(map(three, site.tensors)))
 
 
-def _takes(mode: Mode, site: CallSite) -> bool:
-    """True if a captured graph is right for another call of its module."""
-    return _alike(mode.site, site) and fits(mode.graph, site.tensors)
-
-
 def _alike(a: CallSite, b: CallSite) -> bool:
     return a.training == b.training and a.call.pattern.same(b.call.pattern)
-
-
-def join_programs(a: Program, b: Program) -> Program:
-    """Two captures of one student."""
-    return Program(
-        a.student,
-        a.modes | b.modes,
-        a.tensors | b.tensors,
-        a.alias | b.alias,
-        a.children | b.children,
-        a.apart | b.apart,
-        a.functional,
-    )
 
 
 def recapture(
     program: Program, student: nn.Module, dtype: torch.dtype, functional: bool
 ) -> Program:
     """The same sites at the same levels, of a student in another dtype."""
-    result = Program(student, {}, {}, {}, {})
+    result = bare(student)
     for mode in program.modes.values():
         cast = tuple(x.to(dtype) if x.is_floating_point() else x for x in mode.site.tensors)
         site = replace(mode.site, tensors=cast)
-        new = capture(student, [site], functional, mode.level, lower=False, known=result.modes)
-        result = join_programs(result, new)
+        result = with_module(result, [site], functional, (mode.level,))
     return result
 
 
@@ -181,27 +146,22 @@ def _shuffled(student: nn.Module) -> nn.Module:
 def recording(run: nn.Module, calls: Calls, paths: Sequence[str] | None = None) -> Iterator[None]:
     """While it lasts, the calls of the modules (all, or ``paths``) are written down; gradients are
     on, as in training, so that no module takes a shortcut for inference."""
+    with contextlib.ExitStack() as stack:
+        for path, module in run.named_modules():
+            if paths is None or path in paths:
+                note = partial(_note, calls, path)
+                handle = module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
+                stack.enter_context(handle)
+        stack.enter_context(slow_attention())
+        stack.enter_context(torch.enable_grad())
+        yield
 
-    def hook(path: str) -> Any:
-        def write(module: nn.Module, args: Any, kwargs: Any) -> None:
-            with contextlib.suppress(TypeError, ValueError):  # a forward without signature
-                call = Call(module, args, kwargs)
-                tensors = tuple(x.detach() for x in call.flatten(args, kwargs))
-                calls.setdefault(path, []).append(CallSite(path, module.training, call, tensors))
 
-        return write
-
-    handles = [
-        module.register_forward_pre_hook(hook(path), prepend=True, with_kwargs=True)
-        for path, module in run.named_modules()
-        if paths is None or path in paths
-    ]
-    try:
-        with slow_attention(), torch.enable_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _note(calls: Calls, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    with contextlib.suppress(TypeError, ValueError):  # a forward without signature
+        call = Call(module, args, kwargs)
+        tensors = tuple(x.detach() for x in call.flatten(args, kwargs))
+        calls.setdefault(path, []).append(CallSite(path, module.training, call, tensors))
 
 
 @contextlib.contextmanager

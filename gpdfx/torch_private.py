@@ -1,0 +1,169 @@
+"""Every private name of PyTorch that is used, each behind one function that says what it relies on.
+
+Tried with PyTorch 2.11 and 2.14; ``tests/test_torch_private.py`` pins what is relied on. Nothing
+else in the project names a private one, but for an operator's ``_schema``, which has no other name,
+and the registries of a module (``_parameters``, ``_buffers``, ``_modules``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._sympy.printers import PythonPrinter
+
+# --------------------------------------------------------------------------- structures
+TreeSpec = pytree.TreeSpec
+"""A structure without its leaves: comparable, with the number of its leaves as ``num_leaves``."""
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
+    """Leaves and structure of containers, named tuples, and every class registered with pytree."""
+    return pytree.tree_flatten(tree)
+
+
+def tree_unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
+    """The inverse of ``tree_flatten``."""
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """The leaves alone, in the order of ``tree_flatten``."""
+    return pytree.tree_leaves(tree)
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The same structure with ``function`` of every leaf."""
+    return pytree.tree_map(function, tree)
+
+
+def tree_paths(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """The keys on the way to every leaf, and the leaf: ``.idx`` in a sequence, ``.key`` in a
+    mapping."""
+    return pytree.tree_flatten_with_path(tree)[0]
+
+
+def attribute_key(name: str) -> Any:
+    """The key of an attribute, as classes registered with pytree give it."""
+    return pytree.GetAttrKey(name)
+
+
+def key_text(path: tuple[Any, ...]) -> str:
+    """Keys as Python spells them: ``[1]['boxes']``, ``[0].image_sizes[1]``."""
+    return pytree.keystr(path)
+
+
+# --------------------------------------------------------------------------- symbolic sizes
+def hint(size: Any) -> Any:
+    """The example's value of a symbolic number; ``None`` for one that depends on values. Relies on
+    ``node.hint``: the public ways to it guard on the value, or refuse what has none."""
+    return size.node.hint
+
+
+def expression(size: torch.SymInt) -> Any:
+    """A symbolic size as a sympy expression, the replacements of its environment applied."""
+    return size.node.expr
+
+
+def guards(size: torch.SymInt) -> list[Any]:
+    """The conditions that capture met so far in the environment of a size, as sympy expressions."""
+    environment: Any = size.node.shape_env
+    return [guard.expr for guard in environment.guards]
+
+
+def python_text(condition: Any) -> str:
+    """An expression of ``expression`` or ``guards`` as Python that may name ``math``,
+    ``max`` and ``min``. sympy's own printer does not know torch's functions (``FloorDiv``)."""
+    return str(PythonPrinter().doprint(condition))
+
+
+# --------------------------------------------------------------------------- regions
+enter_autocast: Callable[..., Any] = _enter_autocast
+"""``(device_type, dtype, enabled, cache) -> token``. The function itself, no wrapper: it is what
+export traces an autocast region to, and what the compiler knows in a graph."""
+
+exit_autocast: Callable[[Any], None] = _exit_autocast
+"""Leaves what ``enter_autocast`` entered, by its token."""
+
+
+def set_grad_enabled(enabled: bool) -> None:
+    """Switch gradients on or off and leave them so, as one call that the compiler knows in a
+    graph; the public ``torch.set_grad_enabled`` is a context manager with a state of its own."""
+    torch._C._set_grad_enabled(enabled)
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Switch off all dispatch modes (counters, fake tensors) around what is not theirs to see."""
+    return _disable_current_modes()
+
+
+# --------------------------------------------------------------------------- memory
+def storage_key(x: Tensor) -> int:
+    """The same number for all tensors on one storage, as long as that lives."""
+    return int(x.untyped_storage()._cdata)
+
+
+StorageReference = StorageWeakRef
+"""While it lives, the ``storage_key`` of its storage is nobody else's, though the memory is freed;
+``expired()`` says that it is."""
+
+
+def storage_reference(x: Tensor) -> StorageReference:
+    """Of the storage that a tensor is on."""
+    return StorageWeakRef(x.untyped_storage())
+
+
+def version(x: Tensor) -> int:
+    """How often a tensor was written to in place; inference tensors do not count that."""
+    return x._version
+
+
+# --------------------------------------------------------------------------- kinds
+NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._NormBase,)
+"""The base of all batch and instance norms."""
+
+
+def compile_error() -> type[Exception]:
+    """What ``torch.compile`` raises for code that it cannot compile. Importing it takes seconds:
+    asked for only once something was raised."""
+    return torch._dynamo.exc.TorchDynamoException
+
+
+def is_fake(x: Any) -> bool:
+    """True for a tensor without data, of capture's fake mode."""
+    return isinstance(x, FakeTensor)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """True for what ``torch.compile`` returned for a module. By name: importing the compiler for
+    its class takes seconds."""
+    kind = type(module)
+    return kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo")
+
+
+def is_packet(op: Any) -> bool:
+    """True for ``torch.ops.aten.add``: all overloads of a name."""
+    return isinstance(op, torch._ops.OpOverloadPacket)
+
+
+def is_overload(op: Any) -> bool:
+    """True for ``torch.ops.aten.add.Tensor``."""
+    return isinstance(op, torch._ops.OpOverload)
+
+
+def op_name(op: Any) -> str:
+    """``"add"`` for ``torch.ops.aten.add.Tensor``."""
+    return str(op._opname)
+
+
+def custom_overload(op: Any) -> Any:
+    """The overload behind what ``torch.library.custom_op`` returns; anything else as it is."""
+    return getattr(op, "_opoverload", op)

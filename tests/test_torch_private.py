@@ -1,0 +1,229 @@
+"""What ``gpdfx.torch_private`` relies on. Passes with PyTorch 2.11 and 2.14."""
+
+from __future__ import annotations
+
+import ast
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import gpdfx
+from gpdfx import torch_private
+
+aten = torch.ops.aten
+
+
+class Pair(tuple):
+    """No container of pytree's."""
+
+
+class Halves(nn.Module):
+    """Sizes that are symbols, expressions of symbols, numbers, and conditions on them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] <= 50
+        return x.unflatten(1, (2, x.shape[1] // 2)).sum(1)
+
+
+@pytest.fixture(scope="module")
+def graph() -> fx.Graph:
+    auto = torch.export.Dim.AUTO
+    inputs, free = (torch.randn(4, 6, 3),), {"x": {0: auto, 1: auto}}
+    return torch.export.export(Halves(), inputs, dynamic_shapes=free, strict=False).graph
+
+
+def value(graph: fx.Graph) -> Tensor:
+    return graph.find_nodes(op="placeholder")[0].meta["val"]
+
+
+# --------------------------------------------------------------------------- structures
+TREE = {"b": [1, (2, 3)], "a": OrderedDict(c=4)}
+
+
+def test_trees_are_flattened_and_put_together() -> None:
+    leaves, spec = torch_private.tree_flatten(TREE)
+    assert leaves == torch_private.tree_leaves(TREE) == [1, 2, 3, 4]
+    assert isinstance(spec, torch_private.TreeSpec)
+    assert spec.num_leaves == 4
+    assert spec == torch_private.tree_flatten(torch_private.tree_map(str, TREE))[1]
+    assert spec != torch_private.tree_flatten({"b": [1, [2, 3]], "a": OrderedDict(c=4)})[1]
+    assert torch_private.tree_unflatten(leaves, spec) == TREE
+    assert torch_private.tree_map(lambda x: 2 * x, (1, [2])) == (2, [4])
+
+
+def test_what_pytree_does_not_know_is_a_leaf() -> None:
+    assert torch_private.tree_leaves([Pair((1, 2))]) == [Pair((1, 2))]
+    assert torch_private.tree_leaves({1, 2}) == [{1, 2}]
+
+
+def test_leaves_have_paths() -> None:
+    (first, *_, last) = torch_private.tree_paths(((1, [2]), {"mask": 3}))
+    assert [key.idx for key in first[0]] == [0, 0]
+    assert last[1] == 3
+    assert last[0][1].key == "mask"
+    path = (*last[0], torch_private.attribute_key("sizes"))
+    assert torch_private.key_text(path) == "[1]['mask'].sizes"
+    assert torch_private.key_text(()) == ""
+
+
+# --------------------------------------------------------------------------- symbolic sizes
+def test_symbolic_sizes_are_read(graph: fx.Graph) -> None:
+    batch, length, width = value(graph).shape
+    assert (torch_private.hint(batch), torch_private.hint(length)) == (4, 6)
+    assert isinstance(batch, torch.SymInt)
+    assert isinstance(width, int)
+    assert torch_private.expression(batch).is_Symbol
+    (symbol,) = torch_private.expression(length).free_symbols
+    halved = torch_private.expression(length // 2)
+    text = torch_private.python_text(halved)
+    assert eval(text, {"math": None}, {str(symbol): 10}) == 5
+    assert torch_private.expression(length - length).is_number
+
+
+def test_a_size_that_depends_on_values_has_no_hint() -> None:
+    class Chosen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.nonzero()
+
+    exported = torch.export.export(Chosen(), (torch.ones(3),), strict=False)
+    (node,) = exported.graph.find_nodes(op="call_function", target=aten.nonzero.default)
+    assert torch_private.hint(node.meta["val"].shape[0]) is None
+
+
+def test_conditions_on_sizes_are_read(graph: fx.Graph) -> None:
+    batch, length, _ = value(graph).shape
+    conditions = torch_private.guards(length)
+    assert all(isinstance(c, sympy.Basic) for c in conditions)
+    (symbol,) = torch_private.expression(length).free_symbols
+    assert any(isinstance(c, sympy.Eq) and symbol in c.free_symbols for c in conditions)
+    assert any(c == sympy.Le(symbol, 50) for c in conditions)
+    assert torch_private.guards(batch) == conditions  # of the environment, not of the size
+    even = next(c for c in conditions if isinstance(c, sympy.Eq) and symbol in c.free_symbols)
+    text = torch_private.python_text(even)
+    assert [eval(text, {}, {str(symbol): n}) for n in (7, 8)] == [False, True]
+
+
+# --------------------------------------------------------------------------- regions
+def test_autocast_is_traced_to_the_functions_that_enter_and_leave_it() -> None:
+    class Cast(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return x @ x
+
+    token = torch_private.enter_autocast("cpu", torch.bfloat16, True, False)
+    assert torch.get_autocast_dtype("cpu") is torch.bfloat16
+    assert torch.is_autocast_enabled("cpu")
+    torch_private.exit_autocast(token)
+    assert not torch.is_autocast_enabled("cpu")
+    exported = torch.export.export(Cast(), (torch.ones(2, 2),), strict=False)
+    region = torch.ops.higher_order.wrap_with_autocast
+    (node,) = exported.graph.find_nodes(op="call_function", target=region)
+    assert node.args[:3] == ("cpu", torch.bfloat16, True)  # enter_autocast's, in its order
+    assert isinstance(node.args[3], bool)
+    assert isinstance(node.args[4], fx.Node)
+
+
+def test_gradients_stay_switched() -> None:
+    before = torch.is_grad_enabled()
+    try:
+        for enabled in (False, True):
+            torch_private.set_grad_enabled(enabled)
+            assert torch.is_grad_enabled() is enabled
+    finally:
+        torch.set_grad_enabled(before)
+
+
+def test_modes_are_switched_off() -> None:
+    x = torch.ones(2, 2)
+    with FlopCounterMode(display=False) as counter:
+        x @ x
+        seen = counter.get_total_flops()
+        with torch_private.without_modes():
+            x @ x
+        assert counter.get_total_flops() == seen > 0
+
+
+# --------------------------------------------------------------------------- memory
+def test_storages_are_told_apart() -> None:
+    x, y = torch.ones(4), torch.ones(4)
+    assert torch_private.storage_key(x) == torch_private.storage_key(x[1:].view(3, 1))
+    assert torch_private.storage_key(x) != torch_private.storage_key(y)
+
+
+def test_a_reference_keeps_a_key_from_being_used_again() -> None:
+    x = torch.ones(4)
+    key, reference = torch_private.storage_key(x), torch_private.storage_reference(x)
+    assert not reference.expired()
+    del x
+    assert reference.expired()
+    others = [torch.ones(4) for _ in range(100)]
+    assert key not in [torch_private.storage_key(other) for other in others]
+
+
+def test_writes_are_counted() -> None:
+    x = torch.ones(4)
+    before = torch_private.version(x)
+    x[:2].add_(1)  # through a view
+    assert torch_private.version(x) == before + 1
+    with torch.inference_mode():
+        frozen = torch.ones(4)
+    with pytest.raises(RuntimeError):
+        torch_private.version(frozen)
+
+
+# --------------------------------------------------------------------------- kinds
+def test_norms_have_one_base() -> None:
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm2d)
+    assert all(issubclass(kind, torch_private.NORMS) for kind in kinds)
+    assert not issubclass(nn.LayerNorm, torch_private.NORMS)
+    buffers = dict(nn.BatchNorm2d(3).named_buffers())
+    assert list(buffers) == ["running_mean", "running_var", "num_batches_tracked"]
+
+
+def test_fake_tensors_are_known(graph: fx.Graph) -> None:
+    assert torch_private.is_fake(value(graph))
+    assert not torch_private.is_fake(torch.ones(1, device="meta"))
+
+
+def test_compiled_modules_and_errors_are_known() -> None:
+    net = nn.Linear(2, 2)
+    assert torch_private.is_compiled(torch.compile(net))
+    assert not torch_private.is_compiled(net)
+
+    def breaks(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+    with pytest.raises(torch_private.compile_error()):
+        torch.compile(breaks, fullgraph=True, backend="eager")(torch.ones(1))
+
+
+def test_operators_are_told_apart() -> None:
+    assert torch_private.is_packet(aten.add)
+    assert torch_private.is_overload(aten.add.Tensor)
+    assert not torch_private.is_packet(aten.add.Tensor)
+    assert not torch_private.is_overload(torch.add)
+    assert torch_private.op_name(aten.add.Tensor) == "add"
+    assert torch_private.custom_overload(aten.add) is aten.add
+
+
+def test_custom_operators_give_their_overload() -> None:
+    @torch.library.custom_op("gpdfx_tests::doubled", mutates_args=())
+    def doubled(x: Tensor) -> Tensor:
+        return x * 2
+
+    overload = torch_private.custom_overload(doubled)
+    assert overload is torch.ops.gpdfx_tests.doubled.default
+    assert torch_private.is_overload(overload)
+
+
+def test_the_room_stands_alone() -> None:
+    text = Path(gpdfx.torch_private.__file__).read_text()
+    nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import | ast.ImportFrom)]
+    assert all(not n.level for n in nodes if isinstance(n, ast.ImportFrom))
+    assert "gpdfx" not in {a.name.partition(".")[0] for n in nodes for a in n.names}
