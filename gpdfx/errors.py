@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from collections.abc import Collection, Iterable
 
 
 class GpdfxError(Exception):
@@ -53,7 +53,14 @@ class AxisConflict(GpdfxError):
     """Two axes cannot be the same. Passes catch it and bridge; users see it in reports only."""
 
 
-def suggest(name: str, known: Any) -> str:
-    """A remedy that names what comes near."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
-    return f"did you mean {', '.join(near)}?" if near else "see the model's named_parameters()"
+def suggest(
+    name: str, known: Iterable[str], otherwise: str = "see the model's named_parameters()"
+) -> str:
+    """A remedy that names what comes near, or else says what to do ``otherwise``."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"did you mean {', '.join(close)}?" if close else otherwise
+
+
+def near(name: str, known: Collection[str]) -> str:
+    """A remedy that names what comes near, or else all that there is."""
+    return suggest(name, known, f"choose from {', '.join(known)}")

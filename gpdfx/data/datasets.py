@@ -10,9 +10,8 @@ Nothing is downloaded, and everything random is a function of a key (``gpdfx.spl
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from ..errors import InputError, suggest
+from ..errors import InputError, near
 from .sources import load_cifar10, load_digits, load_imagefolder, load_mnist1d
 from .splits import Data, few_labels, noisy_labels
 
@@ -92,9 +91,3 @@ def load_data(
     if noise:
         train = noisy_labels(train, noise, data.classes, seed)
     return Data(data.name, train, data.validation, data.test, data.classes, data.shape)
-
-
-def near(name: str, known: Any) -> str:
-    """A remedy that names what comes near, or else all that there is."""
-    remedy = suggest(name, known)
-    return remedy if remedy.startswith("did you mean") else f"choose from {', '.join(known)}"
