@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 
 class GpdfxError(Exception):
@@ -64,3 +65,12 @@ def suggest(
 def near(name: str, known: Collection[str]) -> str:
     """A remedy that names what comes near, or else all that there is."""
     return suggest(name, known, f"choose from {', '.join(known)}")
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str, why: str) -> Iterator[None]:
+    """Around imports of what an extra of gpdfx brings: where they fail, name it."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"{why} ({error})", remedy=f"pip install 'gpdfx[{extra}]'") from error
