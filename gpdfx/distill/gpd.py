@@ -24,7 +24,8 @@ from ..errors import InputError, suggest
 from ..teacher.collapse import collapse
 from ..teacher.module import Teacher
 from . import streams
-from .features import FeatureLoss, Features
+from .collect import run_with_features
+from .features import FeatureLoss
 from .losses import KD, soft_cross_entropy
 
 Criterion = Callable[[Tensor, Any], Tensor]
@@ -42,15 +43,11 @@ class Distilled(NamedTuple):
     terms: dict[str, Tensor]
 
 
-class _Seen(NamedTuple):
-    """Logits and features of all networks."""
+class _Outputs(NamedTuple):
+    """Of one network."""
 
-    wide: Tensor
-    own: Tensor
-    static: Tensor | None
-    wide_features: list[Tensor]
-    own_features: list[Tensor]
-    static_features: list[Tensor]
+    logits: Tensor
+    features: list[Tensor]
 
 
 class GPD(nn.Module):
@@ -88,7 +85,6 @@ class GPD(nn.Module):
     """
 
     _static: nn.Module | None
-    _asked: FeatureLoss | None
     gap_counts: bool
 
     def __init__(
@@ -126,43 +122,35 @@ class GPD(nn.Module):
         self.teacher_weight, self.start_epoch, self.epoch = teacher_weight, start_epoch, 0
         self.overlap_static = overlap_static
         self._logits = logits or find_logits
-        self._own_names = self._choose_own(unshared)
+        plain = dict(collapse(self.teacher).named_parameters())
+        self._own_names = _matching(unshared, list(plain))
         self._own = nn.ParameterList(
-            nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
-            for name, p in collapse(self.teacher).named_parameters()
-            if name in self._own_names
+            nn.Parameter(plain[name].detach().clone(), requires_grad=plain[name].requires_grad)
+            for name in self._own_names
         )
         if static_teacher is not None:
             static_teacher = static_teacher.eval().requires_grad_(False)
         object.__setattr__(self, "_static", static_teacher)
+        self._student_layers = features.student_layers if features is not None else ()
+        self._static_layers = features.static_layers if features is not None else ()
         self.features = nn.ModuleDict()
-        object.__setattr__(self, "_asked", features)
         if features is not None:
             self._build_features(features)
 
     def _build_features(self, features: FeatureLoss) -> None:
         """One loss for the teacher, one for the student, each for its own widths."""
-        recipe = self.teacher._options
-        assert recipe is not None
+        options = self.teacher._options
+        assert options is not None
         training = self.training
         self.eval()
         with torch.no_grad():
-            seen = self._run(*recipe.inputs)
+            *both, static = self._run(*options.inputs)
         self.train(training)
-        static = [x.shape for x in seen.static_features]
-        for name, found in (("teacher", seen.wide_features), ("student", seen.own_features)):
-            self.features[name] = copy.deepcopy(features)
-            self.features[name].build([x.shape for x in found], static)  # type: ignore[operator]
-
-    def _choose_own(self, unshared: str | Sequence[str]) -> list[str]:
-        patterns = [unshared] if isinstance(unshared, str) else list(unshared)
-        names = [name for name, _ in collapse(self.teacher).named_parameters()]
-        for pattern in patterns:
-            if not covers(pattern, names):
-                raise InputError(
-                    f"unshared: {pattern!r} matches no parameter", remedy=suggest(pattern, names)
-                )
-        return [name for name in names if any(covers(p, [name]) for p in patterns)]
+        assert static is not None
+        for name, outputs in zip(("teacher", "student"), both, strict=True):
+            loss = copy.deepcopy(features)
+            loss.build(*([x.shape for x in of.features] for of in (outputs, static)))
+            self.features[name] = loss
 
     @property
     def epoch(self) -> int:
@@ -181,33 +169,46 @@ class GPD(nn.Module):
         ``inputs``: a tensor, a tuple of positional or a dict of keyword inputs. ``targets``: what
         ``criterion`` takes.
         """
-        seen = self._run(*_call(inputs))
-        wide, own, static = seen.wide, seen.own, seen.static
+        teacher, student, static = self._run(*_arguments(inputs))
         terms = {
-            "teacher": self.teacher_weight * self.criterion(wide, targets),
-            "student": self.criterion(own, targets),
+            "teacher": self.teacher_weight * self.criterion(teacher.logits, targets),
+            "student": self.criterion(student.logits, targets),
         }
         if self.gap_counts and self.lam:
             soft = soft_cross_entropy(
-                own, wide.detach(), temperature=self.temperature, smoothing=self.smoothing
+                student.logits,
+                teacher.logits.detach(),
+                temperature=self.temperature,
+                smoothing=self.smoothing,
             )
             terms["gap"] = self.lam * soft
-        if self.kd is not None and static is not None:
-            if static.shape != own.shape:
+        if static is not None:
+            terms |= self._against_static(teacher, student, static, targets)
+        loss = torch.stack([term.float() for term in terms.values()]).sum()
+        static_logits = None if static is None else static.logits
+        return Distilled(loss, student.logits, teacher.logits, static_logits, terms)
+
+    def _against_static(
+        self, teacher: _Outputs, student: _Outputs, static: _Outputs, targets: Any
+    ) -> dict[str, Tensor]:
+        """The terms that compare logits and features with the static teacher's."""
+        terms = {}
+        if self.kd is not None:
+            if static.logits.shape != student.logits.shape:
                 raise InputError(
-                    f"the static teacher's logits are {tuple(static.shape)}, the student's "
-                    f"{tuple(own.shape)}",
+                    f"the static teacher's logits are {tuple(static.logits.shape)}, the student's "
+                    f"{tuple(student.logits.shape)}",
                     remedy="use a static teacher with the same classes",
                 )
-            terms["teacher_kd"] = self.teacher_weight * self.kd(wide, static, targets)
-            terms["student_kd"] = self.kd(own, static, targets)
-        for name, found in (("teacher", seen.wide_features), ("student", seen.own_features)):
-            if name in self.features:
-                term = self.features[name](found, seen.static_features)
-                factor = self.teacher_weight if name == "teacher" else 1.0
-                terms[f"{name}_features"] = factor * term
-        loss = torch.stack([term.float() for term in terms.values()]).sum()
-        return Distilled(loss, own, wide, static, terms)
+            teacher_kd = self.kd(teacher.logits, static.logits, targets)
+            terms["teacher_kd"] = self.teacher_weight * teacher_kd
+            terms["student_kd"] = self.kd(student.logits, static.logits, targets)
+        if self._student_layers:
+            teacher_loss, student_loss = self.features["teacher"], self.features["student"]
+            teacher_term = teacher_loss(teacher.features, static.features)
+            terms["teacher_features"] = self.teacher_weight * teacher_term
+            terms["student_features"] = student_loss(student.features, static.features)
+        return terms
 
     def own_parameters(self) -> dict[str, Tensor]:
         """The student's parameters that are not shared."""
@@ -218,39 +219,30 @@ class GPD(nn.Module):
         folded = self.teacher.fold(teacher=False)
         return self.teacher._run_student(folded, args, kwargs, self.own_parameters())
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
-        """All networks on one batch, the branches folded once."""
-        asked, own = self._asked, self.own_parameters()
+    def _run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[_Outputs, _Outputs, _Outputs | None]:
+        """Teacher, student and static teacher on one batch, the branches folded once."""
         static = streams.start(
             lambda: self._run_static(args, kwargs), (args, kwargs), beside=self.overlap_static
         )
-        folded, wide_features = self.teacher.fold(), []  # type: ignore[var-annotated]
-        wide = self.teacher._run_teacher(folded, args, kwargs, wide_features)
-        narrow, features = _collecting(
+        folded, features = self.teacher.fold(), []  # type: ignore[var-annotated]
+        output = self.teacher._run_teacher(folded, args, kwargs, features)
+        teacher = _Outputs(self._logits(output), features)
+        output, features = run_with_features(
             self.teacher._student,
-            asked.student_layers if asked else (),
-            lambda: self.teacher._run_student(folded, args, kwargs, own),
+            self._student_layers,
+            lambda: self.teacher._run_student(folded, args, kwargs, self.own_parameters()),
         )
-        found, static_features = static()
-        return _Seen(
-            self._logits(wide),
-            self._logits(narrow),
-            found,
-            wide_features,
-            features,
-            static_features,
-        )
+        return teacher, _Outputs(self._logits(output), features), static()
 
     @torch.no_grad()
-    def _run_static(self, args: Any, kwargs: Any) -> tuple[Tensor | None, list[Tensor]]:
-        """The static teacher's logits and features; ``None`` without one."""
-        static, asked = self._static, self._asked
-        if static is None:
-            return None, []
-        output, features = _collecting(
-            static, asked.static_layers if asked else (), lambda: static(*args, **kwargs)
-        )
-        return self._logits(output).detach(), features
+    def _run_static(self, args: Any, kwargs: Any) -> _Outputs | None:
+        net = self._static
+        if net is None:
+            return None
+        output, features = run_with_features(net, self._static_layers, lambda: net(*args, **kwargs))
+        return _Outputs(self._logits(output).detach(), features)
 
     @torch.no_grad()
     def collapse(self) -> nn.Module:
@@ -269,17 +261,6 @@ class GPD(nn.Module):
         return self
 
 
-def _collecting(
-    module: nn.Module, names: Sequence[str], call: Callable[[], Any]
-) -> tuple[Any, list[Tensor]]:
-    """A call's result, and what some modules returned on the way."""
-    if not names:
-        return call(), []
-    with Features(module, names) as seen:
-        result = call()
-    return result, seen.tensors
-
-
 def find_logits(output: Any) -> Tensor:
     """The logits in what a network returns."""
     for name in ("logits", "out"):
@@ -287,16 +268,26 @@ def find_logits(output: Any) -> Tensor:
             output = output[name]
         elif not isinstance(output, Tensor) and hasattr(output, name):
             output = getattr(output, name)
-    found = next((x for x in tree.leaves(output) if isinstance(x, Tensor)), None)
-    if found is None:
+    logits = next((x for x in tree.leaves(output) if isinstance(x, Tensor)), None)
+    if logits is None:
         raise InputError(
             f"there are no logits in a {type(output).__name__}",
             remedy="pass logits=, a function that picks them out of the network's output",
         )
-    return found
+    return logits
 
 
-def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _matching(patterns: str | Sequence[str], names: list[str]) -> list[str]:
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in patterns:
+        if not covers(pattern, names):
+            raise InputError(
+                f"unshared: {pattern!r} matches no parameter", remedy=suggest(pattern, names)
+            )
+    return [name for name in names if any(covers(pattern, [name]) for pattern in patterns)]
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
