@@ -143,9 +143,10 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"there is no file {file}", remedy="name a state_dict in a file")
-    safe, read = file.suffix == ".safetensors", partial(torch.load, weights_only=True)
+    torch_load = partial(torch.load, map_location="cpu", weights_only=True)
+    read: Callable[..., Any] = load_file if file.suffix == ".safetensors" else torch_load
     try:
-        state: Any = load_file(file) if safe else read(file, map_location="cpu")
+        state = read(file)
     except Exception as error:  # damaged, of another kind, or one that wants to run code
         raise InputError(
             f"cannot read weights from {file}: {error}",

@@ -4,7 +4,7 @@
     for x, y in train_loader(data, 128, seed=0, epoch=3, start=5 * 128):  # from the sixth batch on
         x, targets = mix(x, y, data.classes, mixup=0.8, generator=generator("mix", 0, 3, 5))
 
-Nothing is downloaded, and everything random is a function of a key (``gpdfx.splits``).
+Nothing is downloaded, and everything random is a function of a key (``gpdfx.data.splits``).
 """
 
 from __future__ import annotations

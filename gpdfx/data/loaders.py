@@ -145,7 +145,8 @@ def mix(
             low = middle - length // 2
             box.append(slice(max(low, 0), min(low + length, size)))
         mixed = x.clone()
-        mixed[..., *box] = x[other][..., *box]
+        inside: tuple[Any, ...] = (..., *box)
+        mixed[inside] = x[other][inside]
         lam = 1 - math.prod(b.stop - b.start for b in box) / math.prod(sizes)
     else:
         mixed = lam * x + (1 - lam) * x[other]

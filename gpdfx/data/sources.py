@@ -63,8 +63,8 @@ def _in_memory(
     count = round(len(pool) * VALIDATION)
     train, validation = (pool[part.sort().values] for part in (order[count:], order[:count]))
     parts = ((samples, train), (plain, validation), (plain, test))
-    splits = (Split(source, part, labels[part]) for source, part in parts)
-    return Data(name, *splits, 10, tuple(samples.x.shape[1:]))
+    a, b, c = (Split(source, part, labels[part]) for source, part in parts)
+    return Data(name, a, b, c, 10, tuple(samples.x.shape[1:]))
 
 
 def load_digits(*, seed: int, augment: bool, **_: Any) -> Data:
@@ -83,7 +83,8 @@ def load_mnist1d(*, seed: int, **_: Any) -> Data:
     """MNIST-1D signals, generated here."""
     x, labels = mnist1d(5000, generator("mnist1d"))
     samples = Stored(x, torch.zeros(()), torch.ones(()))
-    return _in_memory("mnist1d", samples, labels, *torch.arange(5000).split([4000, 1000]), seed)
+    pool, test = torch.arange(5000).split([4000, 1000])
+    return _in_memory("mnist1d", samples, labels, pool, test, seed)
 
 
 def load_cifar10(*, path: Path, seed: int, augment: bool, **_: Any) -> Data:
@@ -158,8 +159,8 @@ def load_imagefolder(*, path: Path, size: int, augment: bool, **_: Any) -> Data:
             f"train and val have different classes: only one of them has {', '.join(only[:5])}",
             remedy="give both the same folders",
         )
-    splits = (
+    a, b = (
         Split(images, torch.arange(len(images)), torch.tensor(images.targets))
-        for images in (train, val, val)
+        for images in (train, val)
     )
-    return Data(path.resolve().name, *splits, len(val.classes), (3, size, size))
+    return Data(path.resolve().name, a, b, b, len(val.classes), (3, size, size))

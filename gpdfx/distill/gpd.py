@@ -63,9 +63,9 @@ class GPD(nn.Module):
         static_teacher: a pre-trained network with the same classes, or ``None``.
         ratio, branches, options: see ``gpdfx.expand`` (``shares``, ``extract``, ``keep`` ...).
         kd: loss of logits against the static teacher's, called with (logits, static logits,
-            targets): ``gpdfx.losses.KD()`` if not given. It counts for teacher and student.
+            targets): ``gpdfx.distill.KD()`` if not given. It counts for teacher and student.
         features: loss of features against the static teacher's, by names of modules, such as
-            ``gpdfx.features.ReviewKD``. Teacher and student have one each, with parameters of
+            ``gpdfx.distill.ReviewKD``. Teacher and student have one each, with parameters of
             their own, which train along.
         lam: weight of the student's cross entropy with the dynamic teacher's softmax.
         temperature, smoothing: of that soft target.

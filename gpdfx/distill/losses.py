@@ -6,7 +6,7 @@ never changes. A **logit loss** against it is any callable
 
     loss(student_logits, static_logits, targets) -> scalar
 
-such as ``KD`` and ``DKD``. For losses of features see ``gpdfx.features``.
+such as ``KD`` and ``DKD``. For losses of features see ``gpdfx.distill.features``.
 """
 
 from __future__ import annotations
