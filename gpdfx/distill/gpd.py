@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calls import tree
 from ..compiler import expand
 from ..control import covers
 from ..errors import InputError, suggest
@@ -26,28 +25,13 @@ from ..teacher.module import Teacher
 from . import streams
 from .collect import run_with_features
 from .features import FeatureLoss
-from .losses import KD, soft_cross_entropy
+from .losses import KD, LogitLoss, soft_cross_entropy
+from .outputs import Distilled as Distilled
+from .outputs import Outputs, arguments
+from .outputs import find_logits as find_logits
 
 Criterion = Callable[[Tensor, Any], Tensor]
-Distillation = Callable[[Tensor, Tensor, Any], Tensor]
-
-
-class Distilled(NamedTuple):
-    """One step. ``loss``: the sum to differentiate; ``terms``: its summands by name, as they went
-    into it; ``static_logits``: ``None`` without a static teacher."""
-
-    loss: Tensor
-    student_logits: Tensor
-    teacher_logits: Tensor
-    static_logits: Tensor | None
-    terms: dict[str, Tensor]
-
-
-class _Outputs(NamedTuple):
-    """Of one network."""
-
-    logits: Tensor
-    features: list[Tensor]
+Distillation = LogitLoss
 
 
 class GPD(nn.Module):
@@ -169,18 +153,14 @@ class GPD(nn.Module):
         ``inputs``: a tensor, a tuple of positional or a dict of keyword inputs. ``targets``: what
         ``criterion`` takes.
         """
-        teacher, student, static = self._run(*_arguments(inputs))
+        teacher, student, static = self._run(*arguments(inputs))
         terms = {
             "teacher": self.teacher_weight * self.criterion(teacher.logits, targets),
             "student": self.criterion(student.logits, targets),
         }
         if self.gap_counts and self.lam:
-            soft = soft_cross_entropy(
-                student.logits,
-                teacher.logits.detach(),
-                temperature=self.temperature,
-                smoothing=self.smoothing,
-            )
+            options = {"temperature": self.temperature, "smoothing": self.smoothing}
+            soft = soft_cross_entropy(student.logits, teacher.logits.detach(), **options)
             terms["gap"] = self.lam * soft
         if static is not None:
             terms |= self._against_static(teacher, student, static, targets)
@@ -189,7 +169,7 @@ class GPD(nn.Module):
         return Distilled(loss, student.logits, teacher.logits, static_logits, terms)
 
     def _against_static(
-        self, teacher: _Outputs, student: _Outputs, static: _Outputs, targets: Any
+        self, teacher: Outputs, student: Outputs, static: Outputs, targets: Any
     ) -> dict[str, Tensor]:
         """The terms that compare logits and features with the static teacher's."""
         terms = {}
@@ -221,28 +201,28 @@ class GPD(nn.Module):
 
     def _run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[_Outputs, _Outputs, _Outputs | None]:
+    ) -> tuple[Outputs, Outputs, Outputs | None]:
         """Teacher, student and static teacher on one batch, the branches folded once."""
         static = streams.start(
             lambda: self._run_static(args, kwargs), (args, kwargs), beside=self.overlap_static
         )
         folded, features = self.teacher.fold(), []  # type: ignore[var-annotated]
         output = self.teacher._run_teacher(folded, args, kwargs, features)
-        teacher = _Outputs(self._logits(output), features)
+        teacher = Outputs(self._logits(output), features)
         output, features = run_with_features(
             self.teacher._student,
             self._student_layers,
             lambda: self.teacher._run_student(folded, args, kwargs, self.own_parameters()),
         )
-        return teacher, _Outputs(self._logits(output), features), static()
+        return teacher, Outputs(self._logits(output), features), static()
 
     @torch.no_grad()
-    def _run_static(self, args: Any, kwargs: Any) -> _Outputs | None:
+    def _run_static(self, args: Any, kwargs: Any) -> Outputs | None:
         net = self._static
         if net is None:
             return None
         output, features = run_with_features(net, self._static_layers, lambda: net(*args, **kwargs))
-        return _Outputs(self._logits(output).detach(), features)
+        return Outputs(self._logits(output).detach(), features)
 
     @torch.no_grad()
     def collapse(self) -> nn.Module:
@@ -261,33 +241,10 @@ class GPD(nn.Module):
         return self
 
 
-def find_logits(output: Any) -> Tensor:
-    """The logits in what a network returns."""
-    for name in ("logits", "out"):
-        if isinstance(output, Mapping) and name in output:
-            output = output[name]
-        elif not isinstance(output, Tensor) and hasattr(output, name):
-            output = getattr(output, name)
-    logits = next((x for x in tree.leaves(output) if isinstance(x, Tensor)), None)
-    if logits is None:
-        raise InputError(
-            f"there are no logits in a {type(output).__name__}",
-            remedy="pass logits=, a function that picks them out of the network's output",
-        )
-    return logits
-
-
 def _matching(patterns: str | Sequence[str], names: list[str]) -> list[str]:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     for pattern in patterns:
         if not covers(pattern, names):
-            raise InputError(
-                f"unshared: {pattern!r} matches no parameter", remedy=suggest(pattern, names)
-            )
+            remedy = suggest(pattern, names)
+            raise InputError(f"unshared: {pattern!r} matches no parameter", remedy=remedy)
     return [name for name in names if any(covers(pattern, [name]) for pattern in patterns)]
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
-LogitLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+LogitLoss = Callable[[Tensor, Tensor, Any], Tensor]
 """(student logits, static logits, targets) -> scalar."""
 
 
