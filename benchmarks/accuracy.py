@@ -18,8 +18,6 @@ About two hours on one core: OMP_NUM_THREADS=1 keeps such small networks from wa
 
 from __future__ import annotations
 
-import argparse
-import csv
 import os
 import platform
 import time
@@ -34,43 +32,9 @@ import torch
 from benchmarks import accuracy_summary
 from benchmarks.accuracy_methods import METHODS, Method, Rates, accuracy, step_times, train
 from benchmarks.accuracy_tasks import TASKS, Task, load
+from benchmarks.tables import RESULTS, Table, command_line, write_readme
 
-RESULTS = Path(__file__).parent / "results"
 SEARCH_SEEDS, FINAL_SEEDS = range(5), range(100, 120)
-Row = dict[str, str]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A CSV that grows by whole rows; ``key`` says which rows are the same measurement."""
-
-    path: Path
-    key: tuple[str, ...]
-    fields: tuple[str, ...]
-
-    def rows(self) -> list[Row]:
-        """All rows; what a kill left of a last one is cut off."""
-        if not self.path.exists():
-            return []
-        text = self.path.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            fresh = self.path.with_suffix(".part")
-            fresh.write_text(whole)
-            fresh.replace(self.path)
-        return list(csv.DictReader(whole.splitlines()))
-
-    def done(self) -> dict[tuple[str, ...], Row]:
-        return {tuple(row[k] for k in self.key): row for row in self.rows()}
-
-    def append(self, **row: Any) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not self.path.exists() or not self.path.stat().st_size
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [*self.key, *self.fields], lineterminator="\n")
-            if fresh:
-                writer.writeheader()
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 @dataclass(frozen=True)
@@ -86,7 +50,7 @@ class Tables:
 
 def tables(folder: Path) -> Tables:
     def table(name: str, key: str, fields: str) -> Table:
-        return Table(folder / f"{name}.csv", tuple(key.split()), tuple(fields.split()))
+        return Table(folder / f"{name}.csv", f"{key} {fields}".split(), key.split())
 
     run = "steps student teacher seconds"
     return Tables(
@@ -105,7 +69,7 @@ def steps_of(task: Task, method: Method, out: Tables) -> int:
         plain, gpd, ratio = step_times(task)
         machine = f"{platform.machine()}, {os.cpu_count()} cores, 1 thread"
         row = {"plain_ms": plain, "gpd_ms": gpd, "ratio": ratio, "machine": machine}
-        out.clock.append(task=task.name, torch=torch.__version__, **row)
+        out.clock.append({"task": task.name, "torch": torch.__version__} | row)
     return round(float(out.clock.done()[task.name,]["ratio"]) * task.steps)
 
 
@@ -140,8 +104,8 @@ def search(
                 for seed in seeds:
                     key = {"task": task.name, "method": method.name, "lr": f"{lr:g}", "seed": seed}
                     if tuple(map(str, key.values())) not in done:
-                        found = measure(task, method, lr, seed, steps, rates, "validation")
-                        out.search.append(**key, **found)
+                        figures = measure(task, method, lr, seed, steps, rates, "validation")
+                        out.search.append(key | figures)
             freeze(task, method, steps, list(seeds), out)
 
 
@@ -158,7 +122,7 @@ def freeze(task: Task, method: Method, steps: int, seeds: list[int], out: Tables
     best = max(task.grid, key=lambda lr: (means[lr], -lr))
     edge = {task.grid[0]: "low", task.grid[-1]: "high"}.get(best, "")
     key = {"task": task.name, "method": method.name, "lr": f"{best:g}", "steps": steps}
-    out.rates.append(**key, seeds=len(seeds), validation=means[best], edge=edge)
+    out.rates.append(key | {"seeds": len(seeds), "validation": means[best], "edge": edge})
 
 
 def read_rates(out: Tables) -> dict[tuple[str, str], float]:
@@ -180,9 +144,9 @@ def final(
                 name = task.name, method.name
                 if (*name, str(seed)) not in done:
                     steps = int(frozen[name]["steps"])
-                    found = measure(task, method, rates[name], seed, steps, rates, "test")
+                    figures = measure(task, method, rates[name], seed, steps, rates, "test")
                     key = {"task": task.name, "method": method.name, "seed": seed}
-                    out.final.append(**key, lr=f"{rates[name]:g}", **found)
+                    out.final.append(key | {"lr": f"{rates[name]:g}"} | figures)
 
 
 def left(tasks: Sequence[Task], methods: Sequence[Method], out: Tables) -> dict[str, int]:
@@ -195,9 +159,7 @@ def left(tasks: Sequence[Task], methods: Sequence[Method], out: Tables) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = __doc__
+    parser = command_line("accuracy", __doc__)
     parser.add_argument("command", choices=("search", "final", "summary"))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSVs")
     parser.add_argument("--readme", type=Path, help="summary: a file with the marks of the table")
@@ -215,7 +177,7 @@ def main() -> None:
         accuracy_summary.write_pairs(rows, rates, given.out / "accuracy_pairs.csv")
         accuracy_summary.draw(rows, rates, given.out / "accuracy.svg")
         if given.readme:
-            accuracy_summary.write(given.readme, text)
+            write_readme(given.readme, text, "accuracy")
         print(text)
 
 

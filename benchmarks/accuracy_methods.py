@@ -49,7 +49,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Gap:
-    """GPD at ratio 2: arguments of ``gpdfx.gpd.GPD``; ``static`` as of ``Plain``."""
+    """GPD at ratio 2: arguments of ``gpdfx.GPD``; ``static`` as of ``Plain``."""
 
     lam: float = 3.0
     smoothing: float = 0.1
@@ -131,12 +131,12 @@ def build(task: Task, config: Plain | Gap, seed: int, static: nn.Module | None =
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         logits = call(x)
-        found = F.cross_entropy(logits, y, label_smoothing=config.smoothing)
+        total = F.cross_entropy(logits, y, label_smoothing=config.smoothing)
         if static is not None:
             with torch.no_grad():
                 soft = static(x)
-            found = found + kd(logits, soft, y)
-        return found
+            total = total + kd(logits, soft, y)
+        return total
 
     return Run(module, loss, lambda: gpdfx.collapse(teacher) if config.branches else module)
 
@@ -171,13 +171,13 @@ def decay_groups(module: nn.Module, decay: float) -> list[dict[str, Any]]:
     if isinstance(module, gpdfx.Teacher):
         groups = gpdfx.param_groups(module, decay)
     elif isinstance(module, GPD):
-        own = nn.ParameterList(module.own_parameters().values())
-        groups = decay_groups(module.teacher, decay) + decay_groups(own, decay)
+        unshared = nn.ParameterList(module.own_parameters().values())
+        groups = decay_groups(module.teacher, decay) + decay_groups(unshared, decay)
     else:
-        found = list(module.parameters())
+        parameters = list(module.parameters())
         groups = [
-            {"params": [p for p in found if p.ndim > 1], "weight_decay": decay},
-            {"params": [p for p in found if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
     return [
         {"params": group["params"], "weight_decay": group["weight_decay"], "fused": True}
@@ -224,14 +224,14 @@ def step_times(task: Task, pairs: int = 100) -> tuple[float, float, float]:
     """Milliseconds of a plain and of a GPD step, and their ratio: medians of interleaved pairs."""
     data = load(task, 0)["train"]
     steps = [stepper(build(task, BY_NAME[k].config, 0), 1e-3, pairs + 3) for k in ("plain", "gpd")]
-    found = []
+    times = []
     for number, (x, y) in enumerate(batches(data, pairs + 3, 0)):
         took = []
         for step in steps:
             start = time.perf_counter()
             step(number, x, y)
             took.append(1e3 * (time.perf_counter() - start))
-        found.append(took)
-    table = torch.tensor(found[3:])  # the first steps warm up
+        times.append(took)
+    table = torch.tensor(times[3:])  # the first steps warm up
     plain, gpd = table.median(0).values.tolist()
     return plain, gpd, (table[:, 1] / table[:, 0]).median().item()

@@ -7,7 +7,6 @@ plain, and against the task's best control, which is chosen on validation sets.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,12 +18,12 @@ from scipy.stats import t as student_t
 
 from benchmarks.accuracy_methods import METHODS, Gap
 from benchmarks.accuracy_tasks import TASKS, Task
+from benchmarks.tables import Table, markdown
 
 Row = Mapping[str, str]
 Scores = dict[int, float]
 """Seed -> accuracy in percent."""
 
-MARKS = "<!-- accuracy -->", "<!-- end of accuracy -->"
 GPD_ROWS = [method.name for method in METHODS if isinstance(method.config, Gap)]
 LEVEL = 0.05
 PAIRS = (
@@ -97,20 +96,20 @@ Family = dict[tuple[str, str], tuple[Estimate, float]]
 """(task, GPD row) -> difference to another row, and its p value after Holm's correction."""
 
 
-def family(found: Mapping[tuple[str, str], Scores], others: Mapping[str, str]) -> Family:
+def family(students: Mapping[tuple[str, str], Scores], others: Mapping[str, str]) -> Family:
     """Every GPD row against the row that ``others`` names for its task."""
-    keys = [key for key in found if key[1] in GPD_ROWS and (key[0], others[key[0]]) in found]
-    estimates = [paired(found[key], found[key[0], others[key[0]]]) for key in keys]
+    keys = [key for key in students if key[1] in GPD_ROWS and (key[0], others[key[0]]) in students]
+    estimates = [paired(students[key], students[key[0], others[key[0]]]) for key in keys]
     adjusted = holm([e.p for e in estimates])
     return dict(zip(keys, zip(estimates, adjusted, strict=True), strict=True))
 
 
 def families(rows: Sequence[Row], rates: Sequence[Row]) -> dict[str, Family]:
-    found = scores(rows)
-    tasks = {task for task, _ in found}
+    students = scores(rows)
+    tasks = {task for task, _ in students}
     return {
-        "plain": family(found, dict.fromkeys(tasks, "plain")),
-        "best control": family(found, {task: best_control(rates, task) for task in tasks}),
+        "plain": family(students, dict.fromkeys(tasks, "plain")),
+        "best control": family(students, {task: best_control(rates, task) for task in tasks}),
     }
 
 
@@ -121,7 +120,7 @@ def summary(rows: Sequence[Row], rates: Sequence[Row]) -> str:
         _table(task, rows, rates) for task in TASKS if any(r["task"] == task.name for r in rows)
     ]
     compared = families(rows, rates)
-    parts.append("\n".join(_count(name, found) for name, found in compared.items()))
+    parts.append("\n".join(_count(*item) for item in compared.items()))
     edges = [f"{r['task']} {r['method']} ({r['edge']})" for r in rates if r["edge"]]
     parts.append(f"Rates at an edge of the grid, {len(edges)} of {len(rates)}: {', '.join(edges)}.")
     return "\n\n".join(parts)
@@ -133,80 +132,65 @@ def _table(task: Task, rows: Sequence[Row], rates: Sequence[Row]) -> str:
     control = best_control(rates, task.name)
     noise = f", {task.noise:.0%} of them wrong" if task.noise else ""
     head = ("method", "learning rate", "steps", "student", "teacher", "- plain", f"- {control}")
-    lines = [
-        f"**{task.name}**: {task.labels} labels per class{noise}. Best control on validation: "
-        f"{control}.",
-        "",
-        _line(head),
-        _line(["---"] * len(head)),
-    ]
+    lines = []
     for method in METHODS:
         key = task.name, method.name
         if key not in students:
             continue
-        own, wide = estimate([*students[key].values()]), fmean(teachers[key].values())
+        student, teacher = estimate([*students[key].values()]), fmean(teachers[key].values())
         against = (
             str(paired(students[key], students[task.name, other])) if other != method.name else ""
             for other in ("plain", control)
         )
         lines.append(
-            _line(
-                [
-                    f"{method.name}: {method.text}",
-                    f"{float(rate[key]['lr']):g}",
-                    rate[key]["steps"],
-                    f"{own.mean:.1f} +- {own.high - own.mean:.1f}",
-                    "" if math.isnan(wide) else f"{wide:.1f}",
-                    *against,
-                ]
-            )
+            [
+                f"{method.name}: {method.text}",
+                f"{float(rate[key]['lr']):g}",
+                rate[key]["steps"],
+                f"{student.mean:.1f} +- {student.high - student.mean:.1f}",
+                "" if math.isnan(teacher) else f"{teacher:.1f}",
+                *against,
+            ]
         )
-    return "\n".join(lines)
+    title = f"**{task.name}**: {task.labels} labels per class{noise}. Best control on validation: "
+    return f"{title}{control}.\n\n{markdown(head, lines)}"
 
 
-def _count(name: str, found: Family) -> str:
+def _count(name: str, differences: Family) -> str:
     def counts(low: Iterable[bool], high: Iterable[bool]) -> str:
         return f"{sum(low)} above zero, {sum(high)} below"
 
-    raw = counts((e.low > 0 for e, _ in found.values()), (e.high < 0 for e, _ in found.values()))
-    sure = [e for e, p in found.values() if p < LEVEL]
+    raw = counts(
+        (e.low > 0 for e, _ in differences.values()), (e.high < 0 for e, _ in differences.values())
+    )
+    sure = [e for e, p in differences.values() if p < LEVEL]
     corrected = counts((e.mean > 0 for e in sure), (e.mean < 0 for e in sure))
     return (
-        f"- GPD rows against {name}, {len(found)} comparisons: {raw} by their own intervals; "
+        f"- GPD rows against {name}, {len(differences)} comparisons: {raw} by their own intervals; "
         f"{corrected} after Holm's correction."
     )
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def write(readme: Path, text: str) -> None:
-    """Put the summary between the marks in the README."""
-    before, rest = readme.read_text().split(MARKS[0])
-    readme.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
 
 
 # --------------------------------------------------------------------------- files
 def write_pairs(rows: Sequence[Row], rates: Sequence[Row], path: Path) -> None:
     """All pairs of methods of every task; ``holm_*`` where a pair is in that family."""
-    found, compared = scores(rows), families(rows, rates)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(PAIRS)
-        for task in dict.fromkeys(task for task, _ in found):
-            control = best_control(rates, task)
-            names = [m.name for m in METHODS if (task, m.name) in found]
-            for other, name in itertools.combinations(names, 2):
-                e = paired(found[task, name], found[task, other])
-                corrected = [
-                    f"{compared[title][task, name][1]:.4g}"
-                    if other == against and name in GPD_ROWS
-                    else ""
-                    for title, against in (("plain", "plain"), ("best control", control))
-                ]
-                numbers = [f"{v:.4g}" for v in (e.mean, e.low, e.high, e.p)]
-                writer.writerow([task, name, other, e.count, *numbers, *corrected])
+    students, compared = scores(rows), families(rows, rates)
+    pairs = []
+    for task in dict.fromkeys(task for task, _ in students):
+        control = best_control(rates, task)
+        names = [m.name for m in METHODS if (task, m.name) in students]
+        for other, name in itertools.combinations(names, 2):
+            e = paired(students[task, name], students[task, other])
+            corrected = [
+                f"{compared[title][task, name][1]:.4g}"
+                if other == against and name in GPD_ROWS
+                else ""
+                for title, against in (("plain", "plain"), ("best control", control))
+            ]
+            numbers = [f"{v:.4g}" for v in (e.mean, e.low, e.high, e.p)]
+            cells = [task, name, other, e.count, *numbers, *corrected]
+            pairs.append(dict(zip(PAIRS, cells, strict=True)))
+    Table(path, PAIRS).write(pairs)
 
 
 def draw(rows: Sequence[Row], rates: Sequence[Row], path: Path) -> None:
@@ -231,8 +215,8 @@ def draw(rows: Sequence[Row], rates: Sequence[Row], path: Path) -> None:
                 panel.plot([e.low, e.high], [y, y], color=colour)
                 panel.plot(e.mean, y, "o", color=colour, markersize=4)
                 if method.name in GPD_ROWS:
-                    wide = paired(teachers[task, method.name], plain).mean
-                    panel.plot(wide, y, "d", color="tab:blue", fillstyle="none", markersize=5)
+                    teacher = paired(teachers[task, method.name], plain).mean
+                    panel.plot(teacher, y, "d", color="tab:blue", fillstyle="none", markersize=5)
             panel.axvline(0, color="0.8", zorder=0)
             panel.set(title=task, xlabel="points above plain")
         panels = figure.axes

@@ -79,12 +79,13 @@ def network(source: str, width: int, seed: int) -> nn.Module:
     else:
         sizes, conv, norm = (1, 8, 16, 24), nn.Conv2d, nn.BatchNorm2d
         shape = ((3, 1), (3, 2), (3, 2))
-    wide = [1, *(width * s for s in sizes[1:])]
+    channels = [1, *(width * s for s in sizes[1:])]
     layers: list[nn.Module] = []
     for i, (kernel, stride) in enumerate(shape):
-        layers.append(conv(wide[i], wide[i + 1], kernel, stride, kernel // 2, bias=False))
-        layers += [norm(wide[i + 1]), nn.ReLU()]
-    return nn.Sequential(*layers, Pool(), nn.Linear(wide[-1], 10))
+        inputs, outputs = channels[i], channels[i + 1]
+        layers.append(conv(inputs, outputs, kernel, stride, kernel // 2, bias=False))
+        layers += [norm(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, Pool(), nn.Linear(channels[-1], 10))
 
 
 HEAD = "10"  # the last layer's name

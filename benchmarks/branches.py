@@ -13,12 +13,10 @@ largest growth of the process in one teacher step, each in a process of its own.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import multiprocessing
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,11 @@ import torch
 import torchvision
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Table as Grid
 
-import gpdfx
-from benchmarks.coverage_summary import write as write_readme
-from benchmarks.networks import RESULTS
-from benchmarks.timing import Row, machine, paired, quantiles, replace
+from benchmarks.tables import RESULTS, Table, command_line, markdown, read, write_readme
+from benchmarks.timing import Row, machine, paired, quantiles
+from gpdfx import Teacher, expand
 
 FIELDS = (
     *("table", "what", "branches", "extract", "size", "batch", "pairs", "median", "low", "high"),
@@ -51,7 +48,7 @@ def build(branches: Any, extract: str, size: int, batch: int) -> tuple[Any, Any,
     model = torchvision.models.resnet18()
     x = torch.randn(batch, 3, size, size)
     example = (torch.randn(2, 3, 64, 64),)
-    teacher = gpdfx.expand(
+    teacher = expand(
         model, 2, example_inputs=example, branches=branches, extract=extract, verify=False
     )
     return model.train(), teacher.train(), x
@@ -65,7 +62,7 @@ def step(call: Callable[..., Any], module: torch.nn.Module, x: torch.Tensor) -> 
     return run
 
 
-def derive(teacher: gpdfx.Teacher) -> Callable[[], None]:
+def derive(teacher: Teacher) -> Callable[[], None]:
     def run() -> None:
         teacher.zero_grad()
         sum(p.sum() for _, p in teacher.student_parameters()).backward()  # type: ignore[union-attr]
@@ -81,13 +78,12 @@ def time_rows(size: int, batch: int, pairs: int) -> list[Row]:
     rows.append({"what": "A/A", "unit": "ratio"} | quantiles([a / b for a, b in both]))
     for branches, extract in track(WAYS, f"time, {size} px, batch {batch}"):
         model, teacher, x = build(branches, extract, size, batch)
-        own = {"branches": branches or "none", "extract": extract}
+        what = {"branches": branches or "none", "extract": extract}
         both = paired(step(teacher.student, teacher, x), step(model, model, x), pairs)
-        rows.append(
-            {"what": "student step", "unit": "ratio"} | own | quantiles([a / b for a, b in both])
-        )
+        ratios = quantiles([a / b for a, b in both])
+        rows.append({"what": "student step", "unit": "ratio"} | what | ratios)
         alone = [a for a, _ in paired(derive(teacher), lambda: None, pairs)]
-        rows.append({"what": "derive", "unit": "seconds"} | own | quantiles(alone))
+        rows.append({"what": "derive", "unit": "seconds"} | what | quantiles(alone))
     return [{"table": "time", "size": size, "batch": batch} | row for row in rows]
 
 
@@ -109,59 +105,40 @@ def memory_rows(size: int, batch: int) -> list[Row]:
     """The peak of a step with branches over that without, plus parameters, gradients and momentum
     of the branches (three copies of each)."""
     context = multiprocessing.get_context("spawn")
-    found: dict[Any, tuple[int, int]] = {}
+    measured: dict[Any, tuple[int, int]] = {}
     for branches in track((None, "orepa", "auto"), f"memory, {size} px, batch {batch}"):
         near, far = context.Pipe(duplex=False)
         process = context.Process(target=peak, args=(branches, size, batch, far))
         process.start()
-        found[branches] = near.recv()
+        measured[branches] = near.recv()
         process.join()
-    base_held, base = found[None]
+    base_held, base = measured[None]
     rows: list[Row] = []
-    for branches, (held, most) in found.items():
-        own = {"table": "memory", "branches": branches or "none", "size": size, "batch": batch}
+    for branches, (held, most) in measured.items():
+        what = {"table": "memory", "branches": branches or "none", "size": size, "batch": batch}
         allowed = base + 3 * (held - base_held)
-        rows.append(own | {"what": "peak", "unit": "GiB", "median": f"{most / 2**30:.3f}"})
-        rows.append(
-            own
-            | {
-                "what": "peak / (without + the branches' own)",
-                "unit": "ratio",
-                "median": f"{most / allowed:.4f}",
-            }
-        )
+        share = {"what": "peak / (without + the branches' own)", "unit": "ratio"}
+        rows.append(what | {"what": "peak", "unit": "GiB", "median": f"{most / 2**30:.3f}"})
+        rows.append(what | share | {"median": f"{most / allowed:.4f}"})
     return rows
-
-
-def write(rows: list[Row], path: Path) -> None:
-    """Replace the rows of the same tables and sizes."""
-    about = machine()
-    replace(path, FIELDS, ("table", "size", "batch"), [row | about for row in rows])
 
 
 COLUMNS = ("what", "branches", "extract", "size", "batch", "median", "low", "high", "unit")
 
 
-def markdown(path: Path) -> str:
-    """The CSV as a table for the README."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    cells = [[row.get(c) or "" for c in COLUMNS] for row in rows]
-    lines = [[*COLUMNS], ["---"] * len(COLUMNS), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def cells(row: Mapping[str, Any]) -> list[str]:
+    return [str(row.get(c) or "") for c in COLUMNS]
 
 
 def show(rows: list[Row]) -> None:
-    table = Table(*COLUMNS)
+    grid = Grid(*COLUMNS)
     for row in rows:
-        table.add_row(*(str(row.get(c, "")) for c in COLUMNS))
-    Console().print(table)
+        grid.add_row(*cells(row))
+    Console().print(grid)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.branches")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = __doc__
+    parser = command_line("branches", __doc__)
     parser.add_argument(
         "table", nargs="?", choices=("all", "time", "memory", "summary"), default="all"
     )
@@ -172,16 +149,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "branches.csv")
     given = parser.parse_args()
     if given.table == "summary":
-        text = markdown(given.out)
+        text = markdown(COLUMNS, map(cells, read(given.out)))
         write_readme(given.readme, text, "branches") if given.readme else print(text)
         return
+    out = Table(given.out, FIELDS, ("table", "size", "batch"))
     rows: list[Row] = []
     if given.table in ("all", "time"):
         rows += time_rows(given.size, given.batch, given.pairs)
-        write(rows, given.out)
+        out.replace(row | machine() for row in rows)
     if given.table in ("all", "memory"):
         rows += memory_rows(given.size, given.batch)
-        write(rows, given.out)
+        out.replace(row | machine() for row in rows)
     show(rows)
 
 

@@ -15,7 +15,6 @@ does what is missing in the CSV; ``--redo timeout error`` also repeats rows of t
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import multiprocessing
 import os
@@ -36,9 +35,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-import gpdfx
 from benchmarks import networks
-from benchmarks.coverage_summary import summary, write
+from benchmarks.coverage_summary import summary
+from benchmarks.tables import RESULTS, Table, command_line, write_readme
+from gpdfx import CaptureError, GpdfxError, InputError, LossyError, collapse, expand
 from gpdfx.passes.capture.limits import LEVELS
 
 Row = dict[str, Any]
@@ -49,18 +49,11 @@ FIELDS = (
     *("suite", "name", "ratio", "status", "error", "where"),
     *(*CHECKS, "tolerance", "collapse", "widened", "nodes", "bridged", "bridged_ops"),
     *("bridged_reasons", "held", "grown", *(f"seconds_{s}" for s in STAGES)),
-    *(
-        "parameters_before",
-        "parameters_after",
-        "macs_before",
-        "macs_after",
-        "size",
-        "inputs",
-        "torch",
-    ),
+    *("parameters_before", "parameters_after", "macs_before", "macs_after", "size", "inputs"),
+    "torch",
 )
 STATUSES = ("ok", "lossy", "capture", "input", "timeout", "memory", "error")
-KINDS = ((gpdfx.LossyError, "lossy"), (gpdfx.CaptureError, "capture"), (gpdfx.InputError, "input"))
+KINDS = ((LossyError, "lossy"), (CaptureError, "capture"), (InputError, "input"))
 # Every network starts from a process that has imported everything once.
 FRESH = multiprocessing.get_context("forkserver")
 FRESH.set_forkserver_preload(["benchmarks.networks"])
@@ -100,7 +93,7 @@ def measure(
 ) -> Row:
     """What ``expand`` reports about one network, and whether ``collapse`` gives it back."""
     args, kwargs = call
-    teacher = gpdfx.expand(
+    teacher = expand(
         model,
         ratio,
         example_inputs=args,
@@ -110,7 +103,7 @@ def measure(
     )
     report = teacher.report()
     assert report.check is not None
-    plain = gpdfx.collapse(teacher)
+    plain = collapse(teacher)
     held = [f"{f.parameter} {f.dim}: {f.reason}" for f in report.fixed if not f.cannot]
     ops = Counter(b.op for b in report.bridged)
     reasons = dict.fromkeys(_short(b.reason, 90) for b in report.bridged)
@@ -151,7 +144,7 @@ def failure(error: Exception) -> Row:
     status = next((s for kind, s in KINDS if isinstance(error, kind)), "error")
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         status = "memory"
-    if isinstance(error, gpdfx.GpdfxError):
+    if isinstance(error, GpdfxError):
         text, places = "", [error.node, error.module_path, error.source]
     else:
         frames = traceback.extract_tb(error.__traceback__)
@@ -242,16 +235,18 @@ def _resident(process: BaseProcess) -> float:
 
 def run(suite: str, names: Iterable[str], given: argparse.Namespace) -> None:
     """Measure what the CSV lacks, appending rows as they come."""
-    path = given.out or networks.RESULTS / f"coverage_{suite.replace('-', '_')}.csv"
-    done = _resume(path, given.redo)
+    path = given.out or RESULTS / f"coverage_{suite.replace('-', '_')}.csv"
+    table = Table(path, FIELDS, end="\r\n")
+    kept = [row for row in table.rows() if row["status"] not in given.redo]
+    table.write(kept)
+    done = {(row["name"], row["ratio"]) for row in kept}
     todo = deque((n, tuple(r for r in given.ratio if (n, f"{r:g}") not in done)) for n in names)
     todo = deque((n, ratios) for n, ratios in todo if ratios)
     running: list[Worker] = []
     tally: Counter[str] = Counter()
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     layout = "{task.fields[tally]}  {task.fields[now]}"
-    with path.open("a", newline="") as file, Progress(*columns, TextColumn(layout)) as progress:
-        writer = csv.DictWriter(file, FIELDS)
+    with Progress(*columns, TextColumn(layout)) as progress:
         total = sum(len(ratios) for _, ratios in todo)
         bar = progress.add_task(suite, total=total, tally="", now="")
         while todo or running:
@@ -262,8 +257,7 @@ def run(suite: str, names: Iterable[str], given: argparse.Namespace) -> None:
             for worker in list(running):
                 for row in worker.collect(given):
                     row |= {"suite": suite, "name": worker.name, "ratio": f"{row['ratio']:g}"}
-                    writer.writerow(row | {"torch": torch.__version__})
-                    file.flush()
+                    table.append(row | {"torch": torch.__version__})
                     tally[row["status"]] += 1
                     text = ", ".join(f"{k} {n}" for k, n in tally.items())
                     progress.update(bar, advance=1, tally=text)
@@ -272,22 +266,6 @@ def run(suite: str, names: Iterable[str], given: argparse.Namespace) -> None:
                         progress.print(line, markup=False, soft_wrap=True)
                 if not worker.owed:
                     running.remove(worker)
-
-
-def _resume(path: Path, redo: list[str]) -> set[tuple[str, str]]:
-    """Rows that are done; the file is rewritten without those to do again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = [r for r in csv.DictReader(file) if r["status"] not in redo]
-    fresh = path.with_suffix(".tmp")
-    with fresh.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    fresh.replace(path)
-    return {(r["name"], r["ratio"]) for r in rows}
 
 
 # --------------------------------------------------------------------------- command line
@@ -301,8 +279,7 @@ def main() -> None:
     options.add_argument("--jobs", type=int, default=1, help="networks at once")
     options.add_argument("--memory", type=float, default=16, help="cap per network in GiB")
     options.add_argument("--redo", nargs="+", default=[], choices=STATUSES, metavar="STATUS")
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line("coverage", __doc__)
     suites = parser.add_subparsers(dest="suite", required=True)
     for suite in ("torchvision", "timm-files", "timm-all", *networks.ZOOS):
         suites.add_parser(suite, parents=[options])
@@ -317,8 +294,8 @@ def main() -> None:
     given = parser.parse_args()
     match given.suite:
         case "summary":
-            text = summary(given.csv or sorted(networks.RESULTS.glob("coverage_*.csv")))
-            write(given.readme, text) if given.readme else print(text)
+            text = summary(given.csv or sorted(RESULTS.glob("coverage_*.csv")))
+            write_readme(given.readme, text, "coverage") if given.readme else print(text)
         case "torchvision":
             run(given.suite, networks.torchvision_all(), given)
         case "timm-files":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, median
+
+from benchmarks.tables import markdown, read
 
 Row = dict[str, str]
 
@@ -23,10 +24,7 @@ SINGLE = 1e-5
 def summary(paths: Iterable[Path]) -> str:
     """One line per suite and ratio; then every network that is not ok, that widened less than 90
     per cent, or that was allowed more than the usual tolerance."""
-    rows: list[Row] = []
-    for path in paths:
-        with path.open(newline="") as file:
-            rows += csv.DictReader(file)
+    rows = [row for path in paths for row in read(path)]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["suite"], row["ratio"]), []).append(row)
@@ -35,9 +33,7 @@ def summary(paths: Iterable[Path]) -> str:
     wide = [r for r in ok if STRICT < float(r["tolerance"]) < SINGLE]
     casting = [r for r in ok if float(r["tolerance"]) >= SINGLE]
     lines = [
-        _line(HEAD),
-        _line(["---"] * len(HEAD)),
-        *(_line([*key, *_figures(group)]) for key, group in groups.items()),
+        markdown(HEAD, ([*key, *_figures(group)] for key, group in groups.items())),
         *_list("Not ok", [(r, _failure(r)) for r in rows if _failure(r)]),
         *_list("Widened below 90 %", [(r, _why(r)) for r in low]),
         *_list(
@@ -109,14 +105,3 @@ def _list(title: str, found: Sequence[tuple[Row, str]]) -> list[str]:
         ratios.setdefault((row["name"], text), []).append(row["ratio"])
     items = [f"- `{name}`, ratio {', '.join(rs)}: {text}" for (name, text), rs in ratios.items()]
     return ["", f"{title}: {len(items)}", "", *items] if items else []
-
-
-def write(readme: Path, text: str, name: str = "coverage") -> None:
-    """Put a table between its marks in the README."""
-    first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    before, rest = readme.read_text().split(first)
-    readme.write_text(f"{before}{first}\n{text}\n{last}{rest.split(last)[1]}")
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

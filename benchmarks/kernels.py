@@ -9,7 +9,6 @@ bytes of shared memory and of stack, instructions that spill (load from and stor
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 import subprocess
@@ -24,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.networks import RESULTS
+from benchmarks.tables import RESULTS, Table, command_line
 from gpdfx.kernels.fold import launch
 from gpdfx.kernels.fold import triton_kernels as k
 
@@ -42,22 +41,25 @@ POINTERS = {"table": "*i64", "programs": "*i32"}
 def configurations() -> Iterator[tuple[Any, torch.dtype, torch.dtype, dict[str, Any]]]:
     """Kernel, types of parameters and products, constants: as ``launch`` calls them."""
     block = {"BLOCK": launch.BLOCK}
-    wide = block | {"EXPANDED": 8}
-    sums = wide | {"ROWS": launch.ROWS, "SPLITS": launch.SPLITS}
-    for own, made in TYPES:
-        yield k.prepare, own, made, block
-        yield k.combine, own, made, wide
-        yield k.scatter, own, made, wide | {"BLOCK": launch.block(wide["EXPANDED"])}
-        yield k.finish, own, made, sums
-        if own == made:
-            yield k.reduce, own, made, {"BLOCK": 8 * launch.BLOCK}
+    expanded = block | {"EXPANDED": 8}
+    sums = expanded | {"ROWS": launch.ROWS, "SPLITS": launch.SPLITS}
+    for parameters, products in TYPES:
+        yield k.prepare, parameters, products, block
+        yield k.combine, parameters, products, expanded
+        scattered = expanded | {"BLOCK": launch.block(expanded["EXPANDED"])}
+        yield k.scatter, parameters, products, scattered
+        yield k.finish, parameters, products, sums
+        if parameters == products:
+            yield k.reduce, parameters, products, {"BLOCK": 8 * launch.BLOCK}
     for kernel in (k.combine, k.scatter):  # no depthwise-separable branch in any layer
         yield kernel, torch.float32, torch.float32, block | {"EXPANDED": 1}
 
 
-def build(kernel: Any, own: torch.dtype, made: torch.dtype, constants: Any, arch: int) -> Any:
+def build(
+    kernel: Any, parameters: torch.dtype, products: torch.dtype, constants: Any, arch: int
+) -> Any:
     names = kernel.arg_names
-    given = constants | {"dtype": launch.TYPES[own], "made": launch.TYPES[made]}
+    given = constants | {"dtype": launch.TYPES[parameters], "made": launch.TYPES[products]}
     source = ASTSource(
         fn=kernel,
         signature={n: POINTERS.get(n, "constexpr") for n in names},
@@ -90,27 +92,26 @@ def _run(tool: str, *arguments: str) -> str:
 
 def rows() -> Iterator[dict[str, Any]]:
     for arch in ARCHITECTURES:
-        for kernel, own, made, constants in configurations():
+        for kernel, parameters, products, constants in configurations():
             yield {
                 "kernel": kernel.fn.__name__,
                 "arch": f"sm_{arch}",
-                "parameters": str(own).removeprefix("torch."),
-                "products": str(made).removeprefix("torch."),
+                "parameters": str(parameters).removeprefix("torch."),
+                "products": str(products).removeprefix("torch."),
                 "constants": " ".join(f"{key}={value}" for key, value in constants.items()),
-                **inspect(build(kernel, own, made, constants, arch)),
+                **inspect(build(kernel, parameters, products, constants, arch)),
                 "triton": triton.__version__,
             }
 
 
 def main() -> None:
+    parser = command_line("kernels", __doc__)
+    parser.add_argument("path", type=Path, nargs="?", default=RESULTS / "kernels.csv")
+    given = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("unset TRITON_INTERPRET: interpreted kernels are not compiled")
-    found = list(rows())
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "kernels.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
+    measured = list(rows())
+    Table(given.path, list(measured[0]), end="\r\n").write(measured)
 
 
 if __name__ == "__main__":

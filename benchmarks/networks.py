@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from benchmarks import zoo_tasks, zoo_transformers
+from benchmarks.tables import RESULTS
 from gpdfx.calls.examples import infer_inputs
 
-RESULTS = Path(__file__).parent / "results"
 LIMIT = 150_000_000  # parameters; float64 teachers of larger networks do not fit everywhere
 SAMPLE_LIMIT = 50_000_000  # 250 larger ones would take a day on two cores
 SIZES = (64, 96, 128, 160, 192, 224, 256)
@@ -121,9 +120,9 @@ def _smallest(name: str, size: int) -> tuple[nn.Module, Tensor]:
     """The network and a batch of square images, the smallest from ``size`` upwards that it runs on
     in eval and train mode: as it is, or constructed for that size. 0 is its own size."""
     trial = construct(name)
-    channels, *own = infer_inputs(trial)[0].shape[1:]
+    channels, *usual = infer_inputs(trial)[0].shape[1:]
     keyword = SIZE_KEYWORD[name.partition(":")[0]]
-    for s in (s for s in SIZES if 0 < size <= s < own[-1]):
+    for s in (s for s in SIZES if 0 < size <= s < usual[-1]):
         x = _images(channels, s, s)
         if _runs(trial, x):
             return construct(name), x
@@ -133,7 +132,7 @@ def _smallest(name: str, size: int) -> tuple[nn.Module, Tensor]:
             continue
         if _runs(resized, x):
             return construct(name, **{keyword: s}), x
-    return construct(name), _images(channels, *own)
+    return construct(name), _images(channels, *usual)
 
 
 def _images(*shape: int) -> Tensor:

@@ -9,8 +9,6 @@ A rerun goes on where the CSV ends. A failure is a row that holds the network's 
 
 from __future__ import annotations
 
-import argparse
-import csv
 import multiprocessing
 import time
 from collections import Counter
@@ -22,25 +20,14 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from rich.progress import track
 
-from benchmarks.networks import RESULTS
+from benchmarks.tables import RESULTS, Table, command_line, read
 from tests.random_networks import networks
 from tests.test_random_networks import BRANCHES, RATIOS, SHARES, check
 
 CHUNK = 50  # networks drawn with one seed, in one go
 FIELDS = (
-    *(
-        "seed",
-        "number",
-        "ratio",
-        "shares",
-        "branches",
-        "status",
-        "error",
-        "worst",
-        "widened",
-        "nodes",
-    ),
-    *("bridged", "seconds", "source"),
+    *("seed", "number", "ratio", "shares", "branches", "status", "error", "worst", "widened"),
+    *("nodes", "bridged", "seconds", "source"),
 )
 Row = dict[str, Any]
 
@@ -84,28 +71,20 @@ def chunk(number: int) -> list[Row]:
 
 def sweep(out: Path, count: int, first: int, jobs: int) -> None:
     """Check ``count`` networks from the seed ``first`` on, appending rows as they come."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done: set[int] = set()
-    if out.exists():
-        with out.open(newline="") as file:
-            done = {int(row["seed"]) for row in csv.DictReader(file)}
+    table = Table(out, FIELDS, end="\r\n")
+    done = {int(row["seed"]) for row in table.rows()}
     todo = [k for k in range(first, first + -(-count // CHUNK)) if k not in done]
     context = multiprocessing.get_context("spawn")
-    with out.open("a", newline="") as file, context.Pool(jobs) as pool:
-        writer = csv.DictWriter(file, FIELDS)
-        if not done:
-            writer.writeheader()
+    with context.Pool(jobs) as pool:
         for rows in track(pool.imap_unordered(chunk, todo), total=len(todo)):
-            writer.writerows(rows)
-            file.flush()
+            table.append(*rows)
         pool.close()
         pool.join()
 
 
 def summary(path: Path) -> str:
     """The CSV in a few lines of markdown."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(path)
     ok = [r for r in rows if r["status"] == "ok"]
     ratios = Counter(r["ratio"] for r in rows)
     branches = {r["branches"] for r in rows}
@@ -122,9 +101,7 @@ def summary(path: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.random_networks")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = __doc__
+    parser = command_line("random_networks", __doc__)
     parser.add_argument("command", nargs="?", choices=("sweep", "summary"), default="sweep")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="of the first 50 networks")

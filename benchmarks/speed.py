@@ -36,13 +36,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-import gpdfx
 from benchmarks import speed_summary, timing
-from benchmarks.networks import RESULTS
 from benchmarks.peer import Peer, load_peer
 from benchmarks.speed_fold import fold_rows
 from benchmarks.speed_steps import GRAPH, WAYS, Gap, Setting, Step, Task, make_step, plain_wide
+from benchmarks.tables import RESULTS, Table, command_line, read
 from benchmarks.timing import Row
+from gpdfx import GpdfxError, keep_memory
 
 KINDS = ("noise", "wide", "teacher", "gpd", "fold", "peer")
 SETS = ("none", "acnet", "repvgg", "orepa", "auto", "dbb", "mobileone")
@@ -181,13 +181,13 @@ class Bench:
             del ours  # before the next one is built
 
 
-def run(bench: Bench, jobs: Sequence[Callable[[], Iterator[Row]]], out: Path) -> list[Row]:
+def run(bench: Bench, jobs: Sequence[Callable[[], Iterator[Row]]], out: Path) -> None:
     """Do the jobs; what fails says so in a row, and the others go on."""
     setting, console = bench.setting, Console(stderr=True, highlight=False)
     about: Row = {"network": setting.network, "width": f"{setting.ratio:g}", "steps": bench.steps}
     about |= {"dtype": setting.dtype, "size": setting.size, "batch": setting.batch}
     about |= timing.machine(setting.device) | {"allocator": setting.allocator}
-    rows: list[Row] = []
+    table = Table(out, FIELDS, KEY)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(jobs))
@@ -197,23 +197,19 @@ def run(bench: Bench, jobs: Sequence[Callable[[], Iterator[Row]]], out: Path) ->
             progress.update(task, description=name)
             try:
                 for row in job():
-                    rows.append(row | about)
-                    timing.replace(out, FIELDS, KEY, rows[-1:])
-                    progress.print(speed_summary.sentence(rows[-1]))
-            except (RuntimeError, gpdfx.GpdfxError) as error:
+                    table.replace([row | about])
+                    progress.print(speed_summary.sentence(row))
+            except (RuntimeError, GpdfxError) as error:
                 said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                rows.append({"what": name, "way": words[-1], "error": said} | about)
-                timing.replace(out, FIELDS, KEY, rows[-1:])
+                table.replace([{"what": name, "way": words[-1], "error": said} | about])
                 progress.print(f"{name} failed: {said}")
             progress.advance(task)
-    return rows
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, with this device's defaults."""
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line("speed", __doc__)
     add = parser.add_argument
     add("command", nargs="?", choices=("run", "summary"), default="run")
     add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
@@ -264,11 +260,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             given.channels,
             given.allocator if given.device == "cpu" else "",
         )
-        if setting.allocator == "keep" and not gpdfx.keep_memory():
+        if setting.allocator == "keep" and not keep_memory():
             raise SystemExit("this C library has no mallopt: pass --allocator system")
         bench = Bench(setting, given.pairs, given.steps, peer)
         run(bench, bench.plan(given.only, given.branches, given.compile), given.out)
-    rows = speed_summary.read(given.out)
+    rows = read(given.out)
     speed_summary.draw(rows, given.out.with_suffix(".svg"))
     speed_summary.show(rows)
     if given.readme:

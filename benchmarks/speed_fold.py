@@ -37,9 +37,9 @@ def fold_rows(
             fold()
 
     def both() -> None:
-        made = fold()
-        kept = [x for x in made.values() if x.requires_grad]
-        outer = [grads[key] for key, x in made.items() if x.requires_grad]
+        weights = fold()
+        kept = [x for x in weights.values() if x.requires_grad]
+        outer = [grads[key] for key, x in weights.items() if x.requires_grad]
         torch.autograd.grad(kept, params, outer, allow_unused=True)
 
     for what, call, moved in (
@@ -57,10 +57,10 @@ def fold_rows(
 def _row(
     what: str, call: Call, copy: Call, moved: int, setting: Setting, pairs: int, steps: int
 ) -> Row:
-    found = paired(copy, call, pairs, steps, setting.device)
-    copies, folds = zip(*found, strict=True)
+    both = paired(copy, call, pairs, steps, setting.device)
+    copies, folds = zip(*both, strict=True)
     row: Row = {"what": what, "against": "copy of its bytes", "way": "eager"}
-    row |= quantiles([a / b for a, b in found])
+    row |= quantiles([a / b for a, b in both])
     for prefix, seconds in (("", folds), ("against_", copies)):
         row[f"{prefix}seconds"] = quantiles(seconds)["median"]
         row[f"{prefix}gb_s"] = f"{moved / 1e9 / float(row[f'{prefix}seconds']):.3g}"

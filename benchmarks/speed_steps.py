@@ -138,8 +138,8 @@ class Step:
         """Parameters, their gradients, and momentum."""
         held: list[Tensor] = [*self.params]
         held += [p.grad for p in self.params if p.grad is not None]
-        for own in self.optimizer.state.values():
-            held += [x for x in own.values() if isinstance(x, Tensor)]
+        for state in self.optimizer.state.values():
+            held += [x for x in state.values() if isinstance(x, Tensor)]
         return held
 
 

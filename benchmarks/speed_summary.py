@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.coverage_summary import write as write_readme
+from benchmarks.tables import markdown, read, write_readme
 from benchmarks.timing import Row
 
 HEAD = ("row", "branches", "way", "ratio", "20 %", "80 %", "multiply-adds", "seconds", "ops")
-
-
-def read(path: Path) -> list[Row]:
-    """All rows of a CSV."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def name(row: Row) -> str:
@@ -73,19 +66,11 @@ def show(rows: Sequence[Row]) -> None:
         console.print(table)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The tables for a README."""
-    lines: list[str] = []
-    for title, group in groups(rows).items():
-        table = [[*HEAD], ["---"] * len(HEAD), *(cells(row) for row in group)]
-        lines += [title, "", *("| " + " | ".join(line) + " |" for line in table), ""]
-    return "\n".join(lines).rstrip()
-
-
 def write(readme: Path, folder: Path) -> None:
     """All devices' tables between the marks of a README."""
     rows = [row for path in sorted(folder.glob("speed_*.csv")) for row in read(path)]
-    write_readme(readme, markdown(rows), "speed")
+    texts = [f"{title}\n\n{markdown(HEAD, map(cells, g))}" for title, g in groups(rows).items()]
+    write_readme(readme, "\n\n".join(texts), "speed")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

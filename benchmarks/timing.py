@@ -6,7 +6,6 @@ meanwhile hits both alike. Quantiles are over the pairs' ratios.
 
 from __future__ import annotations
 
-import csv
 import os
 import platform
 import statistics
@@ -14,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,7 +120,7 @@ def peak(call: Call, held: Sequence[Tensor]) -> float:
     return (grown + sum(x.numel() * x.element_size() for x in held)) / 2**20
 
 
-# --------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------- the machine
 def machine(device: str = "cpu") -> Row:
     """What measured."""
     try:
@@ -137,30 +135,3 @@ def machine(device: str = "cpu") -> Row:
         "threads": torch.get_num_threads(),
         "machine": torch.cuda.get_device_name() if device == "cuda" else name,
     }
-
-
-def replace(path: Path, fields: Sequence[str], key: Sequence[str], rows: Sequence[Row]) -> None:
-    """Write rows into a CSV in place of those with the same ``key``, or at its end; the file
-    appears whole."""
-    fresh: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        fresh.setdefault(tuple(str(row.get(k, "")) for k in key), []).append(row)
-    old: list[Row] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            old = [*csv.DictReader(file)]
-    whole: list[Row] = []
-    for row in old:
-        name = tuple(row.get(k) or "" for k in key)
-        if name not in fresh:
-            whole.append(row)
-        else:
-            whole += fresh[name]
-            fresh[name] = []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows([*whole, *(row for group in fresh.values() for row in group)])
-    part.replace(path)

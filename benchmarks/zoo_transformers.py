@@ -346,15 +346,15 @@ def build(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     return model, (), entry.inputs()
 
 
-def _config(kind: Any, own: dict[str, Any]) -> Any:
+def _config(kind: Any, changes: dict[str, Any]) -> Any:
     """A configuration with the sizes in ``SMALL`` that it knows, parts included."""
     fields = {f.name: f.name for f in dataclasses.fields(kind)}
     known = {alias: name for alias, name in kind.attribute_map.items() if name in fields} | fields
-    given = {known[k]: v for k, v in SMALL.items() if k in known} | {"num_labels": 5} | own
+    given = {known[k]: v for k, v in SMALL.items() if k in known} | {"num_labels": 5} | changes
     for part, spec in kind.sub_configs_defaults.items():
-        if part in own or not spec.optional:
+        if part in changes or not spec.optional:
             usual = {k: v for k, v in spec.init_kwargs.items() if k not in SMALL}
-            chosen = usual | own.get(part, {})
+            chosen = usual | changes.get(part, {})
             family = chosen.pop("model_type", spec.model_type)
             given[part] = _config(spec.get_config_class(family), chosen)
     return kind(**given)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 
@@ -61,7 +62,23 @@ def check_choice(what: str, given: Any, known: Iterable[str]) -> None:
         raise InputError(f"{what} is {given!r}", remedy=f"pass one of {', '.join(known)}")
 
 
-def suggest(name: str, known: Any) -> str:
-    """A remedy that names what comes near."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
-    return f"did you mean {', '.join(near)}?" if near else "see the model's named_parameters()"
+def suggest(
+    name: str, known: Iterable[str], otherwise: str = "see the model's named_parameters()"
+) -> str:
+    """A remedy that names what comes near, or else says what to do ``otherwise``."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"did you mean {', '.join(close)}?" if close else otherwise
+
+
+def near(name: str, known: Collection[str]) -> str:
+    """A remedy that names what comes near, or else all that there is."""
+    return suggest(name, known, f"choose from {', '.join(known)}")
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str, why: str) -> Iterator[None]:
+    """Around imports of what an extra of gpdfx brings: where they fail, name it."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"{why} ({error})", remedy=f"pip install 'gpdfx[{extra}]'") from error

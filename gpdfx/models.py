@@ -8,7 +8,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,29 +20,31 @@ from torch import Tensor, nn
 from .errors import InputError, suggest
 
 Shape = tuple[int, ...]
+Options = dict[str, Any]
+Builder = Callable[[], nn.Module]
 
 
 # --------------------------------------------------------------------------- networks of our own
 def cnn(num_classes: int = 10, in_chans: int = 1) -> nn.Module:
     """Three 3x3 convolutions, for small images (N, in_chans, H, W)."""
-    return _convolutions(nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d(1), in_chans, num_classes)
+    kinds = nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d
+    return _convolutions(kinds, 3, in_chans, num_classes)
 
 
 def cnn1d(num_classes: int = 10, in_chans: int = 1) -> nn.Module:
     """Three convolutions of length 5, for short signals (N, in_chans, L)."""
-    pool = nn.AdaptiveAvgPool1d(1)
-    return _convolutions(nn.Conv1d, nn.BatchNorm1d, pool, in_chans, num_classes, length=5)
+    kinds = nn.Conv1d, nn.BatchNorm1d, nn.AdaptiveAvgPool1d
+    return _convolutions(kinds, 5, in_chans, num_classes)
 
 
-def _convolutions(
-    conv: Any, norm: Any, pool: nn.Module, inputs: int, outputs: int, length: int = 3
-) -> nn.Module:
+def _convolutions(kinds: Any, length: int, inputs: int, outputs: int) -> nn.Module:
+    conv, norm, pool = kinds
     layers: list[nn.Module] = []
     for width, stride in ((16, 1), (32, 2), (32, 2)):
         layers += [conv(inputs, width, length, stride, length // 2, bias=False)]
         layers += [norm(width), nn.ReLU()]
         inputs = width
-    return nn.Sequential(*layers, pool, nn.Flatten(), nn.Linear(inputs, outputs))
+    return nn.Sequential(*layers, pool(1), nn.Flatten(), nn.Linear(inputs, outputs))
 
 
 OWN: dict[str, Callable[..., nn.Module]] = {"cnn": cnn, "cnn1d": cnn1d}
@@ -68,67 +70,66 @@ def load(
     library, _, model = name.partition(":")
     if not model:
         raise InputError(f"{name!r} names no library", remedy="write timm:NAME or torchvision:NAME")
-    fitting: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    if shape is not None:
-        fitting["in_chans"] = shape[0]
+    asked = {"num_classes": classes, "in_chans": shape and shape[0]}
+    options = {key: value for key, value in asked.items() if value is not None}
+    find = {"timm": _timm, "torchvision": _torchvision, "gpdfx": _gpdfx}.get(library)
     try:
-        if library == "timm":
-            create = _timm(model, fitting, shape)
-        elif library == "torchvision":
-            create = _torchvision(model, fitting)
-        elif library == "gpdfx":
-            _check_known(model, OWN, library)
-            create = partial(OWN[model], **fitting)
-        else:
-            create = _own(library, model, fitting)
+        create = find(model, options, shape) if find else _imported(library, model, options)
     except ImportError as error:
         raise InputError(str(error), remedy="pip install 'gpdfx[vision]'") from error
     torch.manual_seed(seed)
     return create()
 
 
-def _check_known(model: str, known: Any, library: str) -> None:
+def _check_known(model: str, known: Collection[str], library: str) -> None:
     if model not in known:
         raise InputError(f"{library} has no model {model!r}", remedy=suggest(model, known))
 
 
-def _timm(name: str, fitting: dict[str, Any], shape: Shape | None) -> Callable[[], nn.Module]:
+def _gpdfx(name: str, options: Options, shape: Shape | None) -> Builder:
+    _check_known(name, OWN, "gpdfx")
+    return partial(OWN[name], **options)
+
+
+def _timm(name: str, options: Options, shape: Shape | None) -> Builder:
     import timm
 
     _check_known(name, timm.list_models(), "timm")
-    options = {k: v for k, v in fitting.items() if (k, v) != ("in_chans", 3)}
-    if shape is not None and getattr(
-        timm.models.get_pretrained_cfg(name), "fixed_input_size", False
-    ):
+    if options.get("in_chans") == 3:  # the default, which not every network takes as an argument
+        del options["in_chans"]
+    pretrained = timm.models.get_pretrained_cfg(name)
+    if shape is not None and getattr(pretrained, "fixed_input_size", False):
         options["img_size"] = shape[1:]
     return partial(timm.create_model, name, **options)
 
 
-def _torchvision(name: str, fitting: dict[str, Any]) -> Callable[[], nn.Module]:
+def _torchvision(name: str, options: Options, shape: Shape | None) -> Builder:
     """Without weights, also where a backbone would bring its own."""
     import torchvision
 
     _check_known(name, torchvision.models.list_models(), "torchvision")
     builder = torchvision.models.get_model_builder(name)
-    names = inspect.signature(builder).parameters
-    none = {k: None for k in ("weights", "weights_backbone") if k in names}
-    return partial(builder, **none, **{k: v for k, v in fitting.items() if k == "num_classes"})
+    none = dict.fromkeys({"weights", "weights_backbone"} & {*inspect.signature(builder).parameters})
+    return partial(builder, **none, **_taken(options, ["num_classes"]))
 
 
-def _own(module: str, name: str, fitting: dict[str, Any]) -> Callable[[], nn.Module]:
+def _imported(module: str, name: str, options: Options) -> Builder:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        made = getattr(importlib.import_module(module), name)
+        builder = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"cannot find {module}:{name}: {error}",
             remedy="write package.module:CALLABLE, where CALLABLE() returns the model",
         ) from error
-    if isinstance(made, nn.Module):
-        return lambda: made
-    taken = inspect.signature(made).parameters
-    return partial(made, **{k: v for k, v in fitting.items() if k in taken})
+    if isinstance(builder, nn.Module):
+        return lambda: builder
+    return partial(builder, **_taken(options, inspect.signature(builder).parameters))
+
+
+def _taken(options: Options, names: Collection[str]) -> Options:
+    return {key: value for key, value in options.items() if key in names}
 
 
 # --------------------------------------------------------------------------- weights
@@ -142,12 +143,10 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"there is no file {file}", remedy="name a state_dict in a file")
-    state: Any
+    torch_load = partial(torch.load, map_location="cpu", weights_only=True)
+    read: Callable[..., Any] = load_file if file.suffix == ".safetensors" else torch_load
     try:
-        if file.suffix == ".safetensors":
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read(file)
     except Exception as error:  # damaged, of another kind, or one that wants to run code
         raise InputError(
             f"cannot read weights from {file}: {error}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,10 @@ import torchvision
 from torch import nn
 
 import gpdfx
-from benchmarks import speed, speed_summary, timing
+from benchmarks import speed, timing
 from benchmarks.peer import load_peer
 from benchmarks.speed_steps import Setting, Task, make_step, plain_wide
+from benchmarks.tables import Table, read
 
 SMALL = ["--device", "cpu", "--network", "gpdfx:cnn", "--channels", "1", "--size", "12"]
 SMALL += ["--batch", "3", "--pairs", "2"]
@@ -26,7 +26,7 @@ def test_rows_files_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     argv = [*SMALL, "--out", str(out)]
     speed.main([*argv, "--branches", "none", "orepa"])
     speed.main([*argv, "--only", "noise"])  # replaces the first row
-    rows = speed_summary.read(out)
+    rows = read(out)
     assert rows[0]["what"] == rows[0]["against"] == "plain wide"
     found = {(r["what"], r["against"], r["branches"]): r for r in rows}
     assert len(found) == len(rows) == 8
@@ -63,7 +63,7 @@ def test_what_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Setting, "gpd", fails)
     out = tmp_path / "speed_cpu.csv"
     speed.main([*SMALL, "--out", str(out), "--only", "teacher", "--branches", "orepa", "none"])
-    failed, fine = speed_summary.read(out)
+    failed, fine = read(out)
     assert failed["what"] == "branched orepa eager"
     assert failed["error"] == "RuntimeError: no room for it"
     assert fine["median"]
@@ -106,13 +106,11 @@ def test_quantiles_and_pairs() -> None:
 
 def test_a_row_is_written_in_place_of_its_like(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
+    table = Table(path, ("k", "v"), ("k",))
     for value in (1, 2):
-        timing.replace(path, ("k", "v"), ("k",), [{"k": "x", "v": value, "more": 0}])
-        timing.replace(path, ("k", "v"), ("k",), [{"k": value, "v": value}])
-    with path.open(newline="") as file:
-        assert [tuple(r.values()) for r in csv.DictReader(file)] == [
-            *[("x", "2"), ("1", "1"), ("2", "2")]
-        ]
+        table.replace([{"k": "x", "v": value, "more": 0}])
+        table.replace([{"k": value, "v": value}])
+    assert [tuple(row.values()) for row in read(path)] == [("x", "2"), ("1", "1"), ("2", "2")]
 
 
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,23 +4,24 @@
     for x, y in train_loader(data, 128, seed=0, epoch=3, start=5 * 128):  # from the sixth batch on
         x, targets = mix(x, y, data.classes, mixup=0.8, generator=generator("mix", 0, 3, 5))
 
-Nothing is downloaded, and everything random is a function of a key (``gpdfx.splits``).
+Nothing is downloaded, and everything random is a function of a key (``gpdfx.data.splits``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from ..errors import InputError, suggest
+from ..errors import InputError, near
 from .sources import load_cifar10, load_digits, load_imagefolder, load_mnist1d
 from .splits import Data, few_labels, noisy_labels
 
-SOURCES = {
-    "digits": "handwritten digits that ship with scikit-learn",
-    "mnist1d": "MNIST-1D signals, generated here",
-    "cifar10:PATH": "a folder with CIFAR-10's binary version",
-    "imagefolder:PATH": "a folder with train/CLASS/IMAGE and val/CLASS/IMAGE",
+SOURCES: dict[str, Callable[..., Data]] = {
+    "digits": load_digits,
+    "mnist1d": load_mnist1d,
+    "cifar10:PATH": load_cifar10,
+    "imagefolder:PATH": load_imagefolder,
 }
 
 
@@ -65,11 +66,12 @@ def load_data(
         InputError: an unknown source, missing or damaged files, fewer samples than ``labels``.
     """
     kind, colon, path = source.partition(":")
-    known = {name.partition(":")[0]: name for name in SOURCES}
-    if kind not in known:
-        raise InputError(f"there is no source {source!r}", remedy=near(kind, known.values()))
-    if bool(path) != (":" in known[kind]) or (colon and not path):
-        raise InputError(f"source {source!r} is not complete", remedy=f"write {known[kind]}")
+    usages = {usage.partition(":")[0]: usage for usage in SOURCES}
+    if kind not in usages:
+        raise InputError(f"there is no source {source!r}", remedy=near(kind, usages.values()))
+    usage = usages[kind]
+    if not bool(colon) == bool(path) == (":" in usage):
+        raise InputError(f"source {source!r} is not complete", remedy=f"write {usage}")
     if size is not None and (kind != "imagefolder" or size < 1):
         raise InputError(
             f"size is {size!r} for {kind}", remedy="it is the number of pixels of imagefolder:PATH"
@@ -78,23 +80,9 @@ def load_data(
         raise InputError(f"labels is {labels!r}", remedy="pass a number of samples per class")
     if not 0 <= noise <= 1:
         raise InputError(f"noise is {noise!r}", remedy="pass a part between 0 and 1")
-    if kind == "digits":
-        data = load_digits(seed, augment)
-    elif kind == "mnist1d":
-        data = load_mnist1d(seed)
-    elif kind == "cifar10":
-        data = load_cifar10(Path(path), seed, augment)
-    else:
-        data = load_imagefolder(Path(path), size or 224, augment)
-    train = data.train
+    data = SOURCES[usage](path=Path(path), seed=seed, augment=augment, size=size or 224)
     if labels is not None:
-        train = few_labels(train, labels, data.classes, seed)
+        data = replace(data, train=few_labels(data.train, labels, data.classes, seed))
     if noise:
-        train = noisy_labels(train, noise, data.classes, seed)
-    return Data(data.name, train, data.validation, data.test, data.classes, data.shape)
-
-
-def near(name: str, known: Any) -> str:
-    """A remedy that names what comes near, or else all that there is."""
-    remedy = suggest(name, known)
-    return remedy if remedy.startswith("did you mean") else f"choose from {', '.join(known)}"
+        data = replace(data, train=noisy_labels(data.train, noise, data.classes, seed))
+    return data

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from ..errors import InputError
-from .splits import Data, Split, generator, key_number, permutation
+from .splits import Data, Split, generator, permutation
 
 
-@dataclass(frozen=True, eq=False)
-class EpochSampler(Sampler[int]):
+def epoch_order(
+    length: int, seed: int, epoch: int, rank: int = 0, world: int = 1, start: int = 0
+) -> list[int]:
     """The order of one epoch: a permutation that depends on (seed, epoch) alone.
 
     Rank r of ``world`` takes every ``world``-th sample from r on, so that the k-th batches of all
@@ -25,42 +26,8 @@ class EpochSampler(Sampler[int]):
     out. ``start``: samples of the epoch that all ranks together have had before; ranks may have
     been more or fewer then.
     """
-
-    length: int
-    seed: int
-    epoch: int
-    rank: int = 0
-    world: int = 1
-    start: int = 0
-
-    def __len__(self) -> int:
-        return max(0, self.length - self.start) // self.world
-
-    def __iter__(self) -> Iterator[int]:
-        order = permutation(self.length, "order", self.seed, self.epoch)
-        rest = order[self.start : self.start + len(self) * self.world]
-        return iter(rest[self.rank :: self.world].tolist())
-
-
-@dataclass(frozen=True, eq=False)
-class Seeded(Dataset[tuple[Tensor, int]]):
-    """A data set whose augmentation of sample i depends on (seed, epoch, i) alone.
-
-    It runs under a seed of its own for torch's CPU randomness, which is put back afterwards.
-    """
-
-    samples: Split
-    seed: int
-    epoch: int
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        with torch.random.fork_rng(devices=[]):
-            number = key_number("sample", self.seed, self.epoch, index)
-            torch.default_generator.manual_seed(number)  # not the GPUs', as the global would
-            return self.samples[index]
+    order = permutation(length, "order", seed, epoch)[start:]
+    return order[rank : len(order) // world * world : world].tolist()
 
 
 def train_loader(
@@ -77,7 +44,7 @@ def train_loader(
     """One epoch's training batches: x (batch_size / world, ...), labels (batch_size / world,).
 
     Batches depend on (seed, epoch) alone: not on ``workers``, not on ``world`` (see
-    ``EpochSampler``), not on what ran before. All have the same size; the tail is left out, unless
+    ``epoch_order``), not on what ran before. All have the same size; the tail is left out, unless
     there is not even one whole batch.
 
     Args:
@@ -87,7 +54,7 @@ def train_loader(
     Raises:
         InputError: a batch size that the ranks cannot share equally.
     """
-    _check_loader(batch_size, workers, rank, world)
+    options = _checked_options(batch_size, workers, rank, world)
     if batch_size % world:
         raise InputError(
             f"a batch of {batch_size} cannot be shared equally by {world} processes",
@@ -96,13 +63,11 @@ def train_loader(
     if start < 0:
         raise InputError(f"start is {start}", remedy="pass a number of samples")
     return DataLoader(
-        Seeded(data.train, seed, epoch),
+        replace(data.train, epoch=(seed, epoch)),
         batch_size // world,
-        sampler=EpochSampler(len(data.train), seed, epoch, rank, world, start),
-        num_workers=workers,
+        sampler=epoch_order(len(data.train), seed, epoch, rank, world, start),
         drop_last=len(data.train) >= batch_size,
-        generator=generator("workers"),  # else every epoch draws from the global one
-        pin_memory=torch.cuda.is_available(),
+        **options,
     )
 
 
@@ -119,31 +84,26 @@ def eval_loader(
     Every rank gets its own samples, ``rank::world``, in batches of ``batch_size``; their numbers
     may differ by one, so ranks add up counts, not means.
     """
-    _check_loader(batch_size, workers, rank, world)
-    return DataLoader(
-        samples,
-        batch_size,
-        sampler=range(rank, len(samples), world),
-        num_workers=workers,
-        generator=generator("workers"),
-        pin_memory=torch.cuda.is_available(),
-    )
+    options = _checked_options(batch_size, workers, rank, world)
+    return DataLoader(samples, batch_size, sampler=range(rank, len(samples), world), **options)
 
 
-def _check_loader(batch_size: int, workers: int, rank: int, world: int) -> None:
-    bad = [
-        f"{name} is {value}"
-        for name, value, good in (
-            ("batch_size", batch_size, batch_size > 0),
-            ("workers", workers, workers >= 0),
-            ("world", world, world > 0),
-            ("rank", rank, 0 <= rank < max(world, 1)),
-        )
-        if not good
-    ]
+def _checked_options(batch_size: int, workers: int, rank: int, world: int) -> dict[str, Any]:
+    """What all loaders have in common."""
+    good = {
+        f"batch_size is {batch_size}": batch_size > 0,
+        f"workers is {workers}": workers >= 0,
+        f"world is {world}": world > 0,
+        f"rank is {rank}": 0 <= rank < max(world, 1),
+    }
+    bad = [text for text, fine in good.items() if not fine]
     if bad:
-        remedy = "batch_size > 0, workers >= 0, 0 <= rank < world"
-        raise InputError("; ".join(bad), remedy=remedy)
+        raise InputError("; ".join(bad), remedy="batch_size > 0, workers >= 0, 0 <= rank < world")
+    return {
+        "num_workers": workers,
+        "generator": generator("workers"),  # else every epoch draws from the global one
+        "pin_memory": torch.cuda.is_available(),
+    }
 
 
 # --------------------------------------------------------------------------- mixup and cutmix
@@ -183,11 +143,11 @@ def mix(
         for size in sizes:
             middle, length = int(torch.randint(size, (), generator=generator)), round(size * side)
             low = middle - length // 2
-            box.append(slice(max(low, 0), max(0, min(low + length, size))))
-        x, where = x.clone(), (slice(None), slice(None), *box)
-        source = x[other]
-        x[where] = source[where]
+            box.append(slice(max(low, 0), min(low + length, size)))
+        mixed = x.clone()
+        inside: tuple[Any, ...] = (..., *box)
+        mixed[inside] = x[other][inside]
         lam = 1 - math.prod(b.stop - b.start for b in box) / math.prod(sizes)
     else:
-        x = lam * x + (1 - lam) * x[other]
-    return x, lam * targets + (1 - lam) * targets[other]
+        mixed = lam * x + (1 - lam) * x[other]
+    return mixed, lam * targets + (1 - lam) * targets[other]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError
-from .mnist1d import LENGTH, mnist1d
-from .splits import Data, Split, everything, generator, permutation, validation_split
+from ..errors import InputError, needs_extra
+from .mnist1d import mnist1d
+from .splits import Data, Split, generator, permutation
 
+VALIDATION = 0.1  # of the training samples, where the source has no validation set of its own
 CIFAR_TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 CIFAR_TEST = "test_batch.bin"
 CIFAR_RECORD = 1 + 3 * 32 * 32  # a label, then red, green and blue, row by row
@@ -50,41 +53,42 @@ def crop_flip(x: Tensor) -> Tensor:
     return x.flip(-1) if torch.rand(()) < 0.5 else x
 
 
-def load_digits(seed: int, augment: bool) -> Data:
-    try:
+def _in_memory(
+    name: str, samples: Stored, labels: Tensor, pool: Tensor, test: Tensor, seed: int
+) -> Data:
+    """A source with ten classes. ``pool``: positions of what is for training and validation, of
+    which only training samples are augmented."""
+    plain = dataclasses.replace(samples, augment=None)
+    order = permutation(len(pool), "validation", seed)
+    count = round(len(pool) * VALIDATION)
+    train, validation = (pool[part.sort().values] for part in (order[count:], order[:count]))
+    parts = ((samples, train), (plain, validation), (plain, test))
+    a, b, c = (Split(source, part, labels[part]) for source, part in parts)
+    return Data(name, a, b, c, 10, tuple(samples.x.shape[1:]))
+
+
+def load_digits(*, seed: int, augment: bool, **_: Any) -> Data:
+    """Handwritten digits that ship with scikit-learn."""
+    with needs_extra("train", "digits come with scikit-learn"):
         from sklearn.datasets import load_digits as load
-    except ImportError as error:
-        raise InputError(
-            f"digits come with scikit-learn ({error})", remedy="pip install 'gpdfx[train]'"
-        ) from error
     images, targets = load(return_X_y=True)
     x = torch.from_numpy(images).float().reshape(-1, 1, 8, 8)
     order = permutation(len(x), "digits")
-    pool = order[300:]
-    mean, std = x[pool].mean(), x[pool].std()
-    clean, moved = Stored(x, mean, std), Stored(x, mean, std, shift if augment else None)
-    whole = everything(clean, torch.from_numpy(targets).long())
-    train, validation = (pool[part] for part in validation_split(len(pool), seed))
-    return Data(
-        "digits",
-        Split(moved, train, whole.labels[train]),
-        whole.subset(validation),
-        whole.subset(order[:300]),
-        10,
-        (1, 8, 8),
-    )
+    pool, test = order[300:], order[:300]
+    samples = Stored(x, x[pool].mean(), x[pool].std(), shift if augment else None)
+    return _in_memory("digits", samples, torch.from_numpy(targets).long(), pool, test, seed)
 
 
-def load_mnist1d(seed: int) -> Data:
+def load_mnist1d(*, seed: int, **_: Any) -> Data:
+    """MNIST-1D signals, generated here."""
     x, labels = mnist1d(5000, generator("mnist1d"))
-    whole = everything(Stored(x, torch.zeros(()), torch.ones(())), labels)
-    train, validation = validation_split(4000, seed)
-    parts = train, validation, torch.arange(4000, 5000)
-    a, b, c = (whole.subset(part) for part in parts)
-    return Data("mnist1d", a, b, c, 10, (1, LENGTH))
+    samples = Stored(x, torch.zeros(()), torch.ones(()))
+    pool, test = torch.arange(5000).split([4000, 1000])
+    return _in_memory("mnist1d", samples, labels, pool, test, seed)
 
 
-def load_cifar10(path: Path, seed: int, augment: bool) -> Data:
+def load_cifar10(*, path: Path, seed: int, augment: bool, **_: Any) -> Data:
+    """A folder with CIFAR-10's binary version."""
     inner = path / "cifar-10-batches-bin"
     folder = inner if inner.is_dir() else path
     for place in (folder, path / "cifar-10-batches-py"):
@@ -99,22 +103,12 @@ def load_cifar10(path: Path, seed: int, augment: bool) -> Data:
             f"{folder} has no {', '.join(missing)}",
             remedy="give the folder cifar-10-batches-bin of CIFAR-10's binary version, unpacked",
         )
-    x, labels = (
-        torch.cat(parts)
-        for parts in zip(*(_records(folder / name) for name in CIFAR_TRAIN), strict=True)
-    )
-    test_x, test_labels = _records(folder / CIFAR_TEST)
+    records = [_records(folder / name) for name in (*CIFAR_TRAIN, CIFAR_TEST)]
+    x, labels = (torch.cat(parts) for parts in zip(*records, strict=True))
+    pool, test = torch.arange(len(x)).tensor_split([-len(records[-1][1])])
     mean, std = (255 * torch.tensor(t).reshape(3, 1, 1) for t in (CIFAR_MEAN, CIFAR_STD))
-    clean, moved = Stored(x, mean, std), Stored(x, mean, std, crop_flip if augment else None)
-    train, validation = validation_split(len(x), seed)
-    return Data(
-        "cifar10",
-        Split(moved, train, labels[train]),
-        Split(clean, validation, labels[validation]),
-        everything(Stored(test_x, mean, std), test_labels),
-        10,
-        (3, 32, 32),
-    )
+    samples = Stored(x, mean, std, crop_flip if augment else None)
+    return _in_memory("cifar10", samples, labels, pool, test, seed)
 
 
 def _records(path: Path) -> tuple[Tensor, Tensor]:
@@ -135,15 +129,11 @@ def _records(path: Path) -> tuple[Tensor, Tensor]:
     return records[:, 1:].reshape(-1, 3, 32, 32), labels
 
 
-def load_imagefolder(path: Path, size: int, augment: bool) -> Data:
-    try:
+def load_imagefolder(*, path: Path, size: int, augment: bool, **_: Any) -> Data:
+    """A folder with train/CLASS/IMAGE and val/CLASS/IMAGE."""
+    with needs_extra("vision", "imagefolder reads images by torchvision"):
         from torchvision.datasets import ImageFolder
         from torchvision.transforms import v2
-    except ImportError as error:
-        raise InputError(
-            f"imagefolder reads images by torchvision ({error})",
-            remedy="pip install 'gpdfx[vision]'",
-        ) from error
     missing = [str(path / name) for name in ("train", "val") if not (path / name).is_dir()]
     if missing:
         raise InputError(
@@ -169,13 +159,8 @@ def load_imagefolder(path: Path, size: int, augment: bool) -> Data:
             f"train and val have different classes: only one of them has {', '.join(only[:5])}",
             remedy="give both the same folders",
         )
-    test = everything(val, torch.tensor(val.targets))
-    name = path.resolve().name
-    return Data(
-        name,
-        everything(train, torch.tensor(train.targets)),
-        test,
-        test,
-        len(val.classes),
-        (3, size, size),
+    a, b = (
+        Split(images, torch.arange(len(images)), torch.tensor(images.targets))
+        for images in (train, val)
     )
+    return Data(path.resolve().name, a, b, b, len(val.classes), (3, size, size))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import InputError
-
-VALIDATION = 0.1  # of the training samples, where the source has no validation set of its own
 
 
 class Samples(Protocol):
@@ -28,22 +26,28 @@ class Samples(Protocol):
 class Split(Dataset[tuple[Tensor, int]]):
     """Some samples of a source, with labels of their own: item i is (x, int label).
 
-    ``indices`` and ``labels``: (N,) int64.
+    ``indices`` and ``labels``: (N,) int64. ``epoch``: (seed, number of the epoch). With it, the
+    augmentation of item i depends on (seed, epoch, i) alone: it runs under a seed of its own for
+    torch's CPU randomness, which is put back afterwards. Without it, on the global state.
     """
 
     samples: Samples
     indices: Tensor
     labels: Tensor
+    epoch: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.samples[int(self.indices[index])][0], int(self.labels[index])
+        with torch.random.fork_rng(devices=[], enabled=self.epoch is not None):
+            if self.epoch is not None:  # the CPU's state alone, not the GPUs'
+                torch.set_rng_state(generator("sample", *self.epoch, index).get_state())
+            return self.samples[int(self.indices[index])][0], int(self.labels[index])
 
     def subset(self, chosen: Tensor) -> Split:
         """These samples, in this order; ``chosen``: (M,) positions in this split."""
-        return Split(self.samples, self.indices[chosen], self.labels[chosen])
+        return replace(self, indices=self.indices[chosen], labels=self.labels[chosen])
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,8 @@ class Data:
 # --------------------------------------------------------------------------- randomness
 def generator(*key: int | str) -> torch.Generator:
     """A CPU generator seeded by ``key`` alone, for example ("mix", seed, epoch, step)."""
-    return torch.Generator().manual_seed(key_number(*key))
-
-
-def key_number(*key: int | str) -> int:
-    return int.from_bytes(hashlib.blake2b(" ".join(map(str, key)).encode(), digest_size=6).digest())
+    digest = hashlib.blake2b(" ".join(map(str, key)).encode(), digest_size=6).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest))
 
 
 def permutation(length: int, *key: int | str) -> Tensor:
@@ -73,17 +74,6 @@ def permutation(length: int, *key: int | str) -> Tensor:
 
 
 # --------------------------------------------------------------------------- parts and labels
-def everything(samples: Samples, labels: Tensor) -> Split:
-    return Split(samples, torch.arange(len(labels)), labels)
-
-
-def validation_split(length: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Positions of the training and of the validation samples, each in ascending order."""
-    order = permutation(length, "validation", seed)
-    count = round(length * VALIDATION)
-    return order[count:].sort().values, order[:count].sort().values
-
-
 def few_labels(train: Split, count: int, classes: int, seed: int) -> Split:
     per_class = torch.bincount(train.labels, minlength=classes)
     short = (per_class < count).nonzero().flatten().tolist()
@@ -103,4 +93,4 @@ def noisy_labels(train: Split, part: float, classes: int, seed: int) -> Split:
     wrong = torch.randperm(len(train), generator=draw)[: round(part * len(train))]
     labels = train.labels.clone()
     labels[wrong] += torch.randint(1, classes, (len(wrong),), generator=draw)
-    return Split(train.samples, train.indices, labels % classes)
+    return replace(train, labels=labels % classes)

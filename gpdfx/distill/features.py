@@ -1,95 +1,23 @@
 """Losses of features: outputs of inner modules of the student against the static teacher's.
 
-``Features`` collects outputs by name. A ``FeatureLoss`` has parameters of its own: ``build`` makes
-them from the shapes of the features, and then they train with the student.
+``Features`` collects outputs by name (``gpdfx.distill.collect``). A ``FeatureLoss`` has parameters
+of its own: ``build`` makes them from the shapes of the features, and then they train with the
+student.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from ..errors import InputError, suggest
+from ..errors import InputError
+from .collect import Features as Features
 
 Shapes = Sequence[Sequence[int]]
-
-
-class Features:
-    """Collects what modules return, by name, while it is open.
-
-        with Features(model, ["layer1", "layer2"]) as seen:
-            model(x)
-        seen.tensors  # the two outputs
-
-    Of a tuple or dict it takes the first tensor; of a module that is called twice, the last
-    output. An inplace op that follows a module changes what was collected from it. It also sees
-    calls by ``torch.func.functional_call``.
-
-    Raises ``InputError`` for unknown names, for a module that returns no tensor, and, when
-    ``tensors`` is read, for modules that were not called.
-    """
-
-    def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
-        self.names = tuple(names)
-        known = dict(module.named_modules(remove_duplicate=False))
-        for name in self.names:
-            if name not in known:
-                raise InputError(f"no module is called {name!r}", remedy=suggest(name, known))
-        self._modules = {name: known[name] for name in self.names}
-        self._outputs: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
-
-    def __enter__(self) -> Features:
-        self._outputs.clear()
-        for name, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._hook(name)))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def collect(module: nn.Module, args: Any, output: Any) -> None:
-            tensor = _first_tensor(output)
-            if tensor is None:
-                raise InputError(f"module {name!r} returns no tensor", remedy="name another one")
-            self._outputs[name] = tensor
-
-        return collect
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The outputs, in the order of the names."""
-        missing = [name for name in self.names if name not in self._outputs]
-        if missing:
-            raise InputError(
-                f"not called: {', '.join(map(repr, missing))}",
-                remedy="run the network inside the with block, and name modules that it calls",
-            )
-        return [self._outputs[name] for name in self.names]
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    if isinstance(output, tuple | list):
-        found = (_first_tensor(item) for item in output)
-        return next((tensor for tensor in found if tensor is not None), None)
-    return None
 
 
 class FeatureLoss(nn.Module):
@@ -134,15 +62,61 @@ class FeatureLoss(nn.Module):
                 remedy="give one of each for every pair, in the order of the layers",
             )
 
-    def _check_built(self) -> None:
+
+class PairwiseLoss(FeatureLoss):
+    """``weight sum_l distance(output_l, static_l)``, where ``parts`` make the outputs."""
+
+    distance: Callable[[Tensor, Tensor], Tensor]
+
+    def outputs(self, student_features: list[Tensor]) -> list[tuple[int, Tensor]]:
+        """What the parts make of the student's features, with the numbers of their pairs."""
+        raise NotImplementedError
+
+    def forward(self, student_features: list[Tensor], static_features: list[Tensor]) -> Tensor:
         if not len(self.parts):
             raise InputError(
                 f"{type(self).__name__} has no parameters yet",
                 remedy="call build(student_shapes, static_shapes) first",
             )
+        self._check(student_features, static_features)
+        losses = []
+        for k, output in self.outputs(student_features):
+            static = static_features[k]
+            if output.ndim == 4:
+                output = _resize(output, static)
+            if output.shape != static.shape:
+                raise InputError(
+                    f"features of {self.student_layers[k]!r} become {tuple(output.shape)}, the "
+                    f"static teacher's are {tuple(static.shape)}",
+                    remedy="name layers with the same number of tokens; build for these channels",
+                )
+            losses.append(self.distance(output, static.detach()))
+        return self.weight * torch.stack(losses).sum()
 
 
-class FitNet(FeatureLoss):
+LEVELS = (4, 2, 1)
+"""Heights and widths of the pooled pyramid."""
+
+
+def hierarchical_context_loss(student: Tensor, static: Tensor) -> Tensor:
+    """Mean squared differences of (N, C, H, W) features and of their averages on coarser grids.
+
+    ``(sum_k 2^-k MSE_k) / sum_k 2^-k``: k = 0 is full size, then come averages on 4 x 4, 2 x 2 and
+    1 x 1 grids, those of them that are smaller than the feature (arXiv 2104.09044, section 3.3).
+    """
+    loss, weight, total = F.mse_loss(student, static), 1.0, 1.0
+    height, width = static.shape[-2:]
+    for level in LEVELS:
+        if level < max(height, width):
+            weight /= 2
+            total += weight
+            grid = min(level, height), min(level, width)
+            student_grid = F.adaptive_avg_pool2d(student, grid)
+            loss = loss + weight * F.mse_loss(student_grid, F.adaptive_avg_pool2d(static, grid))
+    return loss / total
+
+
+class FitNet(PairwiseLoss):
     """``weight sum_l mean (r_l(student_l) - static_l)^2``: hints (Romero et al., 2015).
 
     ``r_l`` is a learned regressor: a 1x1 convolution for images (N, C, H, W), whose output is
@@ -150,38 +124,30 @@ class FitNet(FeatureLoss):
     dimension for tokens (N, L, C) and vectors (N, C).
     """
 
+    distance = staticmethod(F.mse_loss)
+
     def build(self, student_shapes: Shapes, static_shapes: Shapes) -> None:
         """Make one regressor for each pair; only the channels of the shapes matter."""
         self._check(student_shapes, static_shapes)
         parts: list[nn.Module] = []
-        for name, ours, theirs in zip(
-            self.student_layers, student_shapes, static_shapes, strict=True
-        ):
-            if len(ours) != len(theirs) or len(ours) not in (2, 3, 4):
+        pairs = zip(self.student_layers, student_shapes, static_shapes, strict=True)
+        for name, student, static in pairs:
+            if len(student) != len(static) or len(student) not in (2, 3, 4):
                 raise InputError(
-                    f"features {tuple(ours)} of {name!r} against {tuple(theirs)}",
+                    f"features {tuple(student)} of {name!r} against {tuple(static)}",
                     remedy="name layers that both return (N, C, H, W), (N, L, C) or (N, C)",
                 )
-            image = len(ours) == 4
-            parts.append(
-                nn.Conv2d(ours[1], theirs[1], 1) if image else nn.Linear(ours[-1], theirs[-1])
-            )
+            if len(student) == 4:
+                parts.append(nn.Conv2d(student[1], static[1], 1))
+            else:
+                parts.append(nn.Linear(student[-1], static[-1]))
         self.parts = nn.ModuleList(parts)
 
-    def forward(self, student_features: list[Tensor], static_features: list[Tensor]) -> Tensor:
-        self._check_built()
-        self._check(student_features, static_features)
-        losses = []
-        for name, regressor, ours, theirs in zip(
-            self.student_layers, self.parts, student_features, static_features, strict=True
-        ):
-            ours = _resize(regressor(ours), theirs) if ours.ndim == 4 else regressor(ours)
-            _check_shapes(name, ours, theirs)
-            losses.append(F.mse_loss(ours, theirs.detach()))
-        return self.weight * torch.stack(losses).sum()
+    def outputs(self, student_features: list[Tensor]) -> list[tuple[int, Tensor]]:
+        return [(k, part(student_features[k])) for k, part in enumerate(self.parts)]
 
 
-class ReviewKD(FeatureLoss):
+class ReviewKD(PairwiseLoss):
     """Knowledge review: deep student features help to match shallow static ones.
 
     ``weight sum_l HCL(out_l(u_l), static_l)``, where the review goes from the last layer to the
@@ -192,6 +158,8 @@ class ReviewKD(FeatureLoss):
     may differ in channels, height and width. ``width``: channels of every ``u_l``; by default
     those of the deepest student feature, at most 512.
     """
+
+    distance = staticmethod(hierarchical_context_loss)
 
     def __init__(
         self,
@@ -216,24 +184,17 @@ class ReviewKD(FeatureLoss):
         width = self.width or min(512, student_shapes[-1][1])
         last = len(student_shapes) - 1
         self.parts = nn.ModuleList(
-            Fusion(ours[1], width, theirs[1], deepest=k == last)
-            for k, (ours, theirs) in enumerate(zip(student_shapes, static_shapes, strict=True))
+            Fusion(student[1], width, static[1], deepest=k == last)
+            for k, (student, static) in enumerate(zip(student_shapes, static_shapes, strict=True))
         )
 
-    def forward(self, student_features: list[Tensor], static_features: list[Tensor]) -> Tensor:
-        self._check_built()
-        self._check(student_features, static_features)
-        losses, review = [], None
-        for name, fusion, ours, theirs in reversed(
-            list(
-                zip(self.student_layers, self.parts, student_features, static_features, strict=True)
-            )
-        ):
-            review, output = fusion(ours, review)
-            output = _resize(output, theirs)
-            _check_shapes(name, output, theirs)
-            losses.append(hierarchical_context_loss(output, theirs.detach()))
-        return self.weight * torch.stack(losses).sum()
+    def outputs(self, student_features: list[Tensor]) -> list[tuple[int, Tensor]]:
+        """From the deepest pair to the first."""
+        review, outputs = None, []
+        for k in reversed(range(len(self.parts))):
+            review, output = self.parts[k](student_features[k], review)
+            outputs.append((k, output))
+        return outputs
 
 
 class Fusion(nn.Module):
@@ -261,37 +222,6 @@ class Fusion(nn.Module):
             a, b = self.attention(torch.cat([u, review], 1)).sigmoid().split(1, dim=1)
             u = a * u + b * review
         return u, self.leave(u)
-
-
-LEVELS = (4, 2, 1)
-"""Heights and widths of the pooled pyramid."""
-
-
-def hierarchical_context_loss(student: Tensor, static: Tensor) -> Tensor:
-    """Mean squared differences of (N, C, H, W) features and of their averages on coarser grids.
-
-    ``(sum_k 2^-k MSE_k) / sum_k 2^-k``: k = 0 is full size, then come averages on 4 x 4, 2 x 2 and
-    1 x 1 grids, those of them that are smaller than the feature (arXiv 2104.09044, section 3.3).
-    """
-    loss, weight, total = F.mse_loss(student, static), 1.0, 1.0
-    height, width = static.shape[-2:]
-    for level in LEVELS:
-        if level < max(height, width):
-            weight /= 2
-            total += weight
-            grid = min(level, height), min(level, width)
-            student_grid = F.adaptive_avg_pool2d(student, grid)
-            loss = loss + weight * F.mse_loss(student_grid, F.adaptive_avg_pool2d(static, grid))
-    return loss / total
-
-
-def _check_shapes(name: str, ours: Tensor, theirs: Tensor) -> None:
-    if ours.shape != theirs.shape:
-        raise InputError(
-            f"features of {name!r} become {tuple(ours.shape)}, the static teacher's are "
-            f"{tuple(theirs.shape)}",
-            remedy="name layers with the same number of tokens; build for these channels",
-        )
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:

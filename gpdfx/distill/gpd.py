@@ -11,46 +11,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calls import tree
 from ..compiler import expand
 from ..control import covers
 from ..errors import InputError, suggest
 from ..teacher.collapse import collapse
 from ..teacher.module import Teacher
 from . import streams
-from .features import FeatureLoss, Features
-from .losses import KD, soft_cross_entropy
+from .collect import run_with_features
+from .features import FeatureLoss
+from .losses import KD, LogitLoss, soft_cross_entropy
+from .outputs import Distilled as Distilled
+from .outputs import Outputs, arguments
+from .outputs import find_logits as find_logits
 
 Criterion = Callable[[Tensor, Any], Tensor]
-Distillation = Callable[[Tensor, Tensor, Any], Tensor]
-
-
-class Distilled(NamedTuple):
-    """One step. ``loss``: the sum to differentiate; ``terms``: its summands by name, as they went
-    into it; ``static_logits``: ``None`` without a static teacher."""
-
-    loss: Tensor
-    student_logits: Tensor
-    teacher_logits: Tensor
-    static_logits: Tensor | None
-    terms: dict[str, Tensor]
-
-
-class _Seen(NamedTuple):
-    """Logits and features of all networks."""
-
-    wide: Tensor
-    own: Tensor
-    static: Tensor | None
-    wide_features: list[Tensor]
-    own_features: list[Tensor]
-    static_features: list[Tensor]
+Distillation = LogitLoss
 
 
 class GPD(nn.Module):
@@ -66,9 +47,9 @@ class GPD(nn.Module):
         static_teacher: a pre-trained network with the same classes, or ``None``.
         ratio, branches, options: see ``gpdfx.expand`` (``shares``, ``extract``, ``keep`` ...).
         kd: loss of logits against the static teacher's, called with (logits, static logits,
-            targets): ``gpdfx.losses.KD()`` if not given. It counts for teacher and student.
+            targets): ``gpdfx.distill.KD()`` if not given. It counts for teacher and student.
         features: loss of features against the static teacher's, by names of modules, such as
-            ``gpdfx.features.ReviewKD``. Teacher and student have one each, with parameters of
+            ``gpdfx.distill.ReviewKD``. Teacher and student have one each, with parameters of
             their own, which train along.
         lam: weight of the student's cross entropy with the dynamic teacher's softmax.
         temperature, smoothing: of that soft target.
@@ -88,7 +69,6 @@ class GPD(nn.Module):
     """
 
     _static: nn.Module | None
-    _asked: FeatureLoss | None
     gap_counts: bool
 
     def __init__(
@@ -126,17 +106,18 @@ class GPD(nn.Module):
         self.teacher_weight, self.start_epoch, self.epoch = teacher_weight, start_epoch, 0
         self.overlap_static = overlap_static
         self._logits = logits or find_logits
-        self._own_names = self._choose_own(unshared)
+        plain = dict(collapse(self.teacher).named_parameters())
+        self._own_names = _matching(unshared, list(plain))
         self._own = nn.ParameterList(
-            nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
-            for name, p in collapse(self.teacher).named_parameters()
-            if name in self._own_names
+            nn.Parameter(plain[name].detach().clone(), requires_grad=plain[name].requires_grad)
+            for name in self._own_names
         )
         if static_teacher is not None:
             static_teacher = static_teacher.eval().requires_grad_(False)
         object.__setattr__(self, "_static", static_teacher)
+        self._student_layers = features.student_layers if features is not None else ()
+        self._static_layers = features.static_layers if features is not None else ()
         self.features = nn.ModuleDict()
-        object.__setattr__(self, "_asked", features)
         if features is not None:
             self._build_features(features)
 
@@ -145,22 +126,13 @@ class GPD(nn.Module):
         training = self.training
         self.eval()
         with torch.no_grad():
-            seen = self._run(*self.teacher._facts.example)
+            *both, static = self._run(*self.teacher._facts.example)
         self.train(training)
-        static = [x.shape for x in seen.static_features]
-        for name, found in (("teacher", seen.wide_features), ("student", seen.own_features)):
-            self.features[name] = copy.deepcopy(features)
-            self.features[name].build([x.shape for x in found], static)  # type: ignore[operator]
-
-    def _choose_own(self, unshared: str | Sequence[str]) -> list[str]:
-        patterns = [unshared] if isinstance(unshared, str) else list(unshared)
-        names = [name for name, _ in collapse(self.teacher).named_parameters()]
-        for pattern in patterns:
-            if not covers(pattern, names):
-                raise InputError(
-                    f"unshared: {pattern!r} matches no parameter", remedy=suggest(pattern, names)
-                )
-        return [name for name in names if any(covers(p, [name]) for p in patterns)]
+        assert static is not None
+        for name, outputs in zip(("teacher", "student"), both, strict=True):
+            loss = copy.deepcopy(features)
+            loss.build(*([x.shape for x in of.features] for of in (outputs, static)))
+            self.features[name] = loss
 
     @property
     def epoch(self) -> int:
@@ -179,33 +151,42 @@ class GPD(nn.Module):
         ``inputs``: a tensor, a tuple of positional or a dict of keyword inputs. ``targets``: what
         ``criterion`` takes.
         """
-        seen = self._run(*_call(inputs))
-        wide, own, static = seen.wide, seen.own, seen.static
+        teacher, student, static = self._run(*arguments(inputs))
         terms = {
-            "teacher": self.teacher_weight * self.criterion(wide, targets),
-            "student": self.criterion(own, targets),
+            "teacher": self.teacher_weight * self.criterion(teacher.logits, targets),
+            "student": self.criterion(student.logits, targets),
         }
         if self.gap_counts and self.lam:
-            soft = soft_cross_entropy(
-                own, wide.detach(), temperature=self.temperature, smoothing=self.smoothing
-            )
+            options = {"temperature": self.temperature, "smoothing": self.smoothing}
+            soft = soft_cross_entropy(student.logits, teacher.logits.detach(), **options)
             terms["gap"] = self.lam * soft
-        if self.kd is not None and static is not None:
-            if static.shape != own.shape:
+        if static is not None:
+            terms |= self._against_static(teacher, student, static, targets)
+        loss = torch.stack([term.float() for term in terms.values()]).sum()
+        static_logits = None if static is None else static.logits
+        return Distilled(loss, student.logits, teacher.logits, static_logits, terms)
+
+    def _against_static(
+        self, teacher: Outputs, student: Outputs, static: Outputs, targets: Any
+    ) -> dict[str, Tensor]:
+        """The terms that compare logits and features with the static teacher's."""
+        terms = {}
+        if self.kd is not None:
+            if static.logits.shape != student.logits.shape:
                 raise InputError(
-                    f"the static teacher's logits are {tuple(static.shape)}, the student's "
-                    f"{tuple(own.shape)}",
+                    f"the static teacher's logits are {tuple(static.logits.shape)}, the student's "
+                    f"{tuple(student.logits.shape)}",
                     remedy="use a static teacher with the same classes",
                 )
-            terms["teacher_kd"] = self.teacher_weight * self.kd(wide, static, targets)
-            terms["student_kd"] = self.kd(own, static, targets)
-        for name, found in (("teacher", seen.wide_features), ("student", seen.own_features)):
-            if name in self.features:
-                term = self.features[name](found, seen.static_features)
-                factor = self.teacher_weight if name == "teacher" else 1.0
-                terms[f"{name}_features"] = factor * term
-        loss = torch.stack([term.float() for term in terms.values()]).sum()
-        return Distilled(loss, own, wide, static, terms)
+            teacher_kd = self.kd(teacher.logits, static.logits, targets)
+            terms["teacher_kd"] = self.teacher_weight * teacher_kd
+            terms["student_kd"] = self.kd(student.logits, static.logits, targets)
+        if self._student_layers:
+            teacher_loss, student_loss = self.features["teacher"], self.features["student"]
+            teacher_term = teacher_loss(teacher.features, static.features)
+            terms["teacher_features"] = self.teacher_weight * teacher_term
+            terms["student_features"] = student_loss(student.features, static.features)
+        return terms
 
     def own_parameters(self) -> dict[str, Tensor]:
         """The student's parameters that are not shared."""
@@ -216,39 +197,30 @@ class GPD(nn.Module):
         folded = self.teacher._fold(teacher=False)
         return self.teacher._run_student(folded, args, kwargs, self.own_parameters())
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
-        """All networks on one batch, the branches folded once."""
-        asked, own = self._asked, self.own_parameters()
+    def _run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Outputs, Outputs, Outputs | None]:
+        """Teacher, student and static teacher on one batch, the branches folded once."""
         static = streams.start(
             lambda: self._run_static(args, kwargs), (args, kwargs), beside=self.overlap_static
         )
-        folded, wide_features = self.teacher._fold(), []  # type: ignore[var-annotated]
-        wide = self.teacher._run_teacher(folded, args, kwargs, wide_features)
-        narrow, features = _collecting(
+        folded, features = self.teacher._fold(), []  # type: ignore[var-annotated]
+        output = self.teacher._run_teacher(folded, args, kwargs, features)
+        teacher = Outputs(self._logits(output), features)
+        output, features = run_with_features(
             self.teacher._student,
-            asked.student_layers if asked else (),
-            lambda: self.teacher._run_student(folded, args, kwargs, own),
+            self._student_layers,
+            lambda: self.teacher._run_student(folded, args, kwargs, self.own_parameters()),
         )
-        found, static_features = static()
-        return _Seen(
-            self._logits(wide),
-            self._logits(narrow),
-            found,
-            wide_features,
-            features,
-            static_features,
-        )
+        return teacher, Outputs(self._logits(output), features), static()
 
     @torch.no_grad()
-    def _run_static(self, args: Any, kwargs: Any) -> tuple[Tensor | None, list[Tensor]]:
-        """The static teacher's logits and features; ``None`` without one."""
-        static, asked = self._static, self._asked
-        if static is None:
-            return None, []
-        output, features = _collecting(
-            static, asked.static_layers if asked else (), lambda: static(*args, **kwargs)
-        )
-        return self._logits(output).detach(), features
+    def _run_static(self, args: Any, kwargs: Any) -> Outputs | None:
+        net = self._static
+        if net is None:
+            return None
+        output, features = run_with_features(net, self._static_layers, lambda: net(*args, **kwargs))
+        return Outputs(self._logits(output).detach(), features)
 
     @torch.no_grad()
     def collapse(self) -> nn.Module:
@@ -267,34 +239,10 @@ class GPD(nn.Module):
         return self
 
 
-def _collecting(
-    module: nn.Module, names: Sequence[str], call: Callable[[], Any]
-) -> tuple[Any, list[Tensor]]:
-    """A call's result, and what some modules returned on the way."""
-    if not names:
-        return call(), []
-    with Features(module, names) as seen:
-        result = call()
-    return result, seen.tensors
-
-
-def find_logits(output: Any) -> Tensor:
-    """The logits in what a network returns."""
-    for name in ("logits", "out"):
-        if isinstance(output, Mapping) and name in output:
-            output = output[name]
-        elif not isinstance(output, Tensor) and hasattr(output, name):
-            output = getattr(output, name)
-    found = next((x for x in tree.leaves(output) if isinstance(x, Tensor)), None)
-    if found is None:
-        raise InputError(
-            f"there are no logits in a {type(output).__name__}",
-            remedy="pass logits=, a function that picks them out of the network's output",
-        )
-    return found
-
-
-def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+def _matching(patterns: str | Sequence[str], names: list[str]) -> list[str]:
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in patterns:
+        if not covers(pattern, names):
+            remedy = suggest(pattern, names)
+            raise InputError(f"unshared: {pattern!r} matches no parameter", remedy=remedy)
+    return [name for name in names if any(covers(pattern, [name]) for pattern in patterns)]

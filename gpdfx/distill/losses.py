@@ -6,13 +6,14 @@ never changes. A **logit loss** against it is any callable
 
     loss(student_logits, static_logits, targets) -> scalar
 
-such as ``KD`` and ``DKD``. For losses of features see ``gpdfx.features``.
+such as ``KD`` and ``DKD``. For losses of features see ``gpdfx.distill.features``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
-LogitLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+LogitLoss = Callable[[Tensor, Tensor, Any], Tensor]
 """(student logits, static logits, targets) -> scalar."""
 
 

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.datasets import near
-from ..errors import InputError
+from ..errors import InputError, near
 
 CHOICES = {
     "optimizer": ("sgd", "adamw"),

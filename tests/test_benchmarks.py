@@ -1,0 +1,64 @@
+"""The benchmarks' scripts start from anywhere, and their CSVs survive a kill."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tables import Table, read, write_readme
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(
+    path.stem
+    for path in (ROOT / "benchmarks").glob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+)
+# As if gpdfx were not installed; in the end it says which one was imported.
+SITE = """
+import atexit, sys
+installed = [f for f in sys.meta_path if getattr(f, "__module__", "").startswith("__editable__")]
+sys.meta_path[:] = [f for f in sys.meta_path if f not in installed]
+atexit.register(lambda: print(sys.modules["gpdfx"].__file__))
+"""
+
+
+@pytest.mark.parametrize("by_path", [True, False], ids=["path", "module"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_start_from_anywhere(script: str, by_path: bool, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SITE)
+    way = [str(ROOT / "benchmarks" / f"{script}.py")] if by_path else ["-m", f"benchmarks.{script}"]
+    run = subprocess.run(
+        [sys.executable, *way, "--help"],
+        cwd=tmp_path if by_path else ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert not run.returncode, run.stderr
+    assert run.stdout.startswith(f"usage: python -m benchmarks.{script}")
+    assert Path(run.stdout.splitlines()[-1]) == ROOT / "gpdfx" / "__init__.py"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_table_goes_on_after_a_kill(tmp_path: Path, end: str) -> None:
+    table = Table(tmp_path / "a.csv", ("name", "text"), ("name",), end)
+    assert table.rows() == []
+    table.append({"name": "a", "text": "one, two"}, {"name": "b", "text": 'a "word"'})
+    table.append({"name": "c", "text": 1 / 3})
+    whole = table.path.read_bytes()
+    assert [row["text"] for row in read(table.path)] == ["one, two", 'a "word"', "0.333333"]
+    table.path.write_bytes(whole[:-3])
+    assert list(table.done()) == [("a",), ("b",)]
+    table.append({"name": "c", "text": 1 / 3})
+    assert table.path.read_bytes() == whole
+
+
+def test_a_table_is_written_between_its_marks(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- t -->\nold\n<!-- end of t -->\nb\n")
+    write_readme(readme, "new", "t")
+    assert readme.read_text() == "a\n<!-- t -->\nnew\n<!-- end of t -->\nb\n"
