@@ -10,6 +10,7 @@ parameters and paths of modules; one that matches a module covers everything in 
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +40,7 @@ class Control:
 
     def entry(self, names: Sequence[str]) -> str:
         """The pattern whose ratio is a parameter's; ``"*"``, and ratio 1, if none covers it."""
-        return next((p for p in reversed(self.ratios) if covers(p, names)), "*")
+        return _last(self.ratios, names)
 
     def ratio_of(self, names: Sequence[str]) -> float:
         """The ratio asked for a parameter."""
@@ -51,8 +52,7 @@ class Control:
 
     def branches_of(self, names: Sequence[str]) -> BranchSet:
         """The branch set asked for a weight."""
-        found = (s for p, s in reversed(self.branches.items()) if covers(p, names))
-        return next(found, NONE)
+        return self.branches.get(_last(self.branches, names), NONE)
 
     @property
     def ratio(self) -> float | dict[str, float]:
@@ -61,8 +61,7 @@ class Control:
 
     def __str__(self) -> str:
         each = ", ".join(f"{pattern}: {r:g}" for pattern, r in self.ratios.items())
-        one = isinstance(self.ratio, float)
-        text = f"ratio {self.ratio:g}" if one else f"ratio {{{each}}}"
+        text = "ratio " + (f"{self.ratio:g}" if isinstance(self.ratio, float) else f"{{{each}}}")
         text += f", keep {', '.join(self.keep)}" if self.keep else ""
         return text + (f", round to {self.round_to}" if self.round_to > 1 else "")
 
@@ -86,10 +85,14 @@ def covers(pattern: str, names: Iterable[str]) -> bool:
     return any(fnmatchcase(path, pattern) for name in names for path in _paths(name))
 
 
+def _last(patterns: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The last pattern that covers one of these names, ``"*"`` if there is none."""
+    return next((p for p in reversed([*patterns]) if covers(p, names)), "*")
+
+
 def _paths(name: str) -> list[str]:
     """``"a.b.weight"`` -> ``"a"``, ``"a.b"``, ``"a.b.weight"``."""
-    parts = name.split(".")
-    return [".".join(parts[: k + 1]) for k in range(len(parts))]
+    return list(itertools.accumulate(name.split("."), "{}.{}".format))
 
 
 # --------------------------------------------------------------------------- checking arguments
@@ -100,12 +103,8 @@ def make_control(
     pattern that matches nothing in the model."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     known = dict.fromkeys(path for name in names for path in _paths(name))
-    if isinstance(ratio, Mapping) and ratio:
-        for pattern in ratio:
-            _check_pattern(f"ratio[{pattern!r}]", pattern, known)
-        ratios = {pattern: _number(f"ratio[{pattern!r}]", r) for pattern, r in ratio.items()}
-    else:
-        ratios = {"*": _number("ratio", ratio)}
+    by_pattern = _by_pattern("ratio", ratio, known) or {"*": ("ratio", ratio)}
+    ratios = {pattern: _number(*given) for pattern, given in by_pattern.items()}
     patterns = (keep,) if isinstance(keep, str) else keep
     if not isinstance(patterns, Sequence):
         raise InputError(f"keep is {keep!r}", remedy='pass patterns: keep="head", keep=["a", "b"]')
@@ -116,14 +115,18 @@ def make_control(
         raise InputError(
             f"round_to is {round_to!r}", remedy="pass a whole number of at least 1, for example 8"
         )
-    each = branches if isinstance(branches, Mapping) else {"*": branches}
-    for pattern in each if isinstance(branches, Mapping) else ():
-        _check_pattern(f"branches[{pattern!r}]", pattern, known)
-    sets = {
-        p: branch_set(f"branches[{p!r}]" if each is branches else "branches", s)
-        for p, s in each.items()
-    }
+    sets = {p: branch_set(*given) for p, given in _by_pattern("branches", branches, known).items()}
     return Control(ratios, tuple(patterns), int(round_to), sets)
+
+
+def _by_pattern(argument: str, given: Any, known: Iterable[str]) -> dict[str, tuple[str, Any]]:
+    """Pattern -> what was given for it, and by which argument: ``ratio['blocks']``."""
+    if not isinstance(given, Mapping):
+        return {"*": (argument, given)}
+    by_pattern = {pattern: (f"{argument}[{pattern!r}]", one) for pattern, one in given.items()}
+    for pattern, (name, _) in by_pattern.items():
+        _check_pattern(name, pattern, known)
+    return by_pattern
 
 
 def _number(what: str, given: Any) -> float:

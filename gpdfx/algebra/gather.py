@@ -1,5 +1,5 @@
 """Inverse reparameterization (IR) of one tensor: the student's values at the teacher's indices
-(arXiv 2410.04140, section 3.2, without the division: see ``gpdfx.frozen`` for shares)."""
+(arXiv 2410.04140, section 3.2, without the division: see ``frozen`` for shares)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ def gather(tensor: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
-    kind = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-    if kind is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=kind):
-        return torch.contiguous_format
-    return kind
+    plain = torch.contiguous_format
+    kind = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim, plain)
+    return plain if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=kind) else kind

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from .axes import Axis, Leaf, Product, Sum, leaves, paths
+from .axes import Axis, Leaf, Sum, evaluate, leaves, paths
 from .solver import Reason, Solver
+
+Sizes = dict[Leaf, int]
+Path = tuple[Leaf, ...]
+Clause = frozenset[Leaf]
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Widths:
     ``stays``: leaves that the user wants to stay. ``disputed``: leaf -> parameter -> the ratio
     that the user asked for, where they differ; the first was taken."""
 
-    size: dict[Leaf, int]
+    size: Sizes
     held: dict[Leaf, Leaf]
     grown: tuple[str, ...] = ()
     stays: Mapping[Leaf, Reason] = field(default_factory=dict)
@@ -44,72 +47,82 @@ def choose_widths(
     inner factor of a grouped weight, whose groups widen).
     ``others``: axes of activations, in which at most one leaf may widen; ``stays``: leaves that
     are no candidates; ``round_to``: the widths of whole weight axes become multiples of it.
+
+    At ratio 2, for example:
+
+        weights                           widen           why
+        heads x dim                       heads -> 2x     heads first; dim is held by them
+        a x b                             b -> 2x         else the inner factor
+        a x b, b x c, b marked inner      a -> 2x         c goes first and holds b: a is left alone
+        groups x each, each               groups -> 2x    the second product gets none: each is held
     """
     ratio_of = ratio if callable(ratio) else lambda leaf: ratio
     stays = stays or {}
-    weights, others = list(weights), list(others)
-    clauses = _clauses(solver, weights, stays)
-    candidates = {leaf for clause in clauses for leaf in clause}
-    limits = clauses | {c & candidates for c in _clauses(solver, others, stays)} - {frozenset()}
-    near: dict[Leaf, list[frozenset[Leaf]]] = {}
-    for clause in sorted(limits, key=_clause_order):
-        for leaf in clause:
-            near.setdefault(leaf, []).append(clause)
-    size: dict[Leaf, int] = {}
-    held: dict[Leaf, Leaf] = {}
-
-    def widen(leaf: Leaf) -> None:
-        size[leaf] = max(leaf.size, round(leaf.size * ratio_of(leaf)))
-        lonely: list[frozenset[Leaf]] = []
-        for clause in near[leaf]:
-            for other in sorted(clause - {leaf}, key=lambda x: x.order):
-                if other not in held:
-                    held[other] = leaf
-                    lonely += [c for c in near[other] if c in clauses]
-        for clause in lonely:
-            settle(clause)
-
-    def settle(clause: frozenset[Leaf]) -> None:
-        open_ = [leaf for leaf in clause if leaf not in held]
-        if len(open_) == 1 and open_[0] not in size:
-            widen(open_[0])
-
-    rank = _preference(solver, weights)
-    ordered = sorted(candidates, key=lambda x: rank[x])
-    groups = [x for x in ordered if x in solver.outer and x not in solver.inner]
-    for leaf in groups:
-        if leaf not in held:
-            widen(leaf)
-    for clause in sorted(clauses, key=_clause_order):
-        settle(clause)
-    for leaf in ordered:
-        if leaf not in size and leaf not in held:
-            widen(leaf)
+    weights = list(dict.fromkeys(map(solver.resolve, weights)))
+    others = list(dict.fromkeys(map(solver.resolve, others)))
+    widened, held = _choose(solver, _products(weights), _products(others), stays)
+    size = {leaf: max(leaf.size, round(leaf.size * ratio_of(leaf))) for leaf in widened}
     if round_to > 1:
-        whole = dict.fromkeys(solver.resolve(a) for a in weights)
-        _round_up(size, set(held.values()), whole, round_to)
-    grown = {
-        str(axis)
-        for axis in (solver.resolve(a) for a in itertools.chain(weights, others))
-        for path in paths(axis)
-        if any(path.count(leaf) > 1 for leaf in path if leaf in size)
-    }
-    return Widths(size, held, tuple(sorted(grown)), stays)
+        size = _round_up(size, set(held.values()), weights, round_to)
+    recurring = {axis for axis in (*weights, *others) if _recurs(axis, size)}
+    return Widths(size, held, tuple(sorted(map(str, recurring))), stays)
 
 
-def _clauses(
-    solver: Solver, axes: Iterable[Axis], stays: Mapping[Leaf, Reason]
-) -> set[frozenset[Leaf]]:
-    found = set()
-    for axis in {solver.resolve(a) for a in axes}:
-        for path in paths(axis):
-            free = (leaf for leaf in path if leaf not in solver.reason and leaf not in stays)
-            if clause := frozenset(free):
-                found.add(clause)
-    return found
+def _choose(
+    solver: Solver, weights: list[Path], others: list[Path], stays: Mapping[Leaf, Reason]
+) -> tuple[list[Leaf], dict[Leaf, Leaf]]:
+    """The leaves that widen, and for every other candidate the one that holds it.
+
+    A clause is what may widen in one product: of a weight's exactly one leaf is to, of an
+    activation's at most one. Clauses are settled one after the other. One with a single leaf left
+    widens it; that holds all that share a clause with it, which may leave other clauses of weights
+    with a single leaf: these are next. So groups and heads are taken first, each a clause of its
+    own, then what clauses leave no choice about, then whatever is left, in order of preference.
+    """
+    clauses = {frozenset(path).difference(solver.reason, stays) for path in weights}
+    candidates = frozenset().union(*clauses)
+    clauses_of: dict[Leaf, list[Clause]] = {leaf: [] for leaf in candidates}
+    for clause in sorted(clauses | {candidates & set(path) for path in others}, key=sorted):
+        for leaf in clause:
+            clauses_of[leaf].append(clause)
+    alone = [frozenset([leaf]) for leaf in _by_preference(solver, weights) if leaf in candidates]
+    groups = [c for c in alone if c <= solver.outer.keys() and not c & solver.inner.keys()]
+    todo = [*groups, *sorted(clauses, key=sorted), *alone][::-1]  # a stack: the last one is next
+    widened: dict[Leaf, None] = {}
+    held: dict[Leaf, Leaf] = {}
+    while todo:
+        left = [leaf for leaf in todo.pop() if leaf not in held]
+        if len(left) == 1 and left[0] not in widened:
+            (leaf,) = left
+            widened[leaf] = None
+            rivals = [x for c in clauses_of[leaf] for x in sorted(c - {leaf}) if x not in held]
+            held |= dict.fromkeys(rivals, leaf)
+            todo += [c for x in dict.fromkeys(rivals) for c in clauses_of[x] if c in clauses][::-1]
+    return list(widened), held
 
 
-def _round_up(size: dict[Leaf, int], holders: set[Leaf], axes: Iterable[Axis], unit: int) -> None:
+def _by_preference(solver: Solver, products: list[Path]) -> list[Leaf]:
+    """Marked inner last; groups and heads first; then the innermost; then first use."""
+    places = sorted(place for path in products for place in enumerate(path))
+    depth = {leaf: k for k, leaf in places}  # the innermost place of a leaf counts
+
+    def rank(leaf: Leaf) -> tuple[bool, bool, int, Leaf]:
+        return leaf in solver.inner, leaf not in solver.outer, -depth[leaf], leaf
+
+    return sorted(depth, key=rank)
+
+
+def _products(axes: list[Axis]) -> list[Path]:
+    return [path for axis in axes for path in paths(axis)]
+
+
+def _recurs(axis: Axis, size: Sizes) -> bool:
+    """True if a leaf that widens meets itself in a product."""
+    return any(path.count(leaf) > 1 for path in paths(axis) for leaf in path if leaf in size)
+
+
+# --------------------------------------------------------------------------- round numbers
+def _round_up(size: Sizes, holders: set[Leaf], axes: list[Axis], unit: int) -> Sizes:
     """Let leaves grow on, by as little as may be, until whole axes are multiples of ``unit``.
 
     Axes with one wide leaf come first: 25->38 becomes 40; heads 3->6 of 3 x 5 become 8, the axis
@@ -117,52 +130,25 @@ def _round_up(size: dict[Leaf, int], holders: set[Leaf], axes: Iterable[Axis], u
     a multiple stays one. Heads and groups count as factors only: a table with one entry per head
     needs no 8 of them. An axis for which there is no such width stays as it is (24 + 1).
     """
-    wide = {
-        axis: [leaf for leaf in dict.fromkeys(leaves(axis)) if leaf in size]
-        for axis in axes
-        if not (isinstance(axis, Leaf) and axis in holders)
-    }
+    wide = {a: sorted(size.keys() & leaves(a)) for a in axes if a not in holders}
 
-    def order(axis: Axis) -> tuple[int, bool, list[int]]:
-        return len(wide[axis]), isinstance(axis, Sum), [leaf.order for leaf in leaves(axis)]
+    def rank(axis: Axis) -> tuple[int, bool, list[Leaf]]:
+        return len(wide[axis]), isinstance(axis, Sum), leaves(axis)
 
     done: list[Axis] = []
-    for axis in sorted((a for a in wide if wide[a]), key=order):
-        options = []
-        for leaf in wide[axis] if width_of(axis, size) % unit else ():
+    for axis in sorted((a for a in wide if wide[a]), key=rank):
+        fits = []
+        for leaf in wide[axis]:
             bound = [axis, *(a for a in done if leaf in wide[a])]
-            for width in range(size[leaf] + 1, size[leaf] + unit):
-                trial = {**size, leaf: width}
-                if not any(width_of(a, trial) % unit for a in bound):
-                    options.append((width_of(axis, trial), leaf.order, leaf, width))
-                    break
-        if options:
-            *_, leaf, size[leaf] = min(options)
-        if not width_of(axis, size) % unit:
+            trials = ({**size, leaf: size[leaf] + more} for more in range(unit))
+            fit = next((t for t in trials if not any(width_of(a, t) % unit for a in bound)), None)
+            fits += [fit] if fit else []
+        if fits:
+            size = min(fits, key=lambda fit: width_of(axis, fit))
             done.append(axis)
+    return size
 
 
 def width_of(axis: Axis, size: Mapping[Leaf, int]) -> int:
     """The width of a resolved axis, given those of its leaves that widen."""
-    if isinstance(axis, Leaf):
-        return size.get(axis, axis.size)
-    if isinstance(axis, Product):
-        return math.prod(width_of(f, size) for f in axis.factors)
-    return sum(width_of(t, size) for t in axis.terms)
-
-
-def _clause_order(clause: frozenset[Leaf]) -> list[int]:
-    return sorted(leaf.order for leaf in clause)
-
-
-def _preference(solver: Solver, axes: Iterable[Axis]) -> dict[Leaf, tuple[bool, bool, int, int]]:
-    """Sort keys: marked inner last; groups and heads first; then the innermost; then first use."""
-    depth: dict[Leaf, int] = {}
-    for axis in axes:
-        for path in paths(solver.resolve(axis)):
-            for k, leaf in enumerate(path):
-                depth[leaf] = max(depth.get(leaf, 0), k)
-    return {
-        leaf: (leaf in solver.inner, leaf not in solver.outer, -k, leaf.order)
-        for leaf, k in depth.items()
-    }
+    return evaluate(axis, lambda x: size.get(x, x.size), lambda x: math.prod(x), lambda x: sum(x))

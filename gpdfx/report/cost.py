@@ -48,61 +48,41 @@ class Cost:
 def cost(teacher: Teacher, student: nn.Module, example: Example) -> Cost:
     """Run student and teacher on the example, in eval mode, and count."""
     args, kwargs = example
+    batch = max(_batch(example), 1)
     with _undisturbed(teacher), _undisturbed(student), torch.no_grad():
         folded = Lazy(
-            {n: partial(_uncounted, make) for n, make in teacher._fold_lazily().made.items()}
+            {n: partial(_unobserved, make) for n, make in teacher._fold_lazily().made.items()}
         )
-        macs = (
-            _macs(lambda: student(*args, **kwargs), example),
-            _macs(lambda: teacher._run_teacher(folded, args, kwargs), example),
-        )
+        own = _count(lambda: student(*args, **kwargs))
+        wide = _count(lambda: teacher._run_teacher(folded, args, kwargs))
         fold = _count(lambda: deque(teacher._fold_lazily(student=False).values(), maxlen=0))
+    macs = own // batch, wide // batch
     with _undisturbed(teacher, freeze=False), _undisturbed(student, freeze=False):
         try:
-            both = partial(_both, teacher)
-            kept = _per_sample(student, example), _per_sample(both, example)
+            kept = _per_sample(student, example), _per_sample(partial(_both, teacher), example)
         except Exception:  # a batch of one may not do, eval mode overwrite what a gradient needs
             return Cost(macs, fold, None)
     return Cost(macs, fold, kept if min(kept) > 0 else None)
 
 
-def _uncounted(make: Make) -> Tensor:
+def _unobserved(make: Make) -> Tensor:
+    """Made where the counter does not see it."""
     with _disable_current_modes():
         return make()
 
 
 def _both(teacher: Teacher, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """``Teacher.both`` up to gradients of branches, with one folded weight at a time."""
-    given = torch.zeros((), requires_grad=True)
+    """``Teacher.both`` up to gradients of branches, with one folded weight at a time: each takes a
+    gradient and is held by no graph, as a leaf would be."""
+    zero = torch.zeros((), requires_grad=True)
+
+    def plus_zero(make: Make) -> Tensor:
+        return make() + zero
+
     folded = Lazy(
-        {
-            name: partial(_Made.apply, given, make)
-            for name, make in teacher._fold_lazily().made.items()
-        }
+        {name: partial(plus_zero, make) for name, make in teacher._fold_lazily().made.items()}
     )
     return teacher._run_teacher(folded, args, kwargs), teacher._run_student(folded, args, kwargs)
-
-
-class _Made(torch.autograd.Function):
-    """A tensor that takes a gradient and that no graph holds, as it would hold a leaf."""
-
-    @staticmethod
-    def forward(ctx: Any, given: Tensor, make: Make) -> Tensor:
-        return make()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-def _per_sample(call: Callable[..., Any], example: Example) -> int:
-    """The growth of what is kept from one sample to all of the example's."""
-    batch = max(_batch(example), 2)
-    one: Example = tree.map_leaves(
-        lambda x: x[:1] if isinstance(x, Tensor) and x.ndim and len(x) == batch else x, example
-    )
-    kept = [_kept(lambda x=x: call(*x[0], **x[1])) for x in (one, example)]  # type: ignore[misc]
-    return (kept[1] - kept[0]) // (batch - 1)
 
 
 def _batch(example: Example) -> int:
@@ -111,19 +91,26 @@ def _batch(example: Example) -> int:
     return next(sizes, 1)
 
 
-def _macs(call: Callable[[], Any], example: Example) -> int:
-    """Of one sample."""
-    return _count(call) // max(_batch(example), 1)
-
-
 def _count(call: Callable[[], Any]) -> int:
+    """Multiply-adds, by PyTorch's formulas."""
     with FlopCounterMode(display=False) as counter:
         call()
     return int(counter.get_total_flops()) // 2
 
 
-def _kept(call: Callable[[], Any]) -> int:
+def _per_sample(call: Callable[..., Any], example: Example) -> int:
+    """The growth of what is kept from one sample to all of the example's."""
+    batch = max(_batch(example), 2)
+    one: Example = tree.map_leaves(
+        lambda x: x[:1] if isinstance(x, Tensor) and x.ndim and len(x) == batch else x, example
+    )
+    least, kept = _kept(call, one), _kept(call, example)
+    return (kept - least) // (batch - 1)
+
+
+def _kept(call: Callable[..., Any], example: Example) -> int:
     """Bytes saved for the backward, every storage once; nothing is really saved."""
+    args, kwargs = example
     seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def pack(x: Tensor) -> None:
@@ -131,25 +118,21 @@ def _kept(call: Callable[[], Any]) -> int:
         # the weak reference keeps the address from being used again
         seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
 
-    with torch.enable_grad(), saved_tensors_hooks(pack, _never):
-        call()
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda x: x):  # no backward comes
+        call(*args, **kwargs)
     return sum(size for _, size in seen.values())
-
-
-def _never(_: None) -> Tensor:
-    raise AssertionError("there is no backward")
 
 
 @contextmanager
 def _undisturbed(module: nn.Module, *, freeze: bool = True) -> Iterator[None]:
     """In eval mode, its buffers put back after. ``freeze``: the counter cannot hook a parameter
     that is passed on."""
-    training = module.training
-    trained = [p for p in module.parameters() if p.requires_grad]
-    buffers = [(b, b.clone()) for b in module.buffers()]  # forward may write to them
+    training, buffers = module.training, list(module.buffers())
+    before = [buffer.clone() for buffer in buffers]  # forward may write to them
+    trained = [p for p in module.parameters() if p.requires_grad and freeze]
     module.eval()
-    if freeze:
-        module.requires_grad_(False)
+    for p in trained:
+        p.requires_grad_(False)
     try:
         yield
     finally:
@@ -157,5 +140,5 @@ def _undisturbed(module: nn.Module, *, freeze: bool = True) -> Iterator[None]:
         for p in trained:
             p.requires_grad_()
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(old)

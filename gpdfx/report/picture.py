@@ -5,14 +5,16 @@ from __future__ import annotations
 import html
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import networkx as nx
+import torch
+from torch import fx
 
+from ..algebra.axes import leaves
 from ..errors import InputError
-
-if TYPE_CHECKING:
-    from ..teacher.module import Teacher
+from ..passes.program import is_tensor, origin, value
+from ..passes.widen import Widened
+from ..teacher.module import Teacher
 
 
 def graph(teacher: Teacher, out: str | Path) -> None:
@@ -27,41 +29,78 @@ def graph(teacher: Teacher, out: str | Path) -> None:
     if out.suffix not in (".svg", ".png", ".html"):
         raise InputError(f"cannot draw to {out.name}", remedy="use a name ending in .svg or .html")
     layers = teacher.report().evidence.layers
-    acyclic = nx.DiGraph((a, b) for a, b in layers.edges if a != b)
-    acyclic.add_nodes_from(layers.nodes)
-    depth: dict[str, int] = {}
-    for name in _order(acyclic):
-        depth[name] = 1 + max((depth.get(p, 0) for p in acyclic.predecessors(name)), default=-1)
-    for name in acyclic:
-        acyclic.nodes[name]["depth"] = depth[name]
-    place = nx.multipartite_layout(acyclic, subset_key="depth", align="horizontal")
-    place = {n: (x, -float(depth[n])) for n, (x, _) in place.items()}
-    columns = max(sum(d == k for d in depth.values()) for k in set(depth.values()))
-    size = (max(6.0, 2.6 * columns), max(4.0, 0.42 * (max(depth.values()) + 2)))
+    flow = nx.DiGraph(layers.edges)
+    flow.add_nodes_from(layers)
+    depths = _depths(flow)
+    nx.set_node_attributes(flow, depths, "depth")
+    at = nx.multipartite_layout(flow, subset_key="depth", align="horizontal")
+    at = {name: (x, -float(depths[name])) for name, (x, _) in at.items()}
+    rows = list(depths.values())
+    size = (max(6.0, 2.6 * max(map(rows.count, rows))), max(4.0, 0.42 * (max(rows) + 2)))
     figure, ax = pyplot.subplots(figsize=size)
-    groups = sorted({d["group"] for _, d in layers.nodes(data=True) if d["group"] >= 0})
+    groups = sorted({group for _, group in layers.nodes(data="group") if group >= 0})
     palette = pyplot.get_cmap("tab20")
-    nx.draw_networkx_edges(acyclic, place, ax=ax, edge_color="#999", arrowsize=7, width=0.7)
-    for name, data in layers.nodes(data=True):
-        x, y = place[name]
-        color = palette(groups.index(data["group"]) % 20) if data["group"] >= 0 else "#ddd"
-        shape = {"bridge": "darrow", "input": "round"}.get(data["kind"], "round")
+    nx.draw_networkx_edges(flow, at, ax=ax, edge_color="#999", arrowsize=7, width=0.7)
+    for name, layer in layers.nodes(data=True):
+        color = palette(groups.index(layer["group"]) % 20) if layer["group"] >= 0 else "#ddd"
+        shape = "darrow" if layer["kind"] == "bridge" else "round"
         box = {"boxstyle": f"{shape},pad=0.25", "facecolor": color, "edgecolor": "#555"}
+        x, y = at[name]
         ax.text(x, y, name, ha="center", va="center", fontsize=6, bbox=box)
     title = "same colour: output channels widen together; grey: stays; arrow box: bridge"
     ax.set_title(title, fontsize=8)
     ax.axis("off")
     if out.suffix == ".html":
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight")
+        svg = io.StringIO()
+        figure.savefig(svg, format="svg", bbox_inches="tight")
         report = html.escape(str(teacher.report()))
         page = f"<!doctype html><meta charset=utf-8><title>gpdfx</title><pre>{report}</pre>"
-        out.write_text(page + buffer.getvalue()[buffer.getvalue().index("<svg") :])
+        out.write_text(page + svg.getvalue()[svg.getvalue().index("<svg") :])
     else:
         figure.savefig(out, bbox_inches="tight")
     pyplot.close(figure)
 
 
-def _order(acyclic: nx.DiGraph) -> list[str]:
-    """Topological, or by first appearance where modules are called twice."""
-    return list(nx.topological_sort(acyclic) if nx.is_directed_acyclic_graph(acyclic) else acyclic)
+def _depths(flow: nx.DiGraph) -> dict[str, int]:
+    """The longest way to each layer; by first appearance where modules are called twice."""
+    order = nx.topological_sort(flow) if nx.is_directed_acyclic_graph(flow) else flow
+    depths: dict[str, int] = {}
+    for name in order:
+        depths[name] = 1 + max((depths.get(p, 0) for p in flow.predecessors(name)), default=-1)
+    return depths
+
+
+def data_flow(widened: Widened) -> nx.DiGraph:
+    """Inputs, modules with weights and bridges as nodes (``kind``), data flow between them as
+    edges. ``group``: the leaf that a layer's output axis widens by, as a number, or -1."""
+    inference, widths = widened.inference, widened.widths
+    modes = [m for m in widened.modes.values() if not m.site.training]
+    bridged = {b.node: b.reason for b in widened.bridges}
+    flow = nx.DiGraph()
+    reach: dict[fx.Node, set[str]] = {}  # the layers that a node's value comes from
+    for path, node in [(m.site.path, node) for m in modes for node in m.nodes]:
+        if node.op == "placeholder":
+            name = f"{path} {node.name}".lstrip()
+            flow.add_node(name, kind="input", group=-1)
+            reach[node] = {name}
+            continue
+        if isinstance(value(node), int | float | torch.SymInt):
+            continue  # sizes are no data flow
+        reach[node] = set().union(*(reach.get(n, set()) for n in node.all_input_nodes))
+        if node.op != "call_function" or not is_tensor(node):
+            continue
+        read = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        matrices = [name for name in read if len(inference.tensors.get(name, ())) > 1]
+        if node.name in bridged:
+            name = f"{(origin(node).path or '(root)')} [{node.name}]"
+            flow.add_node(name, kind="bridge", group=-1, why=bridged[node.name])
+        elif matrices:
+            name = matrices[-1].removesuffix(".weight")
+            output = leaves(inference.solver.resolve(inference.tensors[matrices[-1]][0]))
+            wide = bool(output) and widths(output[0]) != output[0].size
+            flow.add_node(name, kind="layer", group=output[0].order if wide else -1)
+        else:
+            continue
+        flow.add_edges_from((source, name) for source in reach[node] if source != name)
+        reach[node] = {name}
+    return flow

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from torch import nn
 
-from ..algebra.axes import Axis, Leaf, leaves, paths
-from ..algebra.solver import Solver
-from ..algebra.widths import Widths
+from ..algebra.axes import Axis, leaves, paths
+from ..algebra.solver import Reason
+from ..check.laws import Check
 from ..control import Control
 from ..kernels.fold import refusal
 from ..passes.widen import Bridge, Widened
+from ..teacher.module import Teacher
 from .cost import Cost, cost
 from .explain import Evidence, gather_evidence
 
-if TYPE_CHECKING:
-    from ..check.laws import Check
-    from ..teacher.module import Teacher
-
-ASKED = ("kept", "ratio 1")
-# A weight that stays for these reasons could not have widened, or was not to (README).
-CANNOT = frozenset(
-    {"input", "output", "lookup", "kernel", "spatial", "stacked", "repeated", "positions", "unused"}
-).union(ASKED)
+ASKED = frozenset({"kept", "ratio 1"})
+HELD = Reason("another factor of its product widens")
+SMALL = Reason("too small to widen")
+# A weight that stays for these kinds of reason could not have widened, or was not to (README).
+CANNOT = ASKED | {HELD.kind, SMALL.kind, "input", "output", "lookup", "kernel", "spatial"}
+CANNOT |= {"stacked", "repeated", "positions", "unused"}
+SHOWN = 8
+"""Lines of a list in the text; ``to_dict()`` has all."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Conflict:
     taken: float
 
     def __str__(self) -> str:
-        each = {
-            r: [n for n, other in self.asked.items() if other == r] for r in self.asked.values()
-        }
-        text = "; ".join(f"{r:g} by {_some(tuple(names))}" for r, names in each.items())
+        by: dict[float, list[str]] = {}
+        for name, ratio in self.asked.items():
+            by.setdefault(ratio, []).append(name)
+        text = "; ".join(f"{ratio:g} by {_some(names)}" for ratio, names in by.items())
         return f"{self.group.before} -> {self.group.after}: {text}; took {self.taken:g}"
 
 
@@ -66,41 +66,73 @@ class Fixed:
     cannot: bool
 
 
-@dataclass(frozen=True)
-class Report:
-    """Printed as a table; ``to_dict()`` for machines.
+# --------------------------------------------------------------------------- its parts
+@dataclass(frozen=True, kw_only=True)
+class Widening:
+    """What became of the axes.
 
-    ``widened``: the fraction of the student's weight elements (tensors of two or more
-    dimensions) in tensors where every channel axis widened or cannot widen. ``macs``:
-    multiply-adds of one sample. ``seconds``: by stage. ``inputs``: input -> which of its sizes
-    may differ from the example's. ``apart``: modules that could not be captured -> why; they stay
-    the user's Python, and the parts that were captured stand in ``inputs``. ``conflicts``: where
-    the ratios asked for differ; ``unrounded``: widened dimensions of parameters that could not be
-    made a multiple of ``round_to``. ``branches``: weight -> its branch set, by name;
-    ``unbranched``: weights that got none of those asked for -> why; ``unfused``: weights whose
-    branches no kernel folds on a GPU, where plain torch does -> why; ``scales``: of the branches;
-    ``parameters``: of student and teacher, without the ``extra`` ones of branches.
+    ``widened``: the fraction of the student's weight elements (tensors of two or more dimensions)
+    in tensors where every channel axis widened or cannot widen. ``kept``: parameters that stay,
+    along some axis, because the user asked for it; ``grown``: axes that grow beyond the ratio;
+    ``conflicts``: where the ratios asked for differ; ``unrounded``: widened dimensions of
+    parameters that could not be made a multiple of ``round_to``.
     """
 
-    name: str
-    control: Control
     widened: float
-    bridged: tuple[Bridge, ...]
-    nodes: int
     groups: tuple[Group, ...]
     fixed: tuple[Fixed, ...]
+    kept: tuple[str, ...]
     grown: tuple[str, ...]
     conflicts: tuple[Conflict, ...]
     unrounded: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """What became of the code. ``inputs``: input -> which of its sizes may differ from the
+    example's. ``apart``: modules that could not be captured -> why; they stay the user's Python,
+    and the parts that were captured stand in ``inputs``. ``bridged``: of the ``nodes`` those that
+    run at the student's width."""
+
+    nodes: int
+    bridged: tuple[Bridge, ...]
+    inputs: dict[str, str]
+    apart: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branching:
+    """``branches``: weight -> its branch set, by name; ``unbranched``: weights that got none of
+    those asked for -> why; ``unfused``: weights whose branches no kernel folds on a GPU, where
+    plain torch does -> why; ``scales``: of the branches."""
+
     branches: dict[str, str]
     unbranched: dict[str, str]
     unfused: dict[str, str]
     scales: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """``parameters``: of student and teacher, without the ``extra`` ones of branches."""
+
     parameters: tuple[int, int]
     extra: int
     cost: Cost
-    inputs: dict[str, str]
-    apart: dict[str, str]
+
+    @property
+    def macs(self) -> tuple[int, int]:
+        """Multiply-adds of one sample, student and teacher."""
+        return self.cost.macs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Footprint, Branching, Capture, Widening):
+    """Its four parts in one. Printed as a table; ``to_dict()`` for machines. ``seconds``: by
+    stage."""
+
+    name: str
+    control: Control
     seconds: dict[str, float]
     check: Check | None
     evidence: Evidence
@@ -109,11 +141,6 @@ class Report:
     def ratio(self) -> float | dict[str, float]:
         """As asked for: one number, or by pattern."""
         return self.control.ratio
-
-    @property
-    def macs(self) -> tuple[int, int]:
-        """Multiply-adds of one sample, student and teacher."""
-        return self.cost.macs
 
     @property
     def error(self) -> dict[str, float]:
@@ -126,68 +153,65 @@ class Report:
         return self.check.dead if self.check else ()
 
     def to_dict(self) -> dict[str, Any]:
-        plain = dataclasses.asdict(self)
-        plain["macs"] = self.macs
-        plain["error"], plain["dead"] = self.error, list(self.dead)
+        rest = replace(self, check=None, evidence=None)  # type: ignore[arg-type]
+        plain = {"name": self.name} | asdict(rest)
+        del plain["check"], plain["control"], plain["kept"], plain["evidence"]
+        plain |= {"macs": self.macs, "error": self.error, "dead": list(self.dead)}
         plain |= {"ratio": self.ratio, "keep": self.control.keep, "round_to": self.control.round_to}
-        for name in ("check", "control", "evidence"):
-            plain.pop(name)
         if self.check:
             plain["tolerance"] = self.check.tolerance
             plain["vacuous"] = list(self.check.vacuous)
             plain["unseen"] = dict(self.check.unseen)
-            plain["checked_in"] = str(self.check.dtype).removeprefix("torch.")
+            plain["checked_in"] = _dtype(self.check)
         return plain
 
+    # ---- as text
     def __str__(self) -> str:
-        rows = [
-            ("widened", f"{self.widened:.1%} of the weights, in {len(self.groups)} groups of axes"),
-            ("parameters", _change(*self.parameters) + self._extra()),
-            ("multiply-adds", _change(*self.macs) + " per sample"),
-            ("one step", str(self.cost)),
-            ("branches", self._branches()),
-            ("inputs", "; ".join(f"{name}: {sizes}" for name, sizes in self.inputs.items())),
-            ("bridged", f"{len(self.bridged)} of {self.nodes} nodes"),
-            ("exact to", self._exact()),
-            ("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items())),
-        ]
-        if self.apart:
-            rows.insert(6, ("in Python", ", ".join(path or self.name for path in self.apart)))
-        vacuous = self.check.vacuous if self.check else ()
-        rows += (
-            [("vacuous", f"zero or not a number in the check: {_some(vacuous)}")] if vacuous else []
-        )
-        rows += [("dead", f"{len(self.dead)}: {_some(self.dead)}")] if self.dead else []
-        kept = tuple(dict.fromkeys(f.parameter for f in self.fixed if f.reason.startswith(ASKED)))
-        rows += [("kept", f"as asked, {len(kept)}: {_some(kept)}")] if kept else []
-        rows += [("grown", f"beyond the ratio: {_some(self.grown)}")] if self.grown else []
-        unit = self.control.round_to
-        if self.unrounded:
-            rows.append(("unrounded", f"no multiple of {unit}: {_some(self.unrounded)}"))
-        width = max(len(k) for k, _ in rows)
+        rows = list(self._rows())
+        width = max(len(title) for title, _ in rows)
         lines = [f"{self.name}, {self.control}", "-" * 60]
-        lines += [f"{k:<{width}}  {v}" for k, v in rows]
-        if self.bridged:
-            lines.append("bridges (run at the student's width):")
-            lines += [f"  {b.op}  {b.module}  {b.source}: {b.reason}" for b in self.bridged[:8]]
-            lines += [f"  ... and {len(self.bridged) - 8} more"] if len(self.bridged) > 8 else []
-        if self.apart:
-            lines.append("not captured (runs as Python, at the student's width):")
-            lines += [f"  {path or self.name}: {why}" for path, why in self.apart.items()]
-        if self.conflicts:
-            lines.append("ratios that differ for axes that widen together:")
-            lines += [f"  {conflict}" for conflict in self.conflicts[:8]]
-            more = len(self.conflicts) - 8
-            lines += [f"  ... and {more} more"] if more > 0 else []
-        held = [f for f in self.fixed if not f.cannot]
-        if held:
-            lines.append("held back:")
-            lines += [f"  {f.parameter} dim {f.dim} ({f.axis}): {f.reason}" for f in held[:8]]
-            lines += [f"  ... and {len(held) - 8} more"] if len(held) > 8 else []
+        lines += [f"{title:<{width}}  {text}" for title, text in rows]
+        for title, items, shown in self._lists():
+            lines += [f"{title}:"] if items else []
+            lines += [f"  {item}" for item in items[:shown]]
+            lines += [f"  ... and {len(items) - shown} more"] if len(items) > shown else []
         return "\n".join(lines)
 
-    def _extra(self) -> str:
-        return f", and {self.extra:,} in branches" if self.extra else ""
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        extra = f", and {self.extra:,} in branches" if self.extra else ""
+        yield "widened", f"{self.widened:.1%} of the weights, in {len(self.groups)} groups of axes"
+        yield "parameters", _change(*self.parameters) + extra
+        yield "multiply-adds", _change(*self.macs) + " per sample"
+        yield "one step", str(self.cost)
+        yield "branches", self._branches()
+        yield "inputs", "; ".join(f"{name}: {sizes}" for name, sizes in self.inputs.items())
+        if self.apart:
+            yield "in Python", ", ".join(path or self.name for path in self.apart)
+        yield "bridged", f"{len(self.bridged)} of {self.nodes} nodes"
+        yield "exact to", self._exact()
+        yield "seconds", ", ".join(f"{stage} {s:.2f}" for stage, s in self.seconds.items())
+        vacuous = self.check.vacuous if self.check else ()
+        for title, about, names in (
+            ("vacuous", "zero or not a number in the check", vacuous),
+            ("dead", str(len(self.dead)), self.dead),
+            ("kept", f"as asked, {len(self.kept)}", self.kept),
+            ("grown", "beyond the ratio", self.grown),
+            ("unrounded", f"no multiple of {self.control.round_to}", self.unrounded),
+        ):
+            if names:
+                yield title, f"{about}: {_some(names)}"
+
+    def _lists(self) -> Iterator[tuple[str, list[str], int]]:
+        """Title, items, how many of them to show."""
+        bridges = [f"{b.op}  {b.module}  {b.source}: {b.reason}" for b in self.bridged]
+        yield "bridges (run at the student's width)", bridges, SHOWN
+        apart = [f"{path or self.name}: {why}" for path, why in self.apart.items()]
+        yield "not captured (runs as Python, at the student's width)", apart, len(apart)
+        conflicts = [str(conflict) for conflict in self.conflicts]
+        yield "ratios that differ for axes that widen together", conflicts, SHOWN
+        held = [f for f in self.fixed if not f.cannot]
+        lines = [f"{f.parameter} dim {f.dim} ({f.axis}): {f.reason}" for f in held]
+        yield "held back", lines, SHOWN
 
     def _branches(self) -> str:
         counts = Counter(self.branches.values())
@@ -200,17 +224,14 @@ class Report:
     def _exact(self) -> str:
         if self.check is None:
             return "not checked (verify=False)"
-        dtype = str(self.check.dtype).removeprefix("torch.")
-        text = f"{max(self.error.values()):.1e} relative in {dtype}"
+        text = f"{max(self.error.values()):.1e} relative in {_dtype(self.check)}"
         text += " (" + ", ".join(f"{k} {v:.1e}" for k, v in self.error.items()) + ")"
         if self.scales == "scratch":
             text += "; that was with scales at zero, live ones change the function, as asked"
         if self.check.tolerance > 1e-10:
             text += f"; rounding is amplified, allowed {self.check.tolerance:.1e}"
-        text += "".join(
-            f"; no gradients {of} in {mode} mode: the model has none"
-            for mode, of in self.check.unseen.items()
-        )
+        for mode, of in self.check.unseen.items():
+            text += f"; no gradients {of} in {mode} mode: the model has none"
         return text
 
 
@@ -218,8 +239,12 @@ def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} (x {after / max(before, 1):.2f})"
 
 
-def _some(names: tuple[str, ...]) -> str:
+def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def _dtype(check: Check) -> str:
+    return str(check.dtype).removeprefix("torch.")
 
 
 # --------------------------------------------------------------------------- making one
@@ -232,104 +257,104 @@ def make_report(
     check: Check | None,
     scales: str,
 ) -> Report:
-    program, inference, widths = widened, widened.inference, widened.widths
-    student = program.student
-    matrices = widened.parameters(rank=2)
-    fixed = _fixed(inference.solver, widths, widened.parameters())
-    held = {f.parameter for f in fixed if not f.cannot}
-    sizes = {name: program.tensors[name].numel() for name in matrices}
-    total = sum(sizes.values())
-    share = sum(n for name, n in sizes.items() if name not in held) / total if total else 1.0
-    groups = _groups(inference.solver, widths, widened.parameters())
-    nodes = {
-        (mode.site.path, node.name)
-        for mode in program.modes.values()
-        for node in mode.nodes
-        if node.op == "call_function"
-    }
-    extra = sum(_count(fold) for fold in teacher.folds())
+    parts = (
+        _widening(widened, control.round_to),
+        _capture(widened, teacher),
+        _branching(widened, scales),
+        _footprint(widened.student, teacher, example),
+    )
+    fields = {name: value for part in parts for name, value in vars(part).items()}
     return Report(
-        type(student).__name__,
-        control,
-        share,
-        widened.bridges,
-        len(nodes),
-        tuple(group for leaf, group in groups.items() if widths(leaf) != leaf.size),
-        fixed,
-        widths.grown,
-        tuple(
+        name=type(widened.student).__name__,
+        control=control,
+        seconds=seconds,
+        check=check,
+        evidence=gather_evidence(widened),
+        **fields,
+    )
+
+
+def _widening(widened: Widened, unit: int) -> Widening:
+    """Goes back to the leaves: only they know what widens together, and why something stays."""
+    widths = widened.widths
+    parameters = widened.parameters()
+    fixed = {
+        Fixed(name, dim, str(axis), str(reason), reason.kind in CANNOT): reason
+        for name, axes in parameters.items()
+        for dim, axis in enumerate(axes)
+        for reason in _reasons(widened, axis)
+    }
+    held = {f.parameter for f in fixed if not f.cannot}
+    matrices = widened.parameters(rank=2)
+    sizes = {name: widened.tensors[name].numel() for name in matrices}
+    total, lost = sum(sizes.values()), sum(sizes[name] for name in held & sizes.keys())
+    made_of = {name: {x for a in axes for x in leaves(a)} for name, axes in parameters.items()}
+    chosen = (widths.size.keys() | widths.disputed.keys()) & set().union(*made_of.values())
+    groups = {
+        leaf: Group(leaf.size, widths(leaf), tuple(n for n in made_of if leaf in made_of[n]))
+        for leaf in sorted(chosen)
+    }
+    return Widening(
+        widened=(total - lost) / total if total else 1.0,
+        groups=tuple(group for group in groups.values() if group.before != group.after),
+        fixed=tuple(fixed),
+        kept=tuple(dict.fromkeys(f.parameter for f, r in fixed.items() if r.kind in ASKED)),
+        grown=widths.grown,
+        conflicts=tuple(
             Conflict(groups[leaf], asked, next(iter(asked.values())))
             for leaf, asked in widths.disputed.items()
         ),
-        _unrounded(widened, control.round_to),
-        {one.weight: one.chosen.name for one in widened.branched},
-        widened.unbranched,
-        _unfused(widened),
-        scales,
-        (_count(student), _count(teacher) - extra),
-        extra,
-        cost(teacher, student, example),
-        _inputs(teacher),
-        program.apart,
-        seconds,
-        check,
-        gather_evidence(widened),
+        unrounded=tuple(
+            f"{name} dim {dim} ({frozen.student} -> {frozen.teacher})"
+            for name in parameters
+            for dim, frozen in enumerate(widened.maps[name])
+            if frozen.wide and frozen.teacher % unit
+        ),
     )
 
 
-def _unfused(widened: Widened) -> dict[str, str]:
-    whys = {n: refusal(one.site) for n, one in widened.lowered.items() if one.site.branches}
-    return widened.unlowered | {name: why for name, why in whys.items() if why}
+def _reasons(widened: Widened, axis: Axis) -> Iterator[Reason]:
+    """For each product of an axis in which nothing widens, why: something that might have been
+    otherwise, if there is such a reason."""
+    solver, widths = widened.inference.solver, widened.widths
+    for path in paths(axis):
+        if path and not any(leaf in widths.size for leaf in path):
+            asked = [widths.stays[leaf] for leaf in path if leaf in widths.stays]
+            reasons = asked or [solver.reason[leaf] for leaf in path if leaf in solver.reason]
+            avoidable = [reason for reason in reasons if reason.kind not in CANNOT]
+            held = [HELD for leaf in path if leaf in widths.held]
+            yield [*held, *avoidable, *reasons, SMALL][0]
 
 
-def _inputs(teacher: Teacher) -> dict[str, str]:
-    """Input -> sizes; where the network was captured in parts, those of every part."""
-    found: dict[str, str] = {}
-    for path, part in teacher._parts.items():
+def _capture(widened: Widened, teacher: Teacher) -> Capture:
+    modes = widened.modes.values()
+    calls = [(m.site.path, n.name) for m in modes for n in m.nodes if n.op == "call_function"]
+    inputs: dict[str, str] = {}
+    for path, part in teacher._parts.items():  # of every part, if it was captured in parts
         section = next((s for s in part.sections if not s.training), part.sections[0])
-        described = section.sizes.describe(section.call.names)
-        found |= {f"{path}({k})" if path else k: v for k, v in described.items()}
-    return found
+        sizes = section.sizes.describe(section.call.names)
+        inputs |= {f"{path}({name})" if path else name: text for name, text in sizes.items()}
+    apart, nodes = widened.apart, len(set(calls))
+    return Capture(nodes=nodes, bridged=widened.bridges, inputs=inputs, apart=apart)
 
 
-def _groups(
-    solver: Solver, widths: Widths, parameters: dict[str, tuple[Axis, ...]]
-) -> dict[Leaf, Group]:
-    members: dict[Leaf, list[str]] = {}
-    for name, axes in parameters.items():
-        for leaf in dict.fromkeys(x for a in axes for x in leaves(solver.resolve(a))):
-            members.setdefault(leaf, []).append(name)
-    ordered = sorted(members.items(), key=lambda item: item[0].order)
-    return {leaf: Group(leaf.size, widths(leaf), tuple(names)) for leaf, names in ordered}
-
-
-def _unrounded(widened: Widened, unit: int) -> tuple[str, ...]:
-    return tuple(
-        f"{name} dim {dim} ({frozen.student} -> {frozen.teacher})"
-        for name in widened.parameters()
-        for dim, frozen in enumerate(widened.maps[name])
-        if frozen.wide and frozen.teacher % unit
+def _branching(widened: Widened, scales: str) -> Branching:
+    fused = {n: refusal(one.site) for n, one in widened.lowered.items() if one.site.branches}
+    return Branching(
+        branches={one.weight: one.chosen.name for one in widened.branched},
+        unbranched=widened.unbranched,
+        unfused=widened.unlowered | {name: why for name, why in fused.items() if why},
+        scales=scales,
     )
 
 
-def _fixed(
-    solver: Solver, widths: Widths, parameters: dict[str, tuple[Axis, ...]]
-) -> tuple[Fixed, ...]:
-    found = []
-    for name, axes in parameters.items():
-        for dim, axis in enumerate(axes):
-            axis = solver.resolve(axis)
-            for path in paths(axis):
-                if not path or any(leaf in widths.size for leaf in path):
-                    continue
-                asked = [widths.stays[leaf] for leaf in path if leaf in widths.stays]
-                reasons = asked or [solver.reason[leaf] for leaf in path if leaf in solver.reason]
-                inner = any(leaf in widths.held for leaf in path)
-                bad = [r for r in reasons if r.kind not in CANNOT]
-                text = "another factor of its product widens" if inner else ""
-                text = text or ", ".join(map(str, (bad or reasons)[:1])) or "too small to widen"
-                found.append(Fixed(name, dim, str(axis), text, inner or not bad))
-    return tuple(dict.fromkeys(found))
+def _footprint(student: nn.Module, teacher: Teacher, example: tuple[Any, Any]) -> Footprint:
+    extra = sum(map(_count, teacher.folds()))
+    return Footprint(
+        parameters=(_count(student), _count(teacher) - extra),
+        extra=extra,
+        cost=cost(teacher, student, example),
+    )
 
 
 def _count(module: nn.Module) -> int:
