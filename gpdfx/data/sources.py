@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def _in_memory(
 ) -> Data:
     """A source with ten classes. ``pool``: positions of what is for training and validation, of
     which only training samples are augmented."""
-    plain = dataclasses.replace(samples, augment=None)
+    plain = replace(samples, augment=None)
     order = permutation(len(pool), "validation", seed)
     count = round(len(pool) * VALIDATION)
     train, validation = (pool[part.sort().values] for part in (order[count:], order[:count]))
