@@ -9,6 +9,8 @@ from . import _links as _links
 from .compiler import expand as expand
 from .custom_ops import rule as rule
 from .custom_ops import unrule as unrule
+from .distill import features as features
+from .distill import losses as losses
 from .distill.gpd import GPD as GPD
 from .distill.gpd import Distilled as Distilled
 from .errors import AxisConflict as AxisConflict

@@ -33,6 +33,7 @@ from .passes.widen import Widened
 from .report.report import Report, make_report
 from .teacher.compiled import Compiled, Inputs
 from .teacher.module import Teacher
+from .torch_private import is_compiled
 
 LARGE = 2**28
 """Bytes of parameters from which on copies of them are looked for and freed."""
@@ -88,7 +89,7 @@ def expand(
             ``"random"`` (per output row and copy, seeded) lets copies grow apart under every
             optimizer; ``"uniform"`` is the paper's.
         extract: how the student is read out of the copies: ``"first"``, the paper's, or
-            ``"mean"``, weighted by shares (see ``gpdfx.extract``).
+            ``"mean"``, weighted by shares (see ``gpdfx.teacher.extract``).
         features: modules of the student whose results ``GPD`` takes out of the teacher, at its
             width, to distill them.
         randomness: ``"shared"`` draws dropout at the student's shape and order, so that equal
@@ -99,7 +100,7 @@ def expand(
             what came of it, and other sizes are refused by name.
         seed: of the shares and of the check's probe.
         verify: check that the teacher equals the student, on a probe and on the real weights, in
-            eval and train mode (see ``gpdfx.oracle``).
+            eval and train mode (see ``gpdfx.check.laws``).
 
     Returns:
         The teacher, in the model's training mode, with the model's dtype and device.
@@ -265,7 +266,7 @@ def _refusal(module: nn.Module) -> tuple[str, str] | None:
     kind = type(module)
     if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return "the model is wrapped for data parallelism", "expand model.module, then wrap"
-    if kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo"):
+    if is_compiled(module):
         return "the model is compiled", "expand model._orig_mod, then torch.compile the teacher"
     if isinstance(module, torch.jit.ScriptModule):
         return "the model is TorchScript", "expand the Python module it was made from"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.printers import PythonPrinter
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 
 # --------------------------------------------------------------------------- structures
 TreeSpec = pytree.TreeSpec
@@ -167,3 +170,11 @@ def op_name(op: Any) -> str:
 def custom_overload(op: Any) -> Any:
     """The overload behind what ``torch.library.custom_op`` returns; anything else as it is."""
     return getattr(op, "_opoverload", op)
+
+
+def constant_result(function: Function) -> Function:
+    """Tell ``torch.compile`` that a function always gives the same for the same arguments, as
+    ``torch.compiler.assume_constant_result`` does; that one imports the compiler, half of what
+    importing torch takes."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

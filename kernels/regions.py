@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import torch
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+
+from ..torch_private import enter_autocast, exit_autocast, set_grad_enabled
 
 
 def enter_grad(enabled: bool) -> bool:
     """Switch gradients on or off; returns what was before."""
     before = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(enabled)
+    set_grad_enabled(enabled)
     return before
 
 
 def exit_grad(before: bool) -> None:
     """Back to what was before the region."""
-    torch._C._set_grad_enabled(before)
+    set_grad_enabled(before)
 
 
-REGION = frozenset({enter_grad, exit_grad, _enter_autocast, _exit_autocast})
+REGION = frozenset({enter_grad, exit_grad, enter_autocast, exit_autocast})

@@ -1,7 +1,7 @@
 """Branch: layers get multi-branch weights; graphs read the folded weight where they read the
 parameter.
 
-The fold itself stands outside of the graphs (``gpdfx.fold``): it is computed once a step and
+The fold itself stands outside of the graphs (``teacher.folding``): it is computed once a step and
 layer, however often the weight is used, and for teacher and student together.
 """
 

@@ -1,5 +1,4 @@
-"""Feed: graphs take folded weights from one further input, a mapping by the names of
-``gpdfx.fold``."""
+"""Folded weights: graphs take them from one further input, a mapping by the names given here."""
 
 from __future__ import annotations
 

@@ -227,3 +227,9 @@ def test_the_room_stands_alone() -> None:
     nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import | ast.ImportFrom)]
     assert all(not n.level for n in nodes if isinstance(n, ast.ImportFrom))
     assert "gpdfx" not in {a.name.partition(".")[0] for n in nodes for a in n.names}
+
+
+def test_a_constant_result_is_no_part_of_a_compiled_graph() -> None:
+    made = torch_private.constant_result(lambda: torch.arange(3))
+    marked = torch.compiler.assume_constant_result(lambda: torch.arange(3))
+    assert vars(made) == vars(marked) == {"_dynamo_marked_constant": True}

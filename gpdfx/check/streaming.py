@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..algebra.frozen import Frozen
 from ..kernels import copies
@@ -28,6 +27,7 @@ from ..teacher.captured import Section
 from ..teacher.compiled import Compiled
 from ..teacher.folding import Chunk, Lazy
 from ..teacher.module import Teacher
+from ..torch_private import StorageReference, storage_key, storage_reference, version
 
 KEEP = 2**30
 """Bytes of wide parameters, in float64, up to which they are gathered once and kept (faster)."""
@@ -36,7 +36,7 @@ KEEP = 2**30
 class _Made(NamedTuple):
     """A storage whose tensor can be made again; ``name``: of the parameter that it is."""
 
-    storage: StorageWeakRef  # keeps the address from being used again
+    storage: StorageReference  # keeps the address from being used again
     version: int
     make: Make
     name: str | None
@@ -136,7 +136,7 @@ class StreamingTeacher(Teacher):
     def share(self, x: Tensor, *rest: Any) -> Tensor:
         """``copies.share``; the result is made again where it is made of a parameter, and takes
         the place of one that is used for nothing else."""
-        make, made = self._recipe(x), self._made.get(x.untyped_storage()._cdata)
+        make, made = self._recipe(x), self._made.get(storage_key(x))
         if make is None or made is None:
             return copies.share(x, *rest)
         fresh = made.name is not None and made.name not in self._kept
@@ -189,28 +189,27 @@ class StreamingTeacher(Teacher):
         return self._know(make(), make)
 
     def _know(self, x: Tensor, make: Make, name: str | None = None) -> Tensor:
-        storage = x.untyped_storage()
-        self._made[storage._cdata] = _Made(StorageWeakRef(storage), x._version, make, name)
+        self._made[storage_key(x)] = _Made(storage_reference(x), version(x), make, name)
         return x
 
     def _recipe(self, x: Tensor) -> Make | None:
         """How a tensor, or what it is a view of, was made; ``None`` if it is not known or was
         written to since."""
-        made = self._made.get(x.untyped_storage()._cdata)
-        if made is None or made.version != x._version:
+        made = self._made.get(storage_key(x))
+        if made is None or made.version != version(x):
             return None
         make, size, stride, offset = made.make, x.size(), x.stride(), x.storage_offset()
         return lambda: make().as_strided(size, stride, offset)
 
     def _pack(self, x: Tensor) -> Any:
-        return self._recipe(x) or (x, x._version)
+        return self._recipe(x) or (x, version(x))
 
     def _unpack(self, kept: Any) -> Tensor:
         if callable(kept):
             made: Tensor = kept()
             return made
-        x, version = kept
-        if x._version != version:  # autograd leaves this check to the hooks
+        x, before = kept
+        if version(x) != before:  # autograd leaves this check to the hooks
             raise RuntimeError(
                 "a tensor that the gradient needs has been modified by an inplace operation"
             )

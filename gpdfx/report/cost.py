@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..calls import tree
 from ..passes.folded import Make
 from ..teacher.folding import Lazy
 from ..teacher.module import Teacher
+from ..torch_private import StorageReference, storage_key, storage_reference, without_modes
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -67,7 +66,7 @@ def cost(teacher: Teacher, student: nn.Module, example: Example) -> Cost:
 
 def _unobserved(make: Make) -> Tensor:
     """Made where the counter does not see it."""
-    with _disable_current_modes():
+    with without_modes():
         return make()
 
 
@@ -111,12 +110,11 @@ def _per_sample(call: Callable[..., Any], example: Example) -> int:
 def _kept(call: Callable[..., Any], example: Example) -> int:
     """Bytes saved for the backward, every storage once; nothing is really saved."""
     args, kwargs = example
-    seen: dict[int, tuple[StorageWeakRef, int]] = {}
+    seen: dict[int, tuple[StorageReference, int]] = {}
 
     def pack(x: Tensor) -> None:
-        storage = x.untyped_storage()
         # the weak reference keeps the address from being used again
-        seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        seen[storage_key(x)] = storage_reference(x), x.untyped_storage().nbytes()
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda x: x):  # no backward comes
         call(*args, **kwargs)

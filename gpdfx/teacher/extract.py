@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..algebra.frozen import MERGING, Frozen
 from ..kernels import copies
 from ..passes.shares import Shares
+from ..torch_private import constant_result
 
 Maps = tuple[Frozen, ...]
 
@@ -44,6 +45,7 @@ _FIRST: WeakKeyDictionary[Frozen, dict[torch.device, Tensor]] = WeakKeyDictionar
 """An axis owns its entry, which ends with it. Axes are pickled; what is on a device is not."""
 
 
+@constant_result
 def _first(frozen: Frozen, device: torch.device) -> Tensor:
     """Where the first copies are. Copied to a device once: every copy would make the host wait,
     which a CUDA graph cannot hold."""
@@ -55,10 +57,6 @@ def _first(frozen: Frozen, device: torch.device) -> Tensor:
             return index  # a tracer's own
         held[device] = index
     return held[device]
-
-
-# As torch.compiler.assume_constant_result does, which imports torch._dynamo: half the time of torch
-_first._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Mean(nn.Module):

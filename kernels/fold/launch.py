@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...branches.kinds import Average, Branch, Frequency, Full, LowRank, Product, Separable
 from ...branches.layer import Layer
+from ...torch_private import version
 from ..copies import share
 from . import triton_kernels as k
 from .formula import some
@@ -182,8 +183,8 @@ class Tables:
 
     def share(self, site: Site, tensors: Sequence[Tensor]) -> Tensor:
         table, classes = tensors[site.first - 2 : site.first]
-        version = 0 if table.is_inference() else table._version
-        key = site, table.data_ptr(), classes.data_ptr(), version, table.device
+        written = 0 if table.is_inference() else version(table)
+        key = site, table.data_ptr(), classes.data_ptr(), written, table.device
         if key not in self.shares:
             how = site.share
             assert how is not None
