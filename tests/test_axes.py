@@ -535,6 +535,22 @@ def test_channel_shuffle(k: int, n: int) -> None:
     assert [x.size for x in s.resolve(inner).terms] == [n // 2, n // 2]
 
 
+def test_widths_by_example() -> None:
+    """The table of ``choose_widths``: who goes first, who is held, who has no choice."""
+    for heads, weights, wide in (
+        ("a", ["ab"], "a"),
+        ("", ["ab"], "b"),
+        ("", ["ab", "bc", "c"], "ca"),
+        ("a", ["ab", "b"], "a"),
+    ):
+        s = Solver()
+        leaf = {name: s.leaf(size) for name, size in zip("abc", (4, 5, 6), strict=True)}
+        for name in heads:
+            s.mark(s.outer, leaf[name])
+        axes = [product(*(leaf[name] for name in weight)) for weight in weights]
+        assert choose_widths(s, axes, [], 2).size == {leaf[x]: 2 * leaf[x].size for x in wide}
+
+
 def test_conflicts() -> None:
     """12 = 3 x 4 = 4 x 3 unless one side is fixed; 64 x 2 = 2 x 64 would make all factors one;
     8 = 3 + 5 = 2 x 4 is none."""

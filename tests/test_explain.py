@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,14 @@ def test_the_chain_ends_at_the_cause() -> None:
     explanation = gpdfx.explain(teacher("odd"), "bank.weight")
     assert "bridge" in explanation.dimensions[0].reason
     assert "self.bank" in str(explanation)
+
+
+def test_copies_of_a_teacher_explain_alike() -> None:
+    """Leaves are equal only to themselves, wherever a teacher goes."""
+    gpt = teacher("gpt")
+    for other in (copy.deepcopy(gpt), pickle.loads(pickle.dumps(gpt))):
+        for name in ("head.weight", "blocks.0.attention.qkv.weight"):
+            assert gpdfx.explain(other, name) == gpdfx.explain(gpt, name)
 
 
 def test_an_unknown_parameter_suggests_near_ones() -> None:

@@ -9,7 +9,6 @@ is contracted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,10 +121,11 @@ def compose(axis: Axis, map_of: Callable[[Leaf], np.ndarray]) -> Frozen:
 
 
 def _kronecker(factors: list[Frozen]) -> Frozen:
-    index = np.zeros(1, dtype=np.int64)
-    for factor in factors:
-        index = np.add.outer(index * factor.student, factor.map).ravel()
-    return Frozen(math.prod(f.student for f in factors), index)
+    whole = Frozen(1, np.zeros(1, dtype=np.int64))
+    for f in factors:
+        index = np.add.outer(whole.map * f.student, f.map).ravel()
+        whole = Frozen(whole.student * f.student, index)
+    return whole
 
 
 def _concatenated(terms: list[Frozen]) -> Frozen:

@@ -50,11 +50,11 @@ def choose_widths(
 
     At ratio 2, for example:
 
-        weights                           widen           why
-        heads x dim                       heads -> 2x     heads first; dim is held by them
-        a x b                             b -> 2x         else the inner factor
-        a x b, b x c, b marked inner      a -> 2x         c goes first and holds b: a is left alone
-        groups x each, each               groups -> 2x    the second product gets none: each is held
+        weights                         twice as wide    why
+        heads x dim                     heads            they go first, and hold dim
+        a x b                           b                else the inner factor goes first
+        a x b, b x c, c                 c, a             c has no choice; it holds b, which leaves a
+        groups x each, each             groups           they hold each: the second weight stays
     """
     ratio_of = ratio if callable(ratio) else lambda leaf: ratio
     stays = stays or {}
@@ -91,8 +91,8 @@ def _choose(
     widened: dict[Leaf, None] = {}
     held: dict[Leaf, Leaf] = {}
     while todo:
-        left = [leaf for leaf in todo.pop() if leaf not in held]
-        if len(left) == 1 and left[0] not in widened:
+        left = todo.pop().difference(held, widened)
+        if len(left) == 1:
             (leaf,) = left
             widened[leaf] = None
             rivals = [x for c in clauses_of[leaf] for x in sorted(c - {leaf}) if x not in held]
