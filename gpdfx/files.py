@@ -93,7 +93,7 @@ def first_difference(
     for key in dict.fromkeys((*one, *other)):
         values = one.get(key, absent), other.get(key, absent)
         inner = f"{name}.{key}" if name else key
-        found = first_difference(*values, absent=absent, name=inner)
-        if found is not None:
-            return found
+        difference = first_difference(*values, absent=absent, name=inner)
+        if difference is not None:
+            return difference
     return None

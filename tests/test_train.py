@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,9 +23,11 @@ from torch import Tensor
 import gpdfx
 from gpdfx import files, models
 from gpdfx.cli.app import main
+from gpdfx.cli.commands import field_words
+from gpdfx.data.datasets import SOURCES
 from gpdfx.train import log, networks, run
 from gpdfx.train import state as states
-from gpdfx.train.config import TrainConfig, read_config
+from gpdfx.train.config import Compile, TrainConfig, read_config
 from gpdfx.train.evaluate import evaluate
 from gpdfx.train.export import export
 from gpdfx.train.ranks import Ranks
@@ -561,3 +563,9 @@ def test_every_setting_has_an_option(capsys: pytest.CaptureFixture[str]) -> None
     for field in fields:
         name = field.name if field.name != "verify" else "no_verify"
         assert f"--{name.replace('_', '-')}" in text
+    words = field_words(TrainConfig)
+    assert words["data"] == ", ".join(SOURCES)
+    assert words["compile"].endswith(", ".join(get_args(Compile)[2:]))
+    assert words.keys() | {"ratio", "branches", "recipe", "verify"} == {
+        field.name for field in dataclasses.fields(TrainConfig)
+    }

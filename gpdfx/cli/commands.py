@@ -119,8 +119,9 @@ def _add_fields(group: Any, kind: type, names: Iterable[str], *, defaults: bool)
 
 def field_words(kind: type) -> dict[str, str]:
     """Field -> its words in a class's docstring, where they stand as ``name: words``."""
-    found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", inspect.getdoc(kind) or "", re.MULTILINE)
-    return {name: " ".join(words.split()) for name, words in found}
+    doc = inspect.getdoc(kind) or ""
+    fields = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", doc, re.MULTILINE)
+    return {name: " ".join(words.split()) for name, words in fields}
 
 
 def _shape(name: str, kind: Any) -> dict[str, Any]:

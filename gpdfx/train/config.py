@@ -66,7 +66,6 @@ class TrainConfig:
         workers: processes that load data
         checkpoint_every: steps; 0: every epoch alone
         patience: bad steps in a row after which training stops
-        verify: skip expand's check
         time_steps: steps to time against the plain student's
     """
 

@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..files import AsPath
 from ..teacher.module import Teacher
 from .config import TrainConfig, read_config
-from .networks import check_logits, example_inputs
+from .networks import Net, check_logits, example_inputs
 from .ranks import Ranks, join
 from .state import STUDENT, SUMMARY, TEACHER
 
@@ -42,6 +42,19 @@ def accuracies(
                 right[k] += (find_logits(network(x)).argmax(1) == y).sum()
     counts = ranks.sum(right).tolist()
     return {name: count / len(split) for name, count in zip(networks, counts, strict=True)}
+
+
+def measure(net: Net, split: Split, config: TrainConfig, ranks: Ranks) -> dict[str, float]:
+    """Accuracies of the plain student and the dynamic teacher, and the gap."""
+    net.eval()
+    networks = {"student": net.collapse()}
+    if net.teacher is not None:
+        networks["teacher"] = net.teacher
+    measured = accuracies(split, networks, config, ranks)
+    net.train()
+    if net.teacher is not None:
+        measured["gap"] = measured["teacher"] - measured["student"]
+    return measured
 
 
 def load_run(folder: AsPath) -> tuple[TrainConfig, dict[str, Any], nn.Module]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,9 @@ class Logits(nn.Module):
 
 def _to_onnx(model: nn.Module, example: Tensor, name: str) -> Any:
     try:
-        with warnings.catch_warnings(action="ignore"), quiet():
+        with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as quiet:
+            logging.disable(logging.WARNING)  # the exporter's chatter
+            quiet.callback(logging.disable, logging.NOTSET)
             return torch.onnx.export(
                 model,
                 (example,),
@@ -99,13 +100,3 @@ def _difference(session: Any, model: nn.Module, x: Tensor) -> float:
     (logits,) = session.run(["logits"], {"input": x.numpy()})
     expected = model(x)
     return float((torch.from_numpy(logits) - expected).abs().max() / expected.abs().max())
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No chatter of the exporter below errors."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

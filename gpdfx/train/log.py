@@ -19,7 +19,6 @@ from ..errors import InputError
 from ..files import replacing
 
 Row = Mapping[str, Any]
-SERIES = ("student", "teacher", "static")
 COLORS = {"student": "tab:blue", "teacher": "tab:orange", "static": "tab:gray"}
 NAMES = {"student": "student", "teacher": "dynamic teacher", "static": "static teacher"}
 
@@ -83,7 +82,7 @@ class RunLog:
         if self._board is not None:
             for name, value in row.items():
                 if isinstance(value, float):
-                    group = "accuracy" if name in (*SERIES, "gap") else "training"
+                    group = "accuracy" if name in (*NAMES, "gap") else "training"
                     self._board.add_scalar(f"{group}/{name}", value, row["epoch"])
             self._board.flush()
 
@@ -176,7 +175,7 @@ def _table(title: str, columns: Mapping[str, Row], justify: Any) -> str:
     from rich.table import Column, Table
 
     rows = Table("", *(Column(name, justify=justify) for name in columns), title=title)
-    for name in SERIES:
+    for name in NAMES:
         if name in columns["test"]:
             values = [column[name] for column in columns.values()]
             cells = (f"{x:,}" if isinstance(x, int) else f"{x:.2%}" for x in values)

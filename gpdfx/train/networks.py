@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,33 +19,36 @@ from ..teacher.module import Teacher
 from .config import TrainConfig
 from .recipes import TrainingRecipe
 
+# What the configuration calls as GPD does, and as expand does.
+SAME_IN_GPD = (
+    *("ratio", "branches", "teacher_weight", "start_epoch", "unshared"),
+    *("shares", "extract", "seed"),
+)
+
 
 class Plain(nn.Module):
     """The student alone, with the face of ``GPD``: CE(S, y), and KD(S, static) if there is one."""
 
     teacher: Teacher | None = None
     student: nn.Module
+    _static: nn.Module | None
     epoch = 0
     gap_counts = False
 
     def __init__(
-        self,
-        student: nn.Module,
-        criterion: Criterion,
-        static: Callable[..., Any] | None = None,
-        kd: Distillation | None = None,
+        self, student: nn.Module, criterion: Criterion, static: Any = None, kd: Any = None
     ) -> None:
         super().__init__()
         self.student, self.criterion, self.kd = student, criterion, kd
-        self._static = (static,)  # in a tuple: no part of the state_dict
+        object.__setattr__(self, "_static", static)  # no part of the state_dict
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Distilled:
         logits = find_logits(self.student(inputs))
         terms = {"student": self.criterion(logits, targets)}
-        (static,), static_logits = self._static, None
-        if static is not None and self.kd is not None:
+        static_logits = None
+        if self._static is not None and self.kd is not None:
             with torch.no_grad():
-                static_logits = find_logits(static(inputs))
+                static_logits = find_logits(self._static(inputs))
             terms["student_kd"] = self.kd(logits, static_logits, targets)
         loss = torch.stack([*terms.values()]).sum()
         return Distilled(loss, logits, logits, static_logits, terms)
@@ -97,11 +99,7 @@ def check_logits(name: str, network: nn.Module, example: Tensor, classes: int) -
 
 
 def make_net(
-    config: TrainConfig,
-    student: nn.Module,
-    static: nn.Module | None,
-    example: Tensor,
-    verify: bool,
+    config: TrainConfig, student: nn.Module, static: Any, example: Tensor, verify: bool
 ) -> Net:
     """What trains: ``GPD``, or ``Plain`` if the run asks for it."""
     recipe = config.numbers
@@ -113,19 +111,12 @@ def make_net(
     return GPD(
         student,
         static,
-        ratio=config.ratio,
-        branches=config.branches,
         kd=kd,
         lam=recipe.lam,
         temperature=config.gap_temperature,
         smoothing=config.gap_smoothing,
-        teacher_weight=config.teacher_weight,
-        start_epoch=config.start_epoch,
         criterion=criterion,
-        unshared=config.unshared,
-        shares=config.shares,
-        extract=config.extract,
-        seed=config.seed,
+        **{name: getattr(config, name) for name in SAME_IN_GPD},
         example_inputs=(example,),
         dynamic="batch",
         verify=verify,

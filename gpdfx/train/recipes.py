@@ -72,11 +72,9 @@ def _domain(kind: Any) -> Domain:
 class TrainingRecipe:
     """All numbers of a run. ``lr``, ``warmup_epochs`` and ``milestones`` count in epochs.
 
-    ``optimizer`` is ``"sgd"`` or ``"adamw"``, ``schedule`` ``"cosine"``, which falls to 0, or
-    ``"step"``: times ``gamma`` at each of ``milestones``. ``kd`` is ``"none"``, ``"kd"`` (Hinton et
-    al. 2015), ``"dkd"`` (Zhao et al. 2022) or ``"reviewkd"`` (Chen et al. 2021), ``lam`` that of
-    arXiv 2410.04140, section 3.4. ``label_smoothing`` is the task's; for ``mixup`` and ``cutmix``
-    see ``gpdfx.data.loaders.mix``.
+    ``schedule`` ``"cosine"`` falls to 0, ``"step"`` is times ``gamma`` at each of ``milestones``.
+    ``kd``: Hinton et al. 2015, ``dkd``: Zhao et al. 2022, ``reviewkd``: Chen et al. 2021; ``lam``:
+    arXiv 2410.04140, section 3.4; ``mixup``, ``cutmix``: see ``gpdfx.data.loaders.mix``.
 
     Fields, as ``gpdfx train --help`` tells them:
         batch_size: of all processes together

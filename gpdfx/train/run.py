@@ -14,23 +14,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import files, storage
 from ..data.loaders import mix, steps_per_epoch, train_loader
 from ..data.splits import Split, generator
-from ..errors import InputError
 from . import log
 from . import state as states
 from .config import TrainConfig as TrainConfig
-from .evaluate import accuracies
+from .evaluate import accuracies, measure
 from .networks import example_inputs, freeze_idle, load_network, make_net
 from .ranks import Ranks, join
 from .runner import check_execution
@@ -58,22 +55,6 @@ def train(config: TrainConfig, *, quiet: bool = False) -> dict[str, Any]:
         return Run(config, ranks, quiet or ranks.rank > 0).finish()
 
 
-@dataclass
-class Progress:
-    """What a run has done: whole epochs, and steps of the one that goes on.
-
-    ``sums``: of the losses of this epoch's steps, by name, and their number as ``steps``.
-    ``history``: see ``gpdfx.train.log``. ``seconds``: those before it was continued.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    static_accuracy: float | None = None
-    seconds: float = 0.0
-
-
 class Run:
     """A run between its checkpoints."""
 
@@ -81,7 +62,7 @@ class Run:
         self.config, self.ranks, self.quiet = config, ranks, quiet
         self.recipe, self.out = config.numbers, Path(config.out)
         check_execution(config, ranks)
-        saved = find_checkpoint(self.out)
+        saved = states.find_checkpoint(self.out)
         ranks.wait()  # before the first rank writes what the others look for
         self.data = data = config.open_data()
         self.steps = steps_per_epoch(data, self.recipe.batch_size)
@@ -94,14 +75,12 @@ class Run:
         }
         if saved is not None:
             states.check_same(saved[1]["identity"], self.identity, self.out)
-        self.progress, self.began = Progress(), time.perf_counter()
+        self.progress, self.began = states.Progress(), time.perf_counter()
         self._build(begin=saved is None)
         if saved is not None:
             tensors, facts = saved
             self.stepper.restore(tensors, facts)
-            self.progress = Progress(
-                **{f.name: facts[f.name] for f in dataclasses.fields(Progress)}
-            )
+            self.progress = states.Progress.of(facts)
 
     def _build(self, begin: bool) -> None:
         config, data, device = self.config, self.data, self.ranks.device
@@ -126,7 +105,7 @@ class Run:
         if self.ranks.rank > 0:
             return
         tensors, stepper = self.stepper.flatten()
-        facts = {"identity": self.identity, "versions": versions()}
+        facts = {"identity": self.identity, "versions": states.versions()}
         facts |= dataclasses.asdict(self.progress) | {"seconds": self._seconds()} | stepper
         states.write_state(self.out / STATE, tensors, facts)
 
@@ -145,8 +124,8 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
         begin = not done.epoch and not done.step
         if begin:
-            if self.static is not None and done.static_accuracy is None:
-                done.static_accuracy = self._measure_static(self.data.validation)
+            if done.static_accuracy is None:
+                done.static_accuracy = self._measure_static(self.data.validation).get("static")
             self._save()
         self.log = log.RunLog(
             self.out, self.recipe.epochs, done.epoch, quiet=self.quiet, board=writes
@@ -163,37 +142,26 @@ class Run:
 
     def _run_epoch(self) -> None:
         config, recipe, ranks, done = self.config, self.recipe, self.ranks, self.progress
-        batches = train_loader(
-            self.data,
-            recipe.batch_size,
-            seed=config.seed,
-            epoch=done.epoch,
-            start=done.step * recipe.batch_size,
-            workers=config.workers,
-            rank=ranks.rank,
-            world=ranks.world,
-        )
+        size, share = recipe.batch_size, {"rank": ranks.rank, "world": ranks.world}
+        keys = {"seed": config.seed, "epoch": done.epoch, "start": done.step * size}
+        batches = train_loader(self.data, size, workers=config.workers, **keys, **share)
+        alphas = {"mixup": recipe.mixup, "cutmix": recipe.cutmix}
         self.net.epoch = done.epoch
         self.net.train()
         self.log.begin_epoch(self.steps, done.step)
         for x, y in batches:
-            x = x.to(ranks.device, non_blocking=True)
-            y = y.to(ranks.device, non_blocking=True)
+            x, y = (t.to(ranks.device, non_blocking=True) for t in (x, y))
             at = done.epoch * self.steps + done.step
-            values = self.timed_stepper(*self._mix(x, y, at), at)
+            if any(alphas.values()):
+                draw = generator("mix", config.seed, at, ranks.rank)
+                x, y = mix(x, y, self.data.classes, generator=draw, **alphas)
+            values = self.timed_stepper(x, y, at)
             for name, value in [*(values or {}).items(), ("steps", float(values is not None))]:
                 done.sums[name] = done.sums.get(name, 0.0) + value
             done.step += 1
             self.log.end_step(values)
             if config.checkpoint_every and (at + 1) % config.checkpoint_every == 0:
                 self._save()
-
-    def _mix(self, x: Tensor, y: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        if not self.recipe.mixup and not self.recipe.cutmix:
-            return x, y
-        draw = generator("mix", self.config.seed, at, self.ranks.rank)
-        alphas = {"mixup": self.recipe.mixup, "cutmix": self.recipe.cutmix}
-        return mix(x, y, self.data.classes, generator=draw, **alphas)
 
     def _end_epoch(self) -> None:
         ranks, done = self.ranks, self.progress
@@ -210,7 +178,7 @@ class Run:
                 "lr": self.stepper.optimizer.param_groups[0]["lr"],
                 "loss": means.pop("loss", math.nan),
                 **{f"loss_{name}": mean for name, mean in means.items()},
-                **self._measure(self.data.validation),
+                **measure(self.net, self.data.validation, self.config, ranks),
                 "skipped": self.stepper.skipped,
                 "seconds": self._seconds(),
             }
@@ -221,22 +189,9 @@ class Run:
             log.write_log(self.out / "log.csv", done.history)
         self.log.end_epoch(done.history[-1])
 
-    # ---- measuring
-    def _measure(self, split: Split) -> dict[str, float]:
-        """Accuracies of the plain student and the dynamic teacher, and the gap."""
-        self.net.eval()
-        networks = {"student": self.net.collapse()}
-        if self.net.teacher is not None:
-            networks["teacher"] = self.net.teacher
-        measured = accuracies(split, networks, self.config, self.ranks)
-        self.net.train()
-        if "teacher" in measured:
-            measured["gap"] = measured["teacher"] - measured["student"]
-        return measured
-
-    def _measure_static(self, split: Split) -> float:
-        assert self.static is not None
-        return accuracies(split, {"static": self.static}, self.config, self.ranks)["static"]
+    def _measure_static(self, split: Split) -> dict[str, float]:
+        networks = {} if self.static is None else {"static": self.static}
+        return accuracies(split, networks, self.config, self.ranks) if networks else {}
 
     # ---- the end
     def _finish(self) -> dict[str, Any]:
@@ -259,22 +214,22 @@ class Run:
         validation = {k: x for k, x in history[-1].items() if k in ("student", "teacher", "gap")}
         best = max(history, key=lambda row: row["student"])
         validation["best"] = {"student": best["student"], "epoch": best["epoch"]}
-        test = self._measure(self.data.test)
+        test = measure(self.net, self.data.test, self.config, self.ranks)
         networks = {"student": student, "teacher": teacher, "static": self.static}
         if self.static is not None:
             validation["static"] = self.progress.static_accuracy
-            test["static"] = self._measure_static(self.data.test)
-        macs = dict(zip(networks, teacher.report().macs, strict=False)) if teacher else {}
+            test |= self._measure_static(self.data.test)
+        macs = () if teacher is None else teacher.report().macs
         return {
             "title": f"{self.config.student} on {self.config.data}",
             "config": states.as_json(self.config),
-            "versions": versions(),
+            "versions": states.versions(),
             "device": self.ranks.device_name(),
             "world": self.ranks.world,
             "classes": self.data.classes,
             "shape": list(self.data.shape),
             "parameters": {k: _count(n) for k, n in networks.items() if n is not None},
-            "multiply_adds": macs,
+            "multiply_adds": dict(zip(networks, macs, strict=False)),
             "validation": validation,
             "test": test,
             "skipped": self.stepper.skipped,
@@ -283,29 +238,6 @@ class Run:
             "seconds": self._seconds(),
             "out": str(self.out),
         }
-
-
-# --------------------------------------------------------------------------- parts
-def find_checkpoint(out: Path) -> tuple[files.Tensors, states.Facts] | None:
-    """The checkpoint in a folder, if there is one; refuse a folder with anything else in it."""
-    if (out / STATE).exists():
-        return states.read_state(out / STATE)
-    strange = [p.name for p in out.glob("*") if p.name != f"{STATE}.tmp"]
-    if strange:
-        raise InputError(
-            f"the folder {out} is not empty and holds no run: {', '.join(strange[:3])}",
-            remedy="give a new folder",
-        )
-    return None
-
-
-def versions() -> dict[str, str]:
-    """Of what computes."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "gpdfx": storage.version(),
-    }
 
 
 def _count(module: nn.Module) -> int:

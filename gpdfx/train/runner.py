@@ -1,6 +1,6 @@
 """How forward and backward of a training step run: as they are, compiled, or as a CUDA graph.
 
-    runner = make_runner(net, config, ranks, scaler)
+    runner = Runner(net, config, ranks, scaler)  # or GraphRunner
     result = runner(x, y)    # a Distilled
     runner.backward(result)  # gradients of scaler.scale(result.loss), in .grad
 
@@ -43,14 +43,6 @@ def check_execution(config: TrainConfig, ranks: Ranks) -> None:
         f"cuda_graph is for one process, and these are {ranks.world}",
         "leave out --cuda-graph, or train in one process",
     )
-
-
-def make_runner(
-    net: Net, config: TrainConfig, ranks: Ranks, scaler: torch.amp.GradScaler
-) -> Runner:
-    """What ``config.compile`` and ``config.cuda_graph`` ask for."""
-    check_execution(config, ranks)
-    return (GraphRunner if config.cuda_graph else Runner)(net, config, ranks, scaler)
 
 
 class Runner:

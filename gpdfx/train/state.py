@@ -12,7 +12,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import platform
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files import AsPath, Tensors, cpu_copies, first_difference, read_tensors, write_tensors
+from ..storage import version
 
 # The files of a run.
 STATE, STUDENT = "state.safetensors", "student.safetensors"
@@ -27,6 +31,27 @@ TEACHER, SUMMARY = "teacher.safetensors", "summary.json"
 FORMAT = "gpdfx run 1"
 MODEL, OPTIMIZER = "model.", "optimizer."  # what the names of their tensors begin with
 Facts = dict[str, Any]
+
+
+@dataclass
+class Progress:
+    """What a run has done: whole epochs, and steps of the one that goes on.
+
+    ``sums``: of the losses of this epoch's steps, by name, and their number as ``steps``.
+    ``history``: see ``gpdfx.train.log``. ``seconds``: those before it was continued.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    static_accuracy: float | None = None
+    seconds: float = 0.0
+
+    @staticmethod
+    def of(facts: Facts) -> Progress:
+        """The one among other facts."""
+        return Progress(**{f.name: facts[f.name] for f in dataclasses.fields(Progress)})
 
 
 # --------------------------------------------------------------------------- the file
@@ -61,6 +86,19 @@ def read_state(path: AsPath) -> tuple[Tensors, Facts]:
         )
     facts: Facts = json.loads(metadata["facts"])
     return tensors, facts
+
+
+def find_checkpoint(folder: Path) -> tuple[Tensors, Facts] | None:
+    """The checkpoint in a folder, if there is one; refuse a folder with anything else in it."""
+    if (folder / STATE).exists():
+        return read_state(folder / STATE)
+    strange = [p.name for p in folder.glob("*") if p.name != f"{STATE}.tmp"]
+    if strange:
+        raise InputError(
+            f"the folder {folder} is not empty and holds no run: {', '.join(strange[:3])}",
+            remedy="give a new folder",
+        )
+    return None
 
 
 def _checksum(text: str, tensors: Tensors) -> str:
@@ -137,6 +175,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, facts:
 def as_json(value: Any) -> Any:
     """A dataclass, or anything JSON-able, as ``json.loads`` would give it back."""
     return json.loads(json.dumps(value, default=dataclasses.asdict))
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    python = platform.python_version()
+    return {"python": python, "torch": torch.__version__, "gpdfx": version()}
 
 
 def check_same(saved: Facts, given: Facts, path: AsPath) -> None:

@@ -16,18 +16,12 @@ from torch import Tensor, nn
 from ..data.splits import generator
 from ..errors import TrainingError
 from ..files import Tensors
+from . import state as states
 from .config import TrainConfig
 from .networks import Net, SavedBuffers, make_groups
 from .ranks import Ranks
 from .recipes import make_optimizer, set_learning_rate
-from .runner import make_runner
-from .state import (
-    Facts,
-    flatten_module,
-    flatten_optimizer,
-    restore_module,
-    restore_optimizer,
-)
+from .runner import GraphRunner, Runner
 
 
 class Stepper:
@@ -44,7 +38,8 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.skipped = self.in_row = 0
         self.buffers, self.first_step = SavedBuffers(net), True
-        self.run = make_runner(net, config, ranks, self.scaler)
+        runner = GraphRunner if config.cuda_graph else Runner
+        self.run = runner(net, config, ranks, self.scaler)
 
     def __call__(self, x: Tensor, y: Tensor, at: int) -> dict[str, float] | None:
         """Step ``at`` of the whole run, on a batch: the loss and its terms, or ``None`` if it was
@@ -91,17 +86,17 @@ class Stepper:
             )
 
     # ---- checkpoints
-    def flatten(self) -> tuple[Tensors, Facts]:
+    def flatten(self) -> tuple[Tensors, states.Facts]:
         """All that the next step depends on, as tensors and JSON."""
-        tensors, optimizer = flatten_optimizer(self.optimizer)
+        tensors, optimizer = states.flatten_optimizer(self.optimizer)
         counts = {"skipped": self.skipped, "in_row": self.in_row}
         facts = {"scaler": self.scaler.state_dict(), "optimizer": optimizer}
-        return tensors | flatten_module(self.net), counts | facts
+        return tensors | states.flatten_module(self.net), counts | facts
 
-    def restore(self, tensors: Tensors, facts: Facts) -> None:
+    def restore(self, tensors: Tensors, facts: states.Facts) -> None:
         """The way back from ``flatten``."""
-        restore_module(self.net, tensors)
-        restore_optimizer(self.optimizer, tensors, facts["optimizer"])
+        states.restore_module(self.net, tensors)
+        states.restore_optimizer(self.optimizer, tensors, facts["optimizer"])
         if facts["scaler"]:
             self.scaler.load_state_dict(facts["scaler"])
         self.skipped, self.in_row = facts["skipped"], facts["in_row"]
