@@ -41,12 +41,10 @@ def write_text(path: AsPath, text: str) -> None:
         fresh.write_text(text)
 
 
-def write_tensors(
-    path: AsPath, tensors: Tensors, metadata: Mapping[str, str] | None = None
-) -> None:
+def write_tensors(path: AsPath, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
     """A safetensors file that appears whole or not at all; see ``cpu_copies``."""
     with replacing(path) as fresh:
-        save_file(tensors, fresh, None if metadata is None else dict(metadata))
+        save_file(tensors, fresh, metadata)
 
 
 def cpu_copies(tensors: Mapping[str, Tensor]) -> Tensors:

@@ -113,7 +113,7 @@ def _add_fields(group: Any, kind: type, names: Iterable[str], *, defaults: bool)
     for name in names:
         text, default = words.get(name), getattr(kind, name, None)
         if defaults and default not in (None, "", ()) and not isinstance(default, bool):
-            text = f"{text} ({default})"
+            text = f"{text or ''} ({default})"
         group.add_argument(f"--{name.replace('_', '-')}", help=text, **_shape(name, types[name]))
 
 
