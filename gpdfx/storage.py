@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import files
 from .branches.sets import read, spell
 from .compiler import expand
 from .control import ExpandOptions
 from .errors import InputError
+from .files import AsPath, Tensors
 from .teacher.module import Teacher
 from .teacher.states import check_keys, to_dtype
 
 FORMAT = "gpdfx teacher 1"
 
 
-def save(teacher: Teacher, path: str | os.PathLike[str]) -> None:
+def save(teacher: Teacher, path: AsPath) -> None:
     """Write a teacher: a safetensors file, tied tensors once, with a JSON header that holds how it
     was made, so that ``load`` needs the student's class and this file. The file appears whole or
     not at all."""
     facts = teacher._facts
     first: dict[tuple[int, ...], str] = {}
     same: dict[str, str] = {}
-    tensors: dict[str, Tensor] = {}
+    tensors: Tensors = {}
     for name, x in teacher.state_dict(keep_vars=True).items():
         known = first.setdefault((id(x),), name)
         if known == name:
-            tensors[name] = x.detach().contiguous().cpu().clone()
+            tensors[name] = x
         else:
             same[name] = known
     example, spec = _spell_inputs(facts.example)
@@ -46,15 +43,12 @@ def save(teacher: Teacher, path: str | os.PathLike[str]) -> None:
         "same": same,
         "student": _structure(teacher._student),
     }
-    header["hash"] = _hash(header["student"])
-    target = Path(path)
-    fresh = target.with_name(target.name + ".tmp")
-    save_file({**tensors, **example}, fresh, {"gpdfx": json.dumps(header)})
-    os.replace(fresh, target)
+    header["hash"] = files.hash_json(header["student"])
+    files.write_tensors(path, files.cpu_copies(tensors | example), {"gpdfx": json.dumps(header)})
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: AsPath,
     student: nn.Module,
     *,
     example_inputs: tuple[Any, ...] | None = None,
@@ -73,11 +67,9 @@ def load(
     Raises:
         InputError: not such a file, or one of another architecture: the first difference.
     """
-    header = _header(path)
+    header, stored = _read(path)
     _check_structure(header["student"], _structure(student))
     options = dict(header["recipe"])
-    with safe_open(str(path), "pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     inputs = _read_inputs(header["inputs"], stored)
     if example_inputs is not None or example_kwargs is not None:
         inputs = (tuple(example_inputs or ()), dict(example_kwargs or {}))
@@ -105,20 +97,22 @@ def load(
     return teacher
 
 
-def _header(path: str | os.PathLike[str]) -> dict[str, Any]:
+def _read(path: AsPath) -> tuple[dict[str, Any], Tensors]:
+    """Header and tensors of a file that ``save`` wrote."""
     try:
-        with safe_open(str(path), "pt") as file:
-            text = (file.metadata() or {}).get("gpdfx", "{}")
-        header: dict[str, Any] = json.loads(text)
+        tensors, metadata = files.read_tensors(path)
+        header: dict[str, Any] = json.loads(metadata.get("gpdfx", "{}"))
     except FileNotFoundError:
         raise InputError(f"there is no file {path}", remedy="pass what gpdfx.save wrote") from None
     except Exception as error:  # truncated, corrupt or of another kind
         raise InputError(
             f"{path} is not a safetensors file: {error}", remedy="pass what gpdfx.save wrote"
         ) from error
-    if header.get("format") != FORMAT or header.get("hash") != _hash(header.get("student")):
+    if header.get("format") != FORMAT or header.get("hash") != files.hash_json(
+        header.get("student")
+    ):
         raise InputError(f"{path} holds no teacher", remedy="pass what gpdfx.save wrote")
-    return header
+    return header, tensors
 
 
 def version() -> str:
@@ -151,20 +145,13 @@ def _structure(student: nn.Module) -> dict[str, Any]:
     }
 
 
-def _hash(structure: Any) -> str:
-    return hashlib.sha256(json.dumps(structure, sort_keys=True).encode()).hexdigest()
-
-
 def _check_structure(saved: dict[str, Any], given: dict[str, Any]) -> None:
-    if _hash(saved) == _hash(given):
+    if files.hash_json(saved) == files.hash_json(given):
         return
     difference = f"a {given['class']}, the file's a {saved['class']}"
-    one, other = saved["tensors"], given["tensors"]
-    for name in dict.fromkeys((*one, *other)):
-        if one.get(name) != other.get(name):
-            mine, theirs = (x.get(name, "absent") for x in (other, one))
-            difference = f"{name} is {mine}, in the file {theirs}"
-            break
+    if tensor := files.first_difference(saved["tensors"], given["tensors"], absent="absent"):
+        name, theirs, mine = tensor
+        difference = f"{name} is {mine}, in the file {theirs}"
     raise InputError(
         f"the student is of another architecture: {difference}",
         remedy="pass a module of the class and sizes that the teacher was made from",
@@ -175,14 +162,14 @@ def _check_structure(saved: dict[str, Any], given: dict[str, Any]) -> None:
 _EXAMPLE = "example_input."
 
 
-def _spell_inputs(inputs: Any) -> tuple[dict[str, Tensor], Any]:
+def _spell_inputs(inputs: Any) -> tuple[Tensors, Any]:
     """The tensors of an example call, and its structure as JSON; none if that does not hold it."""
-    tensors: dict[str, Tensor] = {}
+    tensors: Tensors = {}
 
     def spelled(x: Any) -> Any:
         if isinstance(x, Tensor):
             name = f"{_EXAMPLE}{len(tensors)}"
-            tensors[name] = x.detach().contiguous().cpu().clone()
+            tensors[name] = x
             return {"tensor": name}
         if type(x) in (tuple, list):
             return {type(x).__name__: [spelled(y) for y in x]}
@@ -198,7 +185,7 @@ def _spell_inputs(inputs: Any) -> tuple[dict[str, Tensor], Any]:
         return {}, None
 
 
-def _read_inputs(spelled: Any, tensors: dict[str, Tensor]) -> Any:
+def _read_inputs(spelled: Any, tensors: Tensors) -> Any:
     if spelled is None:
         return None
     ((kind, x),) = spelled.items()

@@ -18,14 +18,16 @@ from gpdfx.cli.app import main
 from gpdfx.distill import streams
 from gpdfx.train import log, run, runner
 from gpdfx.train import state as states
-from gpdfx.train import step as steps
+from gpdfx.train.networks import SavedBuffers, make_net
+from gpdfx.train.ranks import Ranks
 from gpdfx.train.recipes import with_changes
+from gpdfx.train.step import Stepper
 
 from .small_networks import tiny
 from .test_gpd import make
 from .test_train import TINY, command, config, go
 
-CPU = steps.Place(torch.device("cpu"))
+CPU = Ranks(torch.device("cpu"))
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 on_gpu = lambda test: GPU[0](GPU[1](test))  # noqa: E731
 X, Y = torch.randn(8, 1, 8, 8), torch.arange(8)
@@ -49,18 +51,18 @@ class Counted:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     torch._dynamo.reset()
     counted = Counted()
-    monkeypatch.setattr(runner, "compiled", counted)
+    monkeypatch.setattr(runner, "compile_network", counted)
     return counted
 
 
-def stepper(place: steps.Place = CPU, **changes: Any) -> steps.Stepper:
+def stepper(ranks: Ranks = CPU, **changes: Any) -> Stepper:
     torch.manual_seed(0)
     chosen = config(Path("none"), **changes)
-    net = steps.make_net(chosen, tiny(10, 1), None, torch.randn(2, 1, 8, 8), verify=False)
-    return steps.Stepper(net.to(place.device).train(), chosen, place, 5)
+    net = make_net(chosen, tiny(10, 1), None, torch.randn(2, 1, 8, 8), verify=False)
+    return Stepper(net.to(ranks.device).train(), chosen, ranks, 5)
 
 
-def same_state(one: steps.Stepper, other: steps.Stepper, **tolerance: float) -> None:
+def same_state(one: Stepper, other: Stepper, **tolerance: float) -> None:
     a, b = (states.flatten_module(s.net) for s in (one, other))
     for name, x in a.items():
         torch.testing.assert_close(x, b[name], msg=name, **tolerance)
@@ -70,7 +72,7 @@ def same_state(one: steps.Stepper, other: steps.Stepper, **tolerance: float) -> 
 @pytest.mark.parametrize("plain", [False, True])
 def test_compiled_steps_are_the_eager_ones(counted: Counted, plain: bool) -> None:
     """A short batch and a skipped one in between; epochs do not compile again."""
-    eager, fast = (stepper(compile=way, plain=plain) for way in ("none", "default"))
+    eager, fast = (stepper(compile=mode, plain=plain) for mode in ("none", "default"))
     for at in range(12):
         x, y = (X[:3], Y[:3]) if at == 2 else (X, Y)
         x = x / 0 if at == 4 else x
@@ -98,31 +100,31 @@ def test_the_soft_targets_first_epoch_compiles_once_more(counted: Counted) -> No
 @contextlib.contextmanager
 def stopping(monkeypatch: pytest.MonkeyPatch, steps: int) -> Iterator[None]:
     """A run is stopped in its next step."""
-    advance, left = log.Watch.advance, [None] * steps
+    end_step, left = log.RunLog.end_step, [None] * steps
 
-    def interrupted(self: log.Watch, values: Any) -> None:
+    def interrupted(self: log.RunLog, values: Any) -> None:
         if not left:
             raise KeyboardInterrupt
         left.pop()
-        advance(self, values)
+        end_step(self, values)
 
     with monkeypatch.context() as patched:
-        patched.setattr(log.Watch, "advance", interrupted)
+        patched.setattr(log.RunLog, "end_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             yield
 
 
 @pytest.mark.slow
-def test_a_compiled_run_may_stop_and_change_its_way(
+def test_a_compiled_run_may_stop_and_change_its_mode(
     tmp_path: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: dict[str, Any] = {"branches": None, "compile": "default"}
     go(tmp_path / "whole", **changes)
     assert counted.graphs == 1
-    for name, way in (("killed", "default"), ("changed", "none")):
+    for name, mode in (("killed", "default"), ("changed", "none")):
         with stopping(monkeypatch, steps=3):
             go(tmp_path / name, checkpoint_every=1, **changes)
-        go(tmp_path / name, **(changes | {"compile": way}))
+        go(tmp_path / name, **(changes | {"compile": mode}))
     whole, killed, changed = (
         load_file(tmp_path / name / run.STUDENT) for name in ("whole", "killed", "changed")
     )
@@ -136,7 +138,9 @@ def test_a_compilers_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> N
         raise ValueError("no compiler here")
 
     monkeypatch.setattr(
-        runner, "compiled", lambda net, mode: torch.compile(net, backend=backend, dynamic=False)
+        runner,
+        "compile_network",
+        lambda net, mode: torch.compile(net, backend=backend, dynamic=False),
     )
     torch._dynamo.reset()
     with pytest.raises(gpdfx.InputError, match=r"no compiler here(.|\n)*without --compile"):
@@ -181,12 +185,12 @@ def test_a_graph_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "cuda_graph needs a GPU" in said
     assert "--compile works on CPUs" in said
     assert not out.exists()
-    several = steps.Place(torch.device("cuda"), 0, 2)
+    several = Ranks(torch.device("cuda"), 0, 2)
     with pytest.raises(gpdfx.InputError, match="one process"):
-        runner.check_way(config(out, cuda_graph=True), several)
+        runner.check_execution(config(out, cuda_graph=True), several)
 
 
-def test_ways_that_there_are_not(tmp_path: Path) -> None:
+def test_modes_that_there_are_not(tmp_path: Path) -> None:
     with pytest.raises(gpdfx.InputError, match="max-autotune-no-cudagraphs"):
         config(tmp_path, compile="max-autotune", cuda_graph=True)
     with pytest.raises(gpdfx.InputError, match="compile is 'fast'"):
@@ -198,7 +202,7 @@ class Replayed:
     """Stands in for a CUDA graph where there is no GPU: a replay computes again, into the tensors
     that the capture left."""
 
-    def __init__(self, one: runner.Captured) -> None:
+    def __init__(self, one: runner.GraphRunner) -> None:
         self.one, self.replays = one, 0
 
     def replay(self) -> None:
@@ -217,7 +221,7 @@ class Replayed:
 
 
 @contextlib.contextmanager
-def no_gpu(monkeypatch: pytest.MonkeyPatch, one: runner.Captured) -> Iterator[None]:
+def no_gpu(monkeypatch: pytest.MonkeyPatch, one: runner.GraphRunner) -> Iterator[None]:
     """A capture runs what it records, which a GPU does not: buffers are put back."""
 
     class Stream:
@@ -229,8 +233,10 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, one: runner.Captured) -> Iterator[No
 
     @contextlib.contextmanager
     def graph(graph: Any, **_: Any) -> Any:
-        with runner.buffers_kept(one.net), torch.random.fork_rng([]):
+        buffers = SavedBuffers(one.net)
+        with torch.random.fork_rng([]):
             yield
+        buffers.restore()
 
     def on(given: dict[str, Any]) -> dict[str, bool]:
         return {"enabled": given.get("enabled", True)}
@@ -250,7 +256,7 @@ def test_a_graphs_bookkeeping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything about captured steps but the capture: a short batch, one that is not finite, the
     epoch in which the loss changes, statistics and randomness after the warm-up."""
     eager, fast = stepper(start_epoch=1), stepper(start_epoch=1)
-    captured = runner.Captured(fast.net, fast.config, fast.place, fast.scaler)
+    captured = runner.GraphRunner(fast.net, fast.config, fast.ranks, fast.scaler)
     fast.run = captured
     graphs = []
     with no_gpu(monkeypatch, captured):
@@ -275,10 +281,10 @@ def test_a_graphs_bookkeeping(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["gpd", "bf16", "fp16", "plain", "compiled"],
 )
 def test_captured_steps_are_the_eager_ones(changes: dict[str, Any]) -> None:
-    place = steps.Place(torch.device("cuda", 0))
+    ranks = Ranks(torch.device("cuda", 0))
     torch.backends.cudnn.deterministic = True
-    eager = stepper(place, **{**changes, "compile": "none"})
-    fast = stepper(place, cuda_graph=True, **changes)
+    eager = stepper(ranks, **{**changes, "compile": "none"})
+    fast = stepper(ranks, cuda_graph=True, **changes)
     x, y = X.cuda(), Y.cuda()
     for at in range(8):
         chosen = (x[:3], y[:3]) if at == 4 else (x + at, y.roll(at))
@@ -292,10 +298,10 @@ def test_captured_steps_are_the_eager_ones(changes: dict[str, Any]) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("way", [{"cuda_graph": True}, {"compile": "max-autotune"}])
-def test_a_run_on_a_gpu(tmp_path: Path, way: dict[str, Any]) -> None:
+@pytest.mark.parametrize("execution", [{"cuda_graph": True}, {"compile": "max-autotune"}])
+def test_a_run_on_a_gpu(tmp_path: Path, execution: dict[str, Any]) -> None:
     recipe = with_changes(TINY, epochs=1)
-    for name, chosen in (("eager", {}), ("fast", way)):
+    for name, chosen in (("eager", {}), ("fast", execution)):
         changes = {"device": "cuda", "student": "tests.small_networks:Smooth", "recipe": recipe}
         go(tmp_path / name, **changes, **chosen)
     one, other = (load_file(tmp_path / name / run.STUDENT) for name in ("eager", "fast"))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,14 +21,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gpdfx
-from gpdfx import models
+from gpdfx import files, models
 from gpdfx.cli.app import main
-from gpdfx.train import log, run
+from gpdfx.cli.commands import field_words
+from gpdfx.data.datasets import SOURCES
+from gpdfx.train import log, networks, run
 from gpdfx.train import state as states
-from gpdfx.train import step as steps
-from gpdfx.train.config import TrainConfig, read_config
-from gpdfx.train.export import evaluate, export
+from gpdfx.train.config import Compile, TrainConfig, read_config
+from gpdfx.train.evaluate import evaluate
+from gpdfx.train.export import export
+from gpdfx.train.ranks import Ranks
 from gpdfx.train.recipes import RECIPES, TrainingRecipe, with_changes
+from gpdfx.train.step import Stepper
 
 from . import small_networks
 from .small_networks import tiny
@@ -227,7 +231,7 @@ def test_a_stopped_run_ends_bit_for_bit_like_another(
     recipe = with_changes(TINY, optimizer="adamw" if changes else "sgd", lr=0.01, mixup=0.4)
     changes = changes | {"recipe": recipe}
     go(tmp_path / "whole", **changes)
-    advance = log.Watch.advance
+    end_step = log.RunLog.end_step
     for stop in (1, 4, 5):  # nothing but the first checkpoint; amid an epoch; at its last step
         count = 0
 
@@ -236,10 +240,10 @@ def test_a_stopped_run_ends_bit_for_bit_like_another(
             count += 1
             if count > stop:
                 raise KeyboardInterrupt
-            advance(self, values)
+            end_step(self, values)
 
         with monkeypatch.context() as patched:
-            patched.setattr(log.Watch, "advance", interrupted)
+            patched.setattr(log.RunLog, "end_step", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 go(tmp_path / "parts", checkpoint_every=2, **changes)
     go(tmp_path / "parts", checkpoint_every=2, workers=0, patience=7, **changes)
@@ -318,8 +322,8 @@ def test_every_damage_is_noticed(tmp_path: Path) -> None:
 
 def test_an_error_leaves_the_file(tmp_path: Path) -> None:
     file = tmp_path / "file"
-    states.write_text(file, "before")
-    with pytest.raises(ZeroDivisionError), states.Replacing(file) as fresh:
+    files.write_text(file, "before")
+    with pytest.raises(ZeroDivisionError), files.replacing(file) as fresh:
         fresh.write_text(str(1 / 0))
     with pytest.raises(TypeError):
         states.write_state(file, {}, {"epoch": object()})
@@ -391,11 +395,11 @@ def test_another_network_under_the_same_name_is_refused(
 
 
 # --------------------------------------------------------------------------- losses that are not
-def stepper(tmp_path: Path, **changes: Any) -> steps.Stepper:
+def stepper(tmp_path: Path, **changes: Any) -> Stepper:
     torch.manual_seed(0)
     chosen = config(tmp_path / "none", **changes)
-    net = steps.make_net(chosen, tiny(10, 1), None, torch.randn(2, 1, 8, 8), verify=False)
-    return steps.Stepper(net.train(), chosen, steps.Place(torch.device("cpu")), 5)
+    net = networks.make_net(chosen, tiny(10, 1), None, torch.randn(2, 1, 8, 8), verify=False)
+    return Stepper(net.train(), chosen, Ranks(torch.device("cpu")), 5)
 
 
 @pytest.mark.parametrize("what", ["input", "gradient"])
@@ -436,7 +440,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
         calls = iter(range(10**6))  # two of a step: teacher and student
         return lambda out, y: F.cross_entropy(out, y) * (torch.nan if next(calls) > 14 else 1)
 
-    monkeypatch.setattr(steps, "make_criterion", poisoned)
+    monkeypatch.setattr(networks, "make_criterion", poisoned)
     out = tmp_path / "run"
     assert main(command(out, "--patience", "3", "--checkpoint-every", "1")) == 1
     error = capsys.readouterr().err
@@ -559,3 +563,9 @@ def test_every_setting_has_an_option(capsys: pytest.CaptureFixture[str]) -> None
     for field in fields:
         name = field.name if field.name != "verify" else "no_verify"
         assert f"--{name.replace('_', '-')}" in text
+    words = field_words(TrainConfig)
+    assert words["data"] == ", ".join(SOURCES)
+    assert words["compile"].endswith(", ".join(get_args(Compile)[2:]))
+    assert words.keys() | {"ratio", "branches", "recipe", "verify"} == {
+        field.name for field in dataclasses.fields(TrainConfig)
+    }

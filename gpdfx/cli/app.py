@@ -14,12 +14,12 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from ..branches.sets import SETS
 from ..compiler import expand
 from ..errors import GpdfxError
 from ..models import load
@@ -27,7 +27,8 @@ from ..passes.capture.limits import LEVELS
 from ..report.explain import explain
 from ..report.picture import graph
 from ..teacher.module import Teacher
-from .commands import add_training, branches, ratio, ratios
+from .commands import add_training
+from .options import add_branches, add_command, add_ratio, ratios
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,27 +59,19 @@ def _parser() -> argparse.ArgumentParser:
     add_training(commands)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("model", help="timm:NAME, torchvision:NAME or package.module:CALLABLE")
-    text = "width (default 2), of everything or of what matches a pattern; repeat, the last counts"
-    common.add_argument(
-        "--ratio", type=ratio, action="append", metavar="[PATTERN=]NUMBER", help=text
-    )
+    add_ratio(common, "default 2")
     text = "modules or parameters that stay at the student's size"
     common.add_argument(
         "--keep", nargs="+", action="extend", default=[], metavar="PATTERN", help=text
     )
     text = "make widened axes multiples of this"
     common.add_argument("--round-to", type=int, default=1, metavar="NUMBER", help=text)
-    text = f"auto (default), none, {', '.join(SETS)}; of everything or of what matches a pattern"
-    common.add_argument(
-        "--branches", type=branches, action="append", metavar="[PATTERN=]SET", help=text
-    )
+    add_branches(common)
     common.add_argument("--size", type=int, help="height and width of the example image")
     common.add_argument("--json", action="store_true", help="print JSON")
 
     def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text, parents=[common])
-        command.set_defaults(run=run)
-        return command
+        return add_command(commands, name, run, text, parents=[common])
 
     command = add("expand", _expand, "expand a network, check it, print the report")
     command.add_argument("--no-verify", action="store_true", help="skip the equality check")
@@ -122,22 +115,16 @@ def _graph(options: argparse.Namespace) -> tuple[str, Any]:
     return f"wrote {options.out}", {"out": options.out}
 
 
-@contextlib.contextmanager
-def _working(text: str) -> Iterator[None]:
+def _working(text: str) -> AbstractContextManager[Any]:
     """A spinner on stderr while something takes its time; a line where there is no terminal."""
-    try:
+    with contextlib.suppress(ImportError):
         from rich.console import Console
-    except ImportError:
-        print(f"{text} ...", file=sys.stderr)
-        yield
-        return
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status(text):
-            yield
-    else:
-        print(f"{text} ...", file=sys.stderr)
-        yield
+
+        console = Console(stderr=True)
+        if console.is_terminal:
+            return console.status(text)
+    print(f"{text} ...", file=sys.stderr)
+    return contextlib.nullcontext()
 
 
 if __name__ == "__main__":

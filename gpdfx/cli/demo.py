@@ -1,4 +1,4 @@
-"""``python -m gpdfx.demo``: train a student with its dynamic teacher, collapse, look at reports.
+"""``python -m gpdfx.cli.demo``: train a student with its dynamic teacher, collapse, read reports.
 
 Handwritten digits that ship with scikit-learn, random weights, no download, under three minutes.
 """

@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
+from ..data.datasets import load_data
+from ..data.splits import Data
 from ..errors import InputError
 from ..models import DEFAULTS
 from .recipes import RECIPES, TrainingRecipe
-from .runner import COMPILE, OWN_GRAPHS
 from .state import as_json
 
-AMP = ("none", "bf16", "fp16")
+Amp = Literal["none", "bf16", "fp16"]
+Device = Literal["auto", "cpu", "cuda"]
+Compile = Literal[
+    "none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+]
+OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # on GPUs they make CUDA graphs themselves
 # What a run that is continued may change: where, how fast and how carefully, not what.
-FREE = (
+CHANGEABLE = (
     *("out", "device", "compile", "cuda_graph", "workers", "checkpoint_every", "patience"),
     *("verify", "time_steps"),
 )
@@ -26,28 +32,41 @@ class TrainConfig:
     """A run of ``gpdfx.train``. Networks are named as in ``gpdfx.models``, data as in
     ``gpdfx.data``.
 
-    Fields:
-        student, weights: the network, and a file with its ``state_dict`` to begin with (from
-            scratch if none). Data in memory have a student of their own.
-        static_teacher, static_weights: a trained network to distil from as well.
-        data, labels, noise, size: the source, and see ``gpdfx.data.load_data``.
-        plain: train the student alone (with the static teacher, if there is one): a baseline.
-        ratio, branches, shares, extract: see ``gpdfx.expand``.
-        unshared, teacher_weight, start_epoch: see ``gpdfx.gpd.GPD``.
-        gap_temperature, gap_smoothing: of the dynamic teacher's soft target.
-        recipe: all numbers of the training; the source's own, or else ``"resnet18"``.
-        amp: ``"none"``, ``"bf16"`` or ``"fp16"``, the type of autocast.
-        out: the folder of the run.
-        seed: of weights, data, order and all else.
-        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        compile: ``"none"``, or a mode of ``torch.compile`` for forward and backward.
-        cuda_graph: run forward and backward as one captured CUDA graph.
-        workers: processes that load data.
-        checkpoint_every: steps; 0: at the end of every epoch only.
-        patience: steps in a row without a finite loss after which training stops.
-        verify: check the expanded teacher (see ``gpdfx.expand``).
-        time_steps: steps of the plain student, interleaved, to compare the time of a step with;
-            0: none.
+    For ``ratio``, ``branches``, ``shares`` and ``extract`` see ``gpdfx.expand``, for ``unshared``,
+    ``teacher_weight`` and ``start_epoch`` ``gpdfx.GPD``, for ``labels``, ``noise`` and ``size``
+    ``gpdfx.data.load_data``. ``recipe`` is all numbers of the training: the source's own, or else
+    ``"resnet18"``. ``verify`` checks the expanded teacher. ``time_steps`` of the plain student are
+    interleaved, to compare the time of a step with.
+
+    Fields, as ``gpdfx train --help`` tells them:
+        student: timm:NAME, torchvision:NAME or package.module:CALLABLE; digits and mnist1d have
+            one of their own
+        weights: fine-tune these: a state_dict as safetensors, or of torch.save
+        static_teacher: a trained network to distil from as well
+        static_weights: its weights
+        data: digits, mnist1d, cifar10:PATH, imagefolder:PATH
+        labels: keep this many training samples of a class
+        noise: the part of the training labels to make wrong
+        size: height and width of the images of imagefolder
+        plain: train the student alone, as a baseline
+        shares: of the copies of a weight
+        extract: the student out of the copies
+        unshared: parameters that student and teacher have each for itself
+        gap_temperature: of the dynamic teacher's soft target
+        gap_smoothing: of the dynamic teacher's soft target
+        teacher_weight: of the dynamic teacher's own losses
+        start_epoch: the first epoch with the dynamic teacher's target
+        out: its folder; one that holds this run is gone on with
+        seed: of all randomness
+        amp: the type of autocast
+        device: where to train
+        compile: torch.compile forward and backward; MODE: default (if left out), reduce-overhead,
+            max-autotune, max-autotune-no-cudagraphs
+        cuda_graph: forward and backward as one CUDA graph
+        workers: processes that load data
+        checkpoint_every: steps; 0: every epoch alone
+        patience: bad steps in a row after which training stops
+        time_steps: steps to time against the plain student's
     """
 
     student: str = ""
@@ -61,19 +80,19 @@ class TrainConfig:
     plain: bool = False
     ratio: float | Mapping[str, float] = 2.0
     branches: str | Mapping[str, str | None] | None = "auto"
-    shares: str = "random"
-    extract: str = "first"
+    shares: Literal["random", "uniform"] = "random"
+    extract: Literal["first", "mean"] = "first"
     unshared: tuple[str, ...] = ()
     gap_temperature: float = 1.0
     gap_smoothing: float = 0.1
     teacher_weight: float = 1.0
     start_epoch: int = 0
     recipe: TrainingRecipe | None = None
-    amp: str = "none"
+    amp: Amp = "none"
     out: str = "run"
     seed: int = 0
-    device: str = "auto"
-    compile: str = "none"
+    device: Device = "auto"
+    compile: Compile = "none"
     cuda_graph: bool = False
     workers: int = 0
     checkpoint_every: int = 0
@@ -86,51 +105,44 @@ class TrainConfig:
         object.__setattr__(self, "out", str(self.out))
         object.__setattr__(self, "unshared", tuple(self.unshared))
         object.__setattr__(self, "student", self.student or DEFAULTS.get(kind, ""))
-        if self.recipe is None:
-            object.__setattr__(self, "recipe", default_recipe(self.data))
-        kd = self.numbers.kd
-        for wrong, message, remedy in (
-            (not self.student, f"{self.data} has no student of its own", "name one: timm:resnet18"),
-            (self.amp not in AMP, f"amp is {self.amp!r}", f"pass one of {', '.join(AMP)}"),
-            (
-                self.device not in ("auto", "cpu", "cuda"),
-                f"device is {self.device!r}",
-                "pass auto, cpu or cuda",
-            ),
-            (
-                self.compile not in COMPILE,
-                f"compile is {self.compile!r}",
-                f"pass one of {', '.join(COMPILE)}",
-            ),
-            (
-                self.cuda_graph and self.compile in OWN_GRAPHS,
-                f"compile={self.compile!r} makes CUDA graphs of its own",
-                "leave out cuda_graph, or pass compile='max-autotune-no-cudagraphs'",
-            ),
-            (
-                self.static_weights and not self.static_teacher,
-                "there are static weights, but no static teacher",
-                "name it: static_teacher='torchvision:resnet34'",
-            ),
-            (
-                self.static_teacher and kd == "reviewkd",
-                "training distils logits, and reviewkd is a loss of features",
-                "take kd='kd' or 'dkd', or write the loop with gpdfx.features.ReviewKD",
-            ),
-            (self.patience < 1, f"patience is {self.patience}", "pass at least 1"),
-            (
-                min(self.workers, self.checkpoint_every, self.time_steps) < 0,
-                "workers, checkpoint_every or time_steps is negative",
-                "pass numbers of at least 0",
-            ),
-            (
-                self.plain and self.unshared,
-                "a plain run shares nothing: unshared has no meaning",
-                "leave out plain or unshared",
-            ),
-        ):
-            if wrong:
-                raise InputError(message, remedy=remedy)
+        object.__setattr__(self, "recipe", self.recipe or default_recipe(self.data))
+        self._check()
+
+    def _check(self) -> None:
+        refuse(
+            not self.student, f"{self.data} has no student of its own", "name one: timm:resnet18"
+        )
+        for name, kind in (("amp", Amp), ("device", Device), ("compile", Compile)):
+            listed = "one of " + ", ".join(get_args(kind))
+            words = "auto, cpu or cuda" if name == "device" else listed
+            value = getattr(self, name)
+            refuse(value not in get_args(kind), f"{name} is {value!r}", f"pass {words}")
+        refuse(
+            self.cuda_graph and self.compile in OWN_GRAPHS,
+            f"compile={self.compile!r} makes CUDA graphs of its own",
+            "leave out cuda_graph, or pass compile='max-autotune-no-cudagraphs'",
+        )
+        refuse(
+            self.static_weights and not self.static_teacher,
+            "there are static weights, but no static teacher",
+            "name it: static_teacher='torchvision:resnet34'",
+        )
+        refuse(
+            self.static_teacher and self.numbers.kd == "reviewkd",
+            "training distils logits, and reviewkd is a loss of features",
+            "take kd='kd' or 'dkd', or write the loop with gpdfx.features.ReviewKD",
+        )
+        refuse(self.patience < 1, f"patience is {self.patience}", "pass at least 1")
+        refuse(
+            min(self.workers, self.checkpoint_every, self.time_steps) < 0,
+            "workers, checkpoint_every or time_steps is negative",
+            "pass numbers of at least 0",
+        )
+        refuse(
+            self.plain and self.unshared,
+            "a plain run shares nothing: unshared has no meaning",
+            "leave out plain or unshared",
+        )
 
     @property
     def numbers(self) -> TrainingRecipe:
@@ -140,7 +152,19 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """What a run that is continued must have in common with its beginning."""
-        return {k: v for k, v in as_json(self).items() if k not in FREE}
+        return {k: v for k, v in as_json(self).items() if k not in CHANGEABLE}
+
+    def open_data(self) -> Data:
+        """The data of the run."""
+        return load_data(
+            self.data, seed=self.seed, labels=self.labels, noise=self.noise, size=self.size
+        )
+
+
+def refuse(wrong: object, message: str, remedy: str) -> None:
+    """Raise ``InputError`` if something is wrong."""
+    if wrong:
+        raise InputError(message, remedy=remedy)
 
 
 def default_recipe(source: str) -> TrainingRecipe:

@@ -1,55 +1,102 @@
-"""How good networks are on a split of the data."""
+"""How good networks are on a split of the data, and those of a finished run on any data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .. import models, storage
 from ..data.loaders import eval_loader
 from ..data.splits import Split
 from ..distill.gpd import find_logits
 from ..errors import InputError
-from .step import Place
+from ..files import AsPath
+from ..teacher.module import Teacher
+from .config import TrainConfig, read_config
+from .networks import Net, check_logits, example_inputs
+from .ranks import Ranks, join
+from .state import STUDENT, SUMMARY, TEACHER
 
 
 @torch.no_grad()
 def accuracies(
-    split: Split,
-    networks: list[Callable[[Tensor], Any]],
-    batch_size: int,
-    place: Place,
-    workers: int = 0,
-) -> list[float]:
+    split: Split, networks: Mapping[str, nn.Module], config: TrainConfig, ranks: Ranks
+) -> dict[str, float]:
     """The fraction of right predictions of each network; all ranks share the work."""
-    right = torch.zeros(len(networks), dtype=torch.int64, device=place.device)
-    batches = eval_loader(split, batch_size, workers=workers, rank=place.rank, world=place.world)
-    for x, y in batches:
-        x, y = x.to(place.device), y.to(place.device)
-        for k, network in enumerate(networks):
-            right[k] += (find_logits(network(x)).argmax(1) == y).sum()
-    return [count / len(split) for count in place.add(right).tolist()]
+    right = torch.zeros(len(networks), dtype=torch.int64, device=ranks.device)
+    share = {"workers": config.workers, "rank": ranks.rank, "world": ranks.world}
+    with contextlib.ExitStack() as folded:
+        for network in networks.values():
+            if isinstance(network, Teacher):
+                folded.enter_context(network._folded_once())
+        for x, y in eval_loader(split, config.numbers.batch_size, **share):
+            x, y = x.to(ranks.device), y.to(ranks.device)
+            for k, network in enumerate(networks.values()):
+                right[k] += (find_logits(network(x)).argmax(1) == y).sum()
+    counts = ranks.sum(right).tolist()
+    return {name: count / len(split) for name, count in zip(networks, counts, strict=True)}
 
 
-@torch.no_grad()
-def check_logits(name: str, network: nn.Module, example: Tensor, classes: int) -> None:
-    """Raise ``InputError`` if a network does not take the data, or has other classes."""
-    mode = network.training
+def measure(net: Net, split: Split, config: TrainConfig, ranks: Ranks) -> dict[str, float]:
+    """Accuracies of the plain student and the dynamic teacher, and the gap."""
+    net.eval()
+    networks = {"student": net.collapse()}
+    if net.teacher is not None:
+        networks["teacher"] = net.teacher
+    measured = accuracies(split, networks, config, ranks)
+    net.train()
+    if net.teacher is not None:
+        measured["gap"] = measured["teacher"] - measured["student"]
+    return measured
+
+
+def load_run(folder: AsPath) -> tuple[TrainConfig, dict[str, Any], nn.Module]:
+    """Configuration, summary and plain student of a finished run.
+
+    Raises ``InputError`` if the folder holds none.
+    """
+    path = Path(folder) / SUMMARY
     try:
-        logits = find_logits(network.eval()(example))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        summary: dict[str, Any] = json.loads(path.read_text())
+        config = read_config(summary["config"])
+        classes, shape = int(summary["classes"]), tuple(summary["shape"])
+    except FileNotFoundError:
         raise InputError(
-            f"{name} does not run on inputs {tuple(example.shape)}: {error}",
-            remedy="name a network for inputs of this shape; one of your own may take num_classes "
-            "and in_chans",
+            f"{folder} holds no finished run: there is no {SUMMARY}",
+            remedy="give the folder of a run; gpdfx train with its settings finishes one",
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is no summary of a run: {error!r}", remedy="give the folder of a run"
         ) from error
-    finally:
-        network.train(mode)
-    if logits.shape != (len(example), classes):
-        raise InputError(
-            f"{name} gives {tuple(logits.shape)} for {len(example)} inputs of {classes} classes",
-            remedy=f"name a network with {classes} logits, or one whose constructor takes "
-            "num_classes",
-        )
+    student = models.load(config.student, classes=classes, shape=shape)
+    models.load_weights(student, Path(folder) / STUDENT)
+    return config, summary, student.eval()
+
+
+def evaluate(folder: AsPath, data: str | None = None, device: str = "auto") -> dict[str, Any]:
+    """Accuracies of the plain student, and of the dynamic teacher if the run has kept it, on the
+    run's data or on another source with the same classes.
+
+    Returns ``data``, ``validation`` and ``test``, the latter two by network.
+    """
+    config, _, student = load_run(folder)
+    splits = dataclasses.replace(config, data=data or config.data).open_data()
+    check_logits(config.student, student, example_inputs(splits, config.seed), splits.classes)
+    with join(device) as ranks:
+        networks = {"student": student.to(ranks.device)}
+        file = Path(folder) / TEACHER
+        if file.exists():
+            like = models.load(config.student, classes=splits.classes, shape=splits.shape)
+            networks["teacher"] = storage.load(file, like).eval().to(ranks.device)
+        measured: dict[str, Any] = {"data": splits.name}
+        for name, split in (("validation", splits.validation), ("test", splits.test)):
+            measured[name] = accuracies(split, networks, config, ranks)
+    return measured

@@ -7,19 +7,18 @@ terms, the validation accuracies ``student``, ``teacher`` and ``gap`` (teacher m
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .state import Replacing, write_text
+from ..files import replacing
 
 Row = Mapping[str, Any]
-SERIES = ("student", "teacher", "static")
 COLORS = {"student": "tab:blue", "teacher": "tab:orange", "static": "tab:gray"}
 NAMES = {"student": "student", "teacher": "dynamic teacher", "static": "static teacher"}
 
@@ -33,7 +32,7 @@ def check_installed() -> None:
         )
 
 
-class Watch:
+class RunLog:
     """Bars on a terminal, and else a line an epoch, on stderr; TensorBoard, if it is installed."""
 
     def __init__(
@@ -57,25 +56,20 @@ class Watch:
         self._steps = self._bars.add_task("steps", total=None, text="")
         self._bars.start()
         self._board: Any = None
-        if not board:
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)
+        if board:
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)
 
     def say(self, text: str) -> None:
         """A line about what is going on."""
-        if self._lines:
-            print(text, file=sys.stderr, flush=True)
-        else:
-            self._bars.print(text)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def begin_epoch(self, steps: int, done: int) -> None:
         self._bars.reset(self._steps, total=steps, completed=done)
 
-    def advance(self, values: Mapping[str, float] | None) -> None:
+    def end_step(self, values: Mapping[str, float] | None) -> None:
         """A step is done; ``None``: it was skipped."""
         text = "skipped: not finite" if values is None else f"loss {values['loss']:.3f}"
         self._bars.update(self._steps, advance=1, text=text)
@@ -84,11 +78,11 @@ class Watch:
         text = sentence(row)
         self._bars.update(self._epochs, advance=1, text=text)
         if self._lines:
-            print(f"epoch {row['epoch']}: loss {row['loss']:.3f}, {text}", file=sys.stderr)
+            self.say(f"epoch {row['epoch']}: loss {row['loss']:.3f}, {text}")
         if self._board is not None:
             for name, value in row.items():
                 if isinstance(value, float):
-                    group = "accuracy" if name in (*SERIES, "gap") else "training"
+                    group = "accuracy" if name in (*NAMES, "gap") else "training"
                     self._board.add_scalar(f"{group}/{name}", value, row["epoch"])
             self._board.flush()
 
@@ -110,65 +104,54 @@ def sentence(row: Row) -> str:
 def write_log(path: Path, history: Sequence[Row]) -> None:
     """The history as CSV."""
     names = list(dict.fromkeys(name for row in history for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write_text(path, text.getvalue())
+    with replacing(path) as fresh, fresh.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
 
 
 def draw(path: Path, history: Sequence[Row], static: float | None, title: str) -> None:
     """Validation accuracies of student and teachers over epochs, and the gap below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    gap = any("gap" in row for row in history)
+    gap = "gap" in history[0]
     figure = Figure(figsize=(7, 5.5 if gap else 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(
-        1 + gap, 1, sharex=True, squeeze=False, height_ratios=(3, 1)[: 1 + gap]
-    )
-    top, last = panels[0, 0], panels[-1, 0]
+    heights = (3, 1) if gap else (3,)
+    panels = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)
     epochs = [row["epoch"] for row in history]
-    style: dict[str, Any] = {"marker": "o" if len(epochs) < 3 else None}
-    for name in ("teacher", "student"):
-        if any(name in row for row in history):
-            values = [100 * row[name] for row in history]
-            top.plot(epochs, values, color=COLORS[name], label=NAMES[name], **style)
+
+    def plot(panel: Any, name: str, color: str, label: str | None = None) -> None:
+        marker = "o" if len(epochs) < 3 else None
+        values = [100 * row[name] for row in history]
+        panel.plot(epochs, values, color=color, label=label, marker=marker)
+
+    top, last = panels[0, 0], panels[-1, 0]
+    for name in ("teacher", "student") if gap else ("student",):
+        plot(top, name, COLORS[name], NAMES[name])
     if static is not None:
         top.axhline(100 * static, ls="--", color=COLORS["static"], label=NAMES["static"])
     top.set(ylabel="validation accuracy (%)", title=title)
     top.legend()
     if gap:
-        last.plot(epochs, [100 * row["gap"] for row in history], color="tab:green", **style)
+        plot(last, "gap", "tab:green")
         last.axhline(0, lw=0.8, color="black")
         last.set_ylabel("gap (points)")
     last.set_xlabel("epoch")
-    for one in {top, last}:
-        one.grid(alpha=0.3)
-        one.xaxis.set_major_locator(MaxNLocator(integer=True))
-    with Replacing(path) as fresh:
+    for panel in panels.flat:
+        panel.grid(alpha=0.3)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    with replacing(path) as fresh:
         figure.savefig(fresh, format="png", dpi=120)
 
 
 # --------------------------------------------------------------------------- tables
 def table(summary: Mapping[str, Any]) -> str:
     """A run's summary (see ``gpdfx.train.train``) as a table."""
-    from rich.table import Table
-
-    best = summary["validation"]["best"]
-    rows = Table("", "parameters", "validation", "test", title=summary["title"])
-    for column in rows.columns[1:]:
-        column.justify = "right"
-    for name in SERIES:
-        if name in summary["test"]:
-            validation, test = summary["validation"][name], summary["test"][name]
-            count = f"{summary['parameters'][name]:,}"
-            rows.add_row(NAMES[name], count, f"{validation:.2%}", f"{test:.2%}")
-    lines = [_render(rows)]
+    best, time = summary["validation"]["best"], summary["step_time"]
+    columns = {part: summary[part] for part in ("parameters", "validation", "test")}
+    lines = [_table(summary["title"], columns, justify="right")]
     lines.append(f"best student on validation: {best['student']:.2%}, epoch {best['epoch']}")
-    time = summary["step_time"]
     if time:
         lines.append(
             f"a step took {1e3 * time['step']:.1f} ms, {time['ratio']:.2f} times a step of the "
@@ -180,21 +163,23 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def accuracies(result: Mapping[str, Any]) -> str:
-    """What ``gpdfx eval`` found, as a table."""
-    from rich.table import Table
-
-    rows = Table("", "validation", "test", title=f"accuracy on {result['data']}")
-    for name in SERIES:
-        if name in result["test"]:
-            cells = (f"{result[part][name]:.2%}" for part in ("validation", "test"))
-            rows.add_row(NAMES[name], *cells)
-    return _render(rows)
+def accuracy_table(measured: Mapping[str, Any]) -> str:
+    """What ``gpdfx eval`` measured, as a table."""
+    columns = {part: measured[part] for part in ("validation", "test")}
+    return _table(f"accuracy on {measured['data']}", columns, justify="left")
 
 
-def _render(rows: Any) -> str:
+def _table(title: str, columns: Mapping[str, Row], justify: Any) -> str:
+    """Networks by columns: accuracies as percentages, and counts."""
     from rich.console import Console
+    from rich.table import Column, Table
 
+    rows = Table("", *(Column(name, justify=justify) for name in columns), title=title)
+    for name in NAMES:
+        if name in columns["test"]:
+            values = [column[name] for column in columns.values()]
+            cells = (f"{x:,}" if isinstance(x, int) else f"{x:.2%}" for x in values)
+            rows.add_row(NAMES[name], *cells)
     text = io.StringIO()
     Console(file=text, width=100, highlight=False).print(rows)
     return text.getvalue().rstrip()

@@ -13,68 +13,113 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, near
 
-CHOICES = {
-    "optimizer": ("sgd", "adamw"),
-    "schedule": ("cosine", "step"),
-    "kd": ("none", "kd", "dkd", "reviewkd"),
-}
+
+# --------------------------------------------------------------------------- what values there are
+class Domain(NamedTuple):
+    """The values that a field takes, and the words for them."""
+
+    holds: Callable[[Any], bool]
+    words: str
 
 
+def _whole(low: int) -> Domain:
+    return Domain(lambda v: type(v) is int and v >= low, f"a whole number of at least {low}")
+
+
+def _number(low: float, high: float = math.inf, *, above: bool = False) -> Domain:
+    def holds(v: Any) -> bool:
+        fits = type(v) in (int, float) and math.isfinite(v) and low <= v <= high
+        return fits and not (above and v == low)
+
+    upper = f" and at most {high:g}" if high < math.inf else ""
+    return Domain(holds, f"a number {'above' if above else 'of at least'} {low:g}{upper}")
+
+
+def _or_none(domain: Domain) -> Domain:
+    return Domain(lambda v: v is None or domain.holds(v), f"None or {domain.words}")
+
+
+def _ascend(v: Any) -> bool:
+    whole = isinstance(v, tuple) and all(type(m) is int and m > 0 for m in v)
+    return whole and list(v) == sorted(set(v))
+
+
+_POSITIVE = _number(0, above=True)
+Positive = Annotated[float, _POSITIVE]
+NotNegative = Annotated[float, _number(0)]
+Fraction = Annotated[float, _number(0, 1)]
+
+
+def _domain(kind: Any) -> Domain:
+    """Of a field's type."""
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return Domain(lambda v: v in choices, f"one of {', '.join(choices)}")
+    domain: Domain = kind.__metadata__[0]
+    return domain
+
+
+# --------------------------------------------------------------------------- the recipe
 @dataclass(frozen=True)
 class TrainingRecipe:
     """All numbers of a run. ``lr``, ``warmup_epochs`` and ``milestones`` count in epochs.
 
-    Fields:
-        batch_size: of all processes together.
-        optimizer: ``"sgd"`` (with ``momentum``) or ``"adamw"``.
-        lr: the highest learning rate.
-        schedule: ``"cosine"`` to 0, or ``"step"``: times ``gamma`` at each of ``milestones``.
-        warmup_epochs: linear, from 0; part of ``epochs``.
-        label_smoothing: of the task's cross entropy.
-        mixup, cutmix: alphas, 0 for off (see ``gpdfx.data.loaders.mix``).
-        clip: largest norm of the gradient, or ``None``.
-        kd: the loss against a static teacher, if there is one: ``"none"``, ``"kd"`` (Hinton et al.
-            2015), ``"dkd"`` (Zhao et al. 2022) or ``"reviewkd"`` (Chen et al. 2021).
-        kd_alpha, kd_beta, temperature: of that loss; ``kd_beta`` is DKD's alone.
-        lam: weight of the student's cross entropy with the dynamic teacher (arXiv 2410.04140,
-            section 3.4).
+    ``schedule`` ``"cosine"`` falls to 0, ``"step"`` is times ``gamma`` at each of ``milestones``.
+    ``kd``: Hinton et al. 2015, ``dkd``: Zhao et al. 2022, ``reviewkd``: Chen et al. 2021; ``lam``:
+    arXiv 2410.04140, section 3.4; ``mixup``, ``cutmix``: see ``gpdfx.data.loaders.mix``.
+
+    Fields, as ``gpdfx train --help`` tells them:
+        batch_size: of all processes together
+        lr: the highest learning rate
+        momentum: of SGD
+        milestones: epochs of schedule step
+        gamma: factor of schedule step
+        warmup_epochs: linear, part of the epochs
+        mixup: alpha; 0: off
+        cutmix: alpha; 0: off
+        clip: largest norm of the gradient, or none
+        kd: loss against the static teacher
+        kd_alpha: weight of kd, or dkd's alpha
+        kd_beta: dkd's beta
+        temperature: of kd
+        lam: weight of the dynamic teacher's soft target
     """
 
-    epochs: int
-    batch_size: int
-    lr: float
-    optimizer: str = "sgd"
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    schedule: str = "cosine"
-    milestones: tuple[int, ...] = ()
-    gamma: float = 0.1
-    warmup_epochs: int = 0
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    clip: float | None = None
-    kd: str = "dkd"
-    kd_alpha: float = 1.0
-    kd_beta: float = 0.5
-    temperature: float = 1.0
-    lam: float = 3.0
+    epochs: Annotated[int, _whole(1)]
+    batch_size: Annotated[int, _whole(1)]
+    lr: Positive
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: Fraction = 0.9
+    weight_decay: NotNegative = 1e-4
+    schedule: Literal["cosine", "step"] = "cosine"
+    milestones: Annotated[tuple[int, ...], Domain(_ascend, "epochs in ascending order")] = ()
+    gamma: Annotated[float, _number(0, 1, above=True)] = 0.1
+    warmup_epochs: Annotated[int, _whole(0)] = 0
+    label_smoothing: Fraction = 0.0
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
+    clip: Annotated[float | None, _or_none(_POSITIVE)] = None
+    kd: Literal["none", "kd", "dkd", "reviewkd"] = "dkd"
+    kd_alpha: NotNegative = 1.0
+    kd_beta: NotNegative = 0.5
+    temperature: Positive = 1.0
+    lam: NotNegative = 3.0
 
     def __post_init__(self) -> None:
         if isinstance(self.milestones, list):
             object.__setattr__(self, "milestones", tuple(self.milestones))
-        wrong = [
-            f"{name} is {getattr(self, name)!r}, not {wanted}"
-            for name, (good, wanted) in RULES.items()
-            if not good(getattr(self, name))
-        ]
+        wrong = []
+        for name, kind in get_type_hints(TrainingRecipe, include_extras=True).items():
+            domain, value = _domain(kind), getattr(self, name)
+            if not domain.holds(value):
+                wrong.append(f"{name} is {value!r}, not {domain.words}")
         if not wrong and self.warmup_epochs > self.epochs:
             wrong.append(f"warmup_epochs is {self.warmup_epochs}, more than epochs ({self.epochs})")
         if not wrong and self.schedule == "step" and not self.milestones:
@@ -82,56 +127,6 @@ class TrainingRecipe:
         if wrong:
             raise InputError("; ".join(wrong), remedy="change these values of the recipe")
 
-
-Rule = tuple[Callable[[Any], bool], str]
-
-
-def _whole(low: int) -> Rule:
-    return lambda v: type(v) is int and v >= low, f"a whole number of at least {low}"
-
-
-def _number(low: float, high: float = math.inf, *, open_below: bool = False) -> Rule:
-    def good(v: Any) -> bool:
-        fits = type(v) in (int, float) and math.isfinite(v) and low <= v <= high
-        return fits and not (open_below and v == low)
-
-    upper = f" and at most {high:g}" if high < math.inf else ""
-    return good, f"a number {'above' if open_below else 'of at least'} {low:g}{upper}"
-
-
-def _choice(field: str) -> Rule:
-    return lambda v: v in CHOICES[field], f"one of {', '.join(CHOICES[field])}"
-
-
-_POSITIVE, _NOT_NEGATIVE = _number(0, open_below=True), _number(0)
-RULES: dict[str, Rule] = {
-    "epochs": _whole(1),
-    "batch_size": _whole(1),
-    "lr": _POSITIVE,
-    "optimizer": _choice("optimizer"),
-    "momentum": _number(0, 1),
-    "weight_decay": _NOT_NEGATIVE,
-    "schedule": _choice("schedule"),
-    "milestones": (
-        lambda v: (
-            isinstance(v, tuple)
-            and all(type(m) is int and m > 0 for m in v)
-            and list(v) == sorted(set(v))
-        ),
-        "epochs in ascending order",
-    ),
-    "gamma": _number(0, 1, open_below=True),
-    "warmup_epochs": _whole(0),
-    "label_smoothing": _number(0, 1),
-    "mixup": _NOT_NEGATIVE,
-    "cutmix": _NOT_NEGATIVE,
-    "clip": (lambda v: v is None or _POSITIVE[0](v), "None or a number above 0"),
-    "kd": _choice("kd"),
-    "kd_alpha": _NOT_NEGATIVE,
-    "kd_beta": _NOT_NEGATIVE,
-    "temperature": _POSITIVE,
-    "lam": _NOT_NEGATIVE,
-}
 
 # ImageNet, arXiv 2410.04140, section 4 and appendix. The paper takes over the recipes of the
 # distillation papers (DKD, ReviewKD; RVT for transformers); where its text leaves a number open it
@@ -234,13 +229,12 @@ def make_optimizer(
 
     A group keeps the ``lr`` and ``weight_decay`` that it brings; the others are the recipe's.
     """
+    usual: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     optimizer: torch.optim.Optimizer
     if recipe.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
-            groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-        )
+        optimizer = torch.optim.SGD(groups, momentum=recipe.momentum, **usual)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        optimizer = torch.optim.AdamW(groups, **usual)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer

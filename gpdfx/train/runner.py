@@ -1,6 +1,6 @@
 """How forward and backward of a training step run: as they are, compiled, or as a CUDA graph.
 
-    runner = make_runner(net, config, place, scaler)
+    runner = Runner(net, config, ranks, scaler)  # or GraphRunner
     result = runner(x, y)    # a Distilled
     runner.backward(result)  # gradients of scaler.scale(result.loss), in .grad
 
@@ -12,69 +12,53 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..calls import tree
 from ..distill.gpd import Distilled
 from ..errors import InputError
+from .config import OWN_GRAPHS, TrainConfig, refuse
+from .networks import Net, SavedBuffers
+from .ranks import Ranks
 
-if TYPE_CHECKING:
-    from .config import TrainConfig
-    from .step import Net, Place
-
-COMPILE = ("none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # on GPUs they make CUDA graphs themselves
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP = 3  # eager steps before a capture: cuDNN and cuBLAS choose and allocate in them
 
 
-def check_way(config: TrainConfig, place: Place) -> None:
-    """Raise ``InputError`` for a way to run that this place does not have."""
+def check_execution(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise ``InputError`` for a CUDA graph where there can be none."""
     if not config.cuda_graph:
         return
-    for wrong, message, remedy in (
-        (
-            place.device.type != "cuda",
-            f"cuda_graph needs a GPU, and this run is on {place.device.type}",
-            "leave out --cuda-graph; --compile works on CPUs too",
-        ),
-        (
-            place.world > 1,
-            f"cuda_graph is for one process, and these are {place.world}",
-            "leave out --cuda-graph, or train in one process",
-        ),
-    ):
-        if wrong:
-            raise InputError(message, remedy=remedy)
-
-
-def make_runner(
-    net: Net, config: TrainConfig, place: Place, scaler: torch.amp.GradScaler
-) -> Runner:
-    """The way that ``config.compile`` and ``config.cuda_graph`` ask for."""
-    check_way(config, place)
-    way = Captured if config.cuda_graph else Runner
-    return way(net, config, place, scaler)
+    refuse(
+        ranks.device.type != "cuda",
+        f"cuda_graph needs a GPU, and this run is on {ranks.device.type}",
+        "leave out --cuda-graph; --compile works on CPUs too",
+    )
+    refuse(
+        ranks.world > 1,
+        f"cuda_graph is for one process, and these are {ranks.world}",
+        "leave out --cuda-graph, or train in one process",
+    )
 
 
 class Runner:
     """Forward under autocast, on all ranks; compiled if ``config.compile`` says so."""
 
     def __init__(
-        self, net: Net, config: TrainConfig, place: Place, scaler: torch.amp.GradScaler
+        self, net: Net, config: TrainConfig, ranks: Ranks, scaler: torch.amp.GradScaler
     ) -> None:
-        self.net, self.scaler, self.device = net, scaler, place.device
-        self.cast = AUTOCAST.get(config.amp)
-        self.mode = config.compile
+        self.net, self.scaler, self.device = net, scaler, ranks.device
+        self.dtype, self.mode = AUTOCAST.get(config.amp), config.compile
         self.eager: Any = net
-        if place.world > 1:
-            ids = [place.device.index] if place.device.type == "cuda" else None
+        if ranks.world > 1:
+            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
             self.eager = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
-        self.fast: Any = None if self.mode == "none" else compiled(self.eager, self.mode)
-        self.first: Any = None  # what batches the fast way is for
+        self.compiled = None if self.mode == "none" else compile_network(self.eager, self.mode)
+        self.first: Any = None  # what batches are like that compiled code and graphs are for
 
     def fits(self, x: Tensor, y: Tensor) -> bool:
         """Whether a batch is like the first one."""
@@ -83,26 +67,29 @@ class Runner:
         return bool(self.first == like)
 
     def __call__(self, x: Tensor, y: Tensor) -> Distilled:
-        fast = self.fast is not None and self.fits(x, y)
-        if fast and self.device.type == "cuda" and self.mode in OWN_GRAPHS:
-            torch.compiler.cudagraph_mark_step_begin()
-        with torch.autocast(self.device.type, self.cast, enabled=self.cast is not None), failing():
-            result: Distilled = (self.fast if fast else self.eager)(x, y)
+        network = self.eager
+        if self.compiled is not None and self.fits(x, y):
+            network = self.compiled
+            if self.device.type == "cuda" and self.mode in OWN_GRAPHS:
+                torch.compiler.cudagraph_mark_step_begin()
+        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+        with autocast, compiler_errors():
+            result: Distilled = network(x, y)
             return result
 
     def backward(self, result: Distilled) -> None:
         """Gradients, scaled where ``amp`` asks for it."""
-        with failing():
+        with compiler_errors():
             self.scaler.scale(result.loss).backward()
 
 
-def compiled(net: nn.Module, mode: str) -> Any:
+def compile_network(net: nn.Module, mode: str) -> Any:
     """``net`` by ``torch.compile``, for batches of one shape."""
     return torch.compile(net, mode=None if mode == "default" else mode, dynamic=False)
 
 
 @contextmanager
-def failing() -> Iterator[None]:
+def compiler_errors() -> Iterator[None]:
     """A compiler's error, with what to do."""
     try:
         yield
@@ -113,7 +100,7 @@ def failing() -> Iterator[None]:
         ) from error
 
 
-class Captured(Runner):
+class GraphRunner(Runner):
     """Forward and backward as one CUDA graph, replayed on buffers that stay where they are.
 
     The optimizer is not in it: whether a step counts is decided between backward and optimizer.
@@ -145,14 +132,7 @@ class Captured(Runner):
         self.graph = None  # frees the old one's memory
         self.counts, self.grads = self.net.gap_counts, []
         self.x, self.y = x.clone(), y.clone()
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side), buffers_kept(self.net), torch.random.fork_rng([self.device]):
-            for _ in range(WARM_UP):
-                self.net.zero_grad()
-                super().backward(super().__call__(self.x, self.y))
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        self.net.zero_grad()  # gradients that are made in the capture belong to the graph
+        self._warm_up()
         graph = torch.cuda.CUDAGraph()
         try:
             # A thread that loads data may call CUDA meanwhile: only this one's calls count.
@@ -167,25 +147,22 @@ class Captured(Runner):
                 "the GPU, or moves data between devices",
             ) from error
         self.grads = [(p, p.grad) for p in self.net.parameters() if p.grad is not None]
-        kept = {name: term.detach() for name, term in result.terms.items()}
-        static = result.static_logits
-        self.result = Distilled(
-            result.loss.detach(),
-            result.student_logits.detach(),
-            result.teacher_logits.detach(),
-            None if static is None else static.detach(),
-            kept,
-        )
+        self.result: Distilled = tree.map_leaves(_detached, result)
         self.graph = graph
 
+    def _warm_up(self) -> None:
+        """On a stream beside, as captures want it; nothing remains of these steps."""
+        here, beside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside), torch.random.fork_rng([self.device]):
+            buffers = SavedBuffers(self.net)
+            for _ in range(WARM_UP):
+                self.net.zero_grad()
+                super().backward(super().__call__(self.x, self.y))
+            buffers.restore()
+        here.wait_stream(beside)
+        self.net.zero_grad()  # gradients that are made in the capture belong to the graph
 
-@contextmanager
-def buffers_kept(net: nn.Module) -> Iterator[None]:
-    """Put all buffers back after."""
-    held = [(b, b.clone()) for b in net.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in held:
-                buffer.copy_(before)
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x

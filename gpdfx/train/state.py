@@ -12,33 +12,55 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import platform
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..files import AsPath, Tensors, cpu_copies, first_difference, read_tensors, write_tensors
+from ..storage import version
 
+# The files of a run.
+STATE, STUDENT = "state.safetensors", "student.safetensors"
+TEACHER, SUMMARY = "teacher.safetensors", "summary.json"
 FORMAT = "gpdfx run 1"
+MODEL, OPTIMIZER = "model.", "optimizer."  # what the names of their tensors begin with
 Facts = dict[str, Any]
-Tensors = dict[str, Tensor]
-AsPath = str | os.PathLike[str]
+
+
+@dataclass
+class Progress:
+    """What a run has done: whole epochs, and steps of the one that goes on.
+
+    ``sums``: of the losses of this epoch's steps, by name, and their number as ``steps``.
+    ``history``: see ``gpdfx.train.log``. ``seconds``: those before it was continued.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    static_accuracy: float | None = None
+    seconds: float = 0.0
+
+    @staticmethod
+    def of(facts: Facts) -> Progress:
+        """The one among other facts."""
+        return Progress(**{f.name: facts[f.name] for f in dataclasses.fields(Progress)})
 
 
 # --------------------------------------------------------------------------- the file
 def write_state(path: AsPath, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors and JSON-able facts, durably: whoever is killed meanwhile leaves the file that
     was there before."""
-    text = json.dumps(dict(facts))
-    own = {name: _plain(x) for name, x in tensors.items()}
-    metadata = {"format": FORMAT, "facts": text, "sha256": _checksum(text, own)}
-    with Replacing(path) as fresh:
-        save_file(own, fresh, metadata)
+    text, copies = json.dumps(dict(facts)), cpu_copies(tensors)
+    metadata = {"format": FORMAT, "facts": text, "sha256": _checksum(text, copies)}
+    write_tensors(path, copies, metadata)
 
 
 def read_state(path: AsPath) -> tuple[Tensors, Facts]:
@@ -49,9 +71,7 @@ def read_state(path: AsPath) -> tuple[Tensors, Facts]:
     """
     remedy = "restore the file, or train in another folder; the file was left as it is"
     try:
-        with safe_open(str(path), "pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = read_tensors(path)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}", remedy="name a run's folder") from None
     except Exception as error:  # whatever a damaged header may lead to
@@ -68,46 +88,20 @@ def read_state(path: AsPath) -> tuple[Tensors, Facts]:
     return tensors, facts
 
 
-class Replacing:
-    """``with Replacing(path) as fresh:`` a path beside it to write to, which then takes its place:
-    after a flush to the disk, in one step, and not at all after an error."""
-
-    def __init__(self, path: AsPath) -> None:
-        self.path = Path(path)
-        self.fresh = self.path.with_name(f"{self.path.name}.tmp")
-
-    def __enter__(self) -> Path:
-        return self.fresh
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.fresh.unlink(missing_ok=True)
-            return
-        _flush(self.fresh)
-        os.replace(self.fresh, self.path)
-        _flush(self.path.parent)
+def find_checkpoint(folder: Path) -> tuple[Tensors, Facts] | None:
+    """The checkpoint in a folder, if there is one; refuse a folder with anything else in it."""
+    if (folder / STATE).exists():
+        return read_state(folder / STATE)
+    strange = [p.name for p in folder.glob("*") if p.name != f"{STATE}.tmp"]
+    if strange:
+        raise InputError(
+            f"the folder {folder} is not empty and holds no run: {', '.join(strange[:3])}",
+            remedy="give a new folder",
+        )
+    return None
 
 
-def write_text(path: AsPath, text: str) -> None:
-    """A text file that appears whole or not at all."""
-    with Replacing(path) as fresh:
-        fresh.write_text(text)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _plain(x: Tensor) -> Tensor:
-    """On the CPU, contiguous, in memory of its own."""
-    return x.detach().to("cpu", copy=True).contiguous()
-
-
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+def _checksum(text: str, tensors: Tensors) -> str:
     sha = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         x = tensors[name]
@@ -116,105 +110,84 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def hash_file(path: AsPath) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # --------------------------------------------------------------------------- what is in it
-def flatten_module(module: nn.Module, prefix: str = "model.") -> Tensors:
+def flatten_module(module: nn.Module) -> Tensors:
     """All parameters and buffers by name, those that a ``state_dict`` leaves out too."""
     named: Iterable[tuple[str, Tensor]] = (*module.named_parameters(), *module.named_buffers())
-    return {prefix + name: x.detach() for name, x in named}
+    return {MODEL + name: x.detach() for name, x in named}
 
 
 @torch.no_grad()
-def restore_module(
-    module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "model."
-) -> None:
+def restore_module(module: nn.Module, tensors: Tensors) -> None:
     """The way back from ``flatten_module``, in place.
 
     Raises ``InputError`` with the first tensor that is missing, unknown or of another size.
     """
-    own = flatten_module(module, prefix)
-    given = {name: x for name, x in tensors.items() if name.startswith(prefix)}
-    for name in dict.fromkeys((*own, *given)):
-        mine, theirs = (
-            f"{str(x[name].dtype)[6:]} {tuple(x[name].shape)}" if name in x else "absent"
-            for x in (own, given)
+    present = flatten_module(module)
+    saved = {name: x for name, x in tensors.items() if name.startswith(MODEL)}
+    sizes = (
+        {name.removeprefix(MODEL): f"{str(x.dtype)[6:]} {tuple(x.shape)}" for name, x in y.items()}
+        for y in (present, saved)
+    )
+    if difference := first_difference(*sizes, absent="absent"):
+        name, mine, theirs = difference
+        raise InputError(
+            f"the checkpoint is of another network: {name} is {mine}, in the checkpoint {theirs}",
+            remedy="use the network that the run began with, or another folder",
         )
-        if mine != theirs:
-            raise InputError(
-                f"the checkpoint is of another network: {name.removeprefix(prefix)} is {mine}, in "
-                f"the checkpoint {theirs}",
-                remedy="use the network that the run began with, or another folder",
-            )
-    for name, x in own.items():
-        x.copy_(given[name])
+    for name, x in present.items():
+        x.copy_(saved[name])
 
 
-def flatten_optimizer(
-    state: Mapping[str, Any], prefix: str = "optimizer."
-) -> tuple[Tensors, Facts]:
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[Tensors, Facts]:
     """An optimizer's ``state_dict``: its tensors as ``optimizer.NUMBER.KEY``, the rest as JSON."""
-    tensors: Tensors = {}
-    numbers: dict[str, dict[str, Any]] = {}
+    state, tensors = optimizer.state_dict(), Tensors()
+    numbers: Facts = {}
     for number, held in state["state"].items():
         numbers[str(number)] = {k: v for k, v in held.items() if not isinstance(v, Tensor)}
-        for key, value in held.items():
-            if isinstance(value, Tensor):
-                tensors[f"{prefix}{number}.{key}"] = value
-    return tensors, {"state": numbers, "param_groups": list(state["param_groups"])}
+        tensors |= {f"{OPTIMIZER}{number}.{k}": v for k, v in held.items() if isinstance(v, Tensor)}
+    return tensors, {"state": numbers, "param_groups": state["param_groups"]}
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    tensors: Mapping[str, Tensor],
-    facts: Mapping[str, Any],
-    prefix: str = "optimizer.",
-) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, facts: Facts) -> None:
     """The way back from ``flatten_optimizer``.
 
     Raises ``InputError`` if the optimizer has other parameters.
     """
-    state: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in facts["state"].items()}
-    for name, x in tensors.items():
-        if name.startswith(prefix):
-            number, _, key = name.removeprefix(prefix).partition(".")
-            state[int(number)][key] = x
-    groups = [
-        {k: tuple(v) if k == "betas" else v for k, v in group.items()}
-        for group in facts["param_groups"]
-    ]
-    for mine, theirs in zip(optimizer.param_groups, groups, strict=False):
-        if mine.get("param_names") != theirs.get("param_names"):
-            break
-    else:
-        if len(groups) == len(optimizer.param_groups):
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-            return
-    raise InputError(
-        "the checkpoint's optimizer has other parameters",
-        remedy="use the network that the run began with, or another folder",
+    present, saved = (
+        [group.get("param_names") for group in groups]
+        for groups in (optimizer.param_groups, facts["param_groups"])
     )
+    if present != saved:
+        raise InputError(
+            "the checkpoint's optimizer has other parameters",
+            remedy="use the network that the run began with, or another folder",
+        )
+    state = {int(number): dict(held) for number, held in facts["state"].items()}
+    for name, x in tensors.items():
+        if name.startswith(OPTIMIZER):
+            number, _, key = name.removeprefix(OPTIMIZER).partition(".")
+            state[int(number)][key] = x
+    optimizer.load_state_dict({"state": state, "param_groups": facts["param_groups"]})
 
 
 # --------------------------------------------------------------------------- whose it is
 def as_json(value: Any) -> Any:
     """A dataclass, or anything JSON-able, as ``json.loads`` would give it back."""
-    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
-    return json.loads(json.dumps(plain))
+    return json.loads(json.dumps(value, default=dataclasses.asdict))
 
 
-def check_same(saved: Any, given: Any, path: AsPath, name: str = "") -> None:
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    python = platform.python_version()
+    return {"python": python, "torch": torch.__version__, "gpdfx": version()}
+
+
+def check_same(saved: Facts, given: Facts, path: AsPath) -> None:
     """Raise ``InputError`` with the first value in which a run's own facts differ from these."""
-    if isinstance(saved, dict) and isinstance(given, dict):
-        for key in dict.fromkeys((*given, *saved)):
-            inner = f"{name}.{key}" if name else key
-            check_same(saved.get(key), given.get(key), path, inner)
-    elif saved != given:
+    if difference := first_difference(given, saved):
+        name, now, before = difference
         raise InputError(
-            f"{path} holds a run with other settings: {name} was {saved!r} and is now {given!r}",
+            f"{path} holds a run with other settings: {name} was {before!r} and is now {now!r}",
             remedy="give the settings of that run to continue it, or another folder",
         )

@@ -1,8 +1,8 @@
 """What a step costs beside one of the plain student, on the same batches.
 
-clock = Clock(net, stepper)
-clock(x, y, at)  # the stepper's step; the first ones are timed in pairs
-clock.result()   # {"step": seconds, "plain": seconds, "ratio": ..., "pairs": ...}
+timed = TimedStepper(stepper)
+timed(x, y, at)  # the stepper's step; the first ones are timed in pairs
+timed.result()   # {"step": seconds, "plain": seconds, "ratio": ..., "pairs": ...}
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import time
 import torch
 from torch import Tensor
 
-from .step import Net, Place, Plain, Stepper, make_criterion
+from .networks import Plain, make_criterion
+from .ranks import Ranks
+from .step import Stepper
 
 WARM_UP = 2  # steps before times count: the first compiles, captures and allocates
 
 
-class Clock:
+class TimedStepper:
     """The stepper; its first ``config.time_steps`` steps (after ``WARM_UP``) have a step of the
     plain student after each, which runs in the same way: compiled, or as a graph."""
 
-    def __init__(self, net: Net, stepper: Stepper) -> None:
-        self.net, self.stepper, config = net, stepper, stepper.config
-        asked = 0 if config.plain else config.time_steps
-        self.left = asked + WARM_UP if asked else 0
+    def __init__(self, stepper: Stepper) -> None:
+        self.stepper, config = stepper, stepper.config
+        self.left = config.time_steps + WARM_UP if config.time_steps and not config.plain else 0
         self.plain: Stepper | None = None
         self.times: list[tuple[float, float]] = []
 
@@ -34,8 +35,7 @@ class Clock:
         """What the stepper returns."""
         if not self.left:
             return self.stepper(x, y, at)
-        if self.plain is None:
-            self.plain = self._make_plain()
+        self.plain = self.plain or self._make_plain()
         start = self._now()
         values = self.stepper(x, y, at)
         middle = self._now()
@@ -43,7 +43,7 @@ class Clock:
         self.times.append((middle - start, self._now() - middle))
         self.left -= 1
         if not self.left:
-            self.plain = None
+            self.plain = None  # frees its memory
         return values
 
     def result(self) -> dict[str, float] | None:
@@ -56,13 +56,13 @@ class Clock:
         return {"step": step, "plain": plain, "ratio": ratio, "pairs": len(pairs)}
 
     def _make_plain(self) -> Stepper:
-        config, device = self.stepper.config, self.stepper.place.device
-        copy = Plain(self.net.collapse(), make_criterion(config.numbers)).train()
-        patient = dataclasses.replace(config, patience=2**62)  # its loss decides nothing
-        return Stepper(copy, patient, Place(device), self.stepper.steps)
+        stepper = self.stepper
+        student = Plain(stepper.net.collapse(), make_criterion(stepper.config.numbers)).train()
+        patient = dataclasses.replace(stepper.config, patience=2**62)  # its loss decides nothing
+        return Stepper(student, patient, Ranks(stepper.ranks.device), stepper.steps)
 
     def _now(self) -> float:
         """Seconds, when all that was asked of the device is done."""
-        if self.stepper.place.device.type == "cuda":
+        if self.stepper.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
