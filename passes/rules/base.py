@@ -20,7 +20,7 @@ from ...algebra.solver import Reason, Solver
 from ...calls.sizes import is_free
 from ...errors import AxisConflict
 from ...kernels import copies
-from ..program import bind, describe, is_tensor, module_path, shape, size_hint, value
+from ..program import bind, describe, module_path, shape, size_hint, value
 
 aten = torch.ops.aten
 Axes = tuple[Axis, ...]
@@ -30,6 +30,12 @@ Axes = tuple[Axis, ...]
 def parts(axes: Any) -> list[Axes]:
     """The outputs of an op, one or several, as a list of axes."""
     return axes if isinstance(axes, list) else [axes]
+
+
+def outputs(node: fx.Node) -> list[Any]:
+    """The values of an op's outputs, one or several."""
+    values = value(node)
+    return list(values) if isinstance(values, tuple | list) else [values]
 
 
 class Op:
@@ -72,8 +78,7 @@ class Op:
     @property
     def out_shape(self) -> tuple[int, ...]:
         """The shape of the (first) output."""
-        out = value(self.node)
-        return shape(out[0] if isinstance(out, tuple | list) else out)
+        return shape(outputs(self.node)[0])
 
     @property
     def where(self) -> str:
@@ -93,6 +98,13 @@ class Op:
     def measured(self, raw: Any) -> Axis:
         """A fixed axis of a size that may be known at run time only."""
         axis = self.fixed(size_hint(raw))
+        if is_free(raw):
+            self.solver.mark(self.solver.symbolic, axis)
+        return axis
+
+    def made(self, raw: Any) -> Axis:
+        """As ``measured``, but free to widen."""
+        axis = self.free(size_hint(raw))
         if is_free(raw):
             self.solver.mark(self.solver.symbolic, axis)
         return axis
@@ -190,7 +202,7 @@ class Writer:
         return self.frozen(axis).wide
 
     # ---- nodes
-    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> fx.Node:
         node = self.graph.call_function(function, args, kwargs)
         for key in ("nn_module_stack", "stack_trace"):
             if key in self.op.node.meta:
@@ -403,9 +415,3 @@ class Rule:
 
     infer: Callable[[Op], Any]
     widen: Callable[[Writer], Any] = copy_op
-
-
-def tensor_inputs(op: Op) -> list[fx.Node]:
-    return [
-        n for n in op.node.all_input_nodes if is_tensor(n) or isinstance(value(n), list | tuple)
-    ]
