@@ -1,4 +1,4 @@
-"""A user's own op gets a rule: a signature, which the op itself must bear out (``trial.py``)."""
+"""A user's own op gets a rule: a signature, which the op itself must bear out (``check/op.py``)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ class Custom(Rule):
     """A user's row of the rule table. ``seen``: the arguments that it was checked on."""
 
     op: Any = None
-    text: str = ""
     seen: set[str] = field(default_factory=set)
 
 
@@ -65,15 +64,14 @@ def rule(op: Any, signature: str, example: Sequence[Any] | None = None, **sizes:
             f"example is a {type(example).__name__}",
             remedy="pass a tuple of positional arguments: example=(x, weight)",
         )
-    before = CUSTOM.get(overload)
+    before = dict(CUSTOM)
     CUSTOM[overload] = new  # the code that writes teachers looks it up here
     try:
         if example is not None:
             _check(new, tuple(example), {}, ())
     except BaseException:
-        del CUSTOM[overload]
-        if before is not None:
-            CUSTOM[overload] = before
+        CUSTOM.clear()
+        CUSTOM.update(before)
         raise
 
 
@@ -167,7 +165,7 @@ def _custom(op: Any, text: str, sizes: dict[str, str]) -> Custom:
                 remedy=f"name one of: {', '.join(integers) or '(it has none)'}",
             )
     made = sig(text, " ".join(tensors), **sizes)
-    return Custom(made.infer, made.widen, op, text)
+    return Custom(made.infer, made.widen, text, op)
 
 
 def _check_names(signature: Signature, text: str) -> None:

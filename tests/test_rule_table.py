@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import gpdfx
 from gpdfx.check.op import check_rule, shown
-from gpdfx.passes.rules import TABLE, rule_of
+from gpdfx.passes import rules
+from gpdfx.passes.rules import SIGNATURES, TABLE, rule_of
+from gpdfx.passes.rules.contraction import NAMED
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -136,7 +139,7 @@ EXAMPLES: dict[str, Any] = {
     "baddbmm.*": [(r(3, 1, 5), r(3, 4, 6), r(3, 6, 5))],
     "bilinear.*": [(r(2, 3, 6), r(2, 3, 5), r(4, 6, 5)), (r(2, 6), r(2, 5), r(4, 6, 5), r(4))],
     "_grouped_mm.* grouped_mm_fallback.*": [
-        (r(8, 6), r(2, 6, 10), torch.tensor([3, 8], dtype=torch.int32))  # rows of 16 bytes
+        (r(8, 8), r(2, 8, 16), torch.tensor([3, 8], dtype=torch.int32))  # rows of 16 bytes
     ],
     "scaled_dot_product_attention.*": [
         (r(2, 4, 3, 6), r(2, 4, 5, 6), r(2, 4, 5, 7)),
@@ -302,20 +305,56 @@ ROWS = {str(op): op for op in TABLE if op is not operator.getitem}
 
 @pytest.mark.parametrize("name", ROWS)
 def test_row(name: str) -> None:
-    op = ROWS[name]
+    _check(ROWS[name])
+
+
+def _check(op: Any) -> None:
     rule, given = rule_of(op), list(examples(op))
     assert rule is not None
-    assert given, f"no example reaches {name}"
-    torch.use_deterministic_algorithms("empty" in name)  # fills what is empty
+    assert given, f"no example reaches {op}"
+    torch.use_deterministic_algorithms("empty" in str(op))  # fills what is empty
     try:
         for args, kwargs in given:
-            flat = pytree.tree_leaves((args, kwargs))
-            tensors = [shown(x) for x in flat if isinstance(x, Tensor)]
-            some = len(tensors) - 1
-            for static in ((), [False] + [True] * some, [True] * (1 + some)):
+            shapes = [shown(x) for x in pytree.tree_leaves((args, kwargs))]
+            for static in ((), [False] + [True] * len(shapes), [True] * len(shapes)):
                 trivial = matches(op, WITHOUT_VALUES)
                 fault = check_rule(rule, op, args, kwargs, static, False, trivial)
-                said = [shown(x) for x in flat]
-                assert fault is None, f"{name} on {', '.join(said)}, {static}: {fault}"
+                assert fault is None, f"{op} on {', '.join(shapes)}, {static}: {fault}"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_rows_by_name() -> None:
+    """The op of a library has the rule of torch's own; it is run if this process has it."""
+    assert {"transformers::grouped_mm_fallback": TABLE[torch.ops.aten._grouped_mm.default]} == NAMED
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
+        _check(torch.ops.transformers.grouped_mm_fallback.default)
+
+
+def test_getitem() -> None:
+    """It reads one of several results: those that the rule wrote, or that were spread again."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.stem(x).chunk(2, -1)
+            return self.head(torch.cat([a * b, b.sort(-1)[0]], -1))
+
+    report = gpdfx.expand(Halves(), 1.5, example_inputs=(r(3, 5),)).report()
+    assert operator.getitem in TABLE
+    assert {b.op for b in report.bridged} == {"aten.sort.default"}
+    assert report.groups
+
+
+@pytest.mark.parametrize("name", ["relu_", "add_.Tensor", "mul.Tensor", "addcmul", "lerp_.Scalar"])
+def test_pointwise_ops_by_their_tag(name: str) -> None:
+    packet, _, overload = name.partition(".")
+    _check(getattr(getattr(torch.ops.aten, packet), overload or "default"))
+
+
+def test_how_many_rows_are_signatures() -> None:
+    """The number that the table's docstring states."""
+    assert f"Of the {len(TABLE)} rows {SIGNATURES} are signatures" in (rules.__doc__ or "")

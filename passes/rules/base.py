@@ -411,7 +411,9 @@ def copy_op(w: Writer) -> fx.Node:
 
 @dataclass(frozen=True)
 class Rule:
-    """How one op treats axes. ``widen`` returns the teacher's node."""
+    """How one op treats axes. ``widen`` returns the teacher's node; ``text``: the signature from
+    which the axes follow, if there is one."""
 
     infer: Callable[[Op], Any]
     widen: Callable[[Writer], Any] = copy_op
+    text: str = ""

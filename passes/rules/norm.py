@@ -3,6 +3,7 @@ equal in number; else they are weighted by 1 / copies."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -97,7 +98,7 @@ TABLE: dict[Any, Rule] = rows(
         "instance_norm": _INSTANCE,
         "layer_norm": Rule(_layer_norm, partial(_widen_layer_norm, center=True)),
         "rms_norm": Rule(_layer_norm, partial(_widen_layer_norm, center=False)),
-        "group_norm": Rule(_GROUP.infer, _widen_group_norm),
-        "_weight_norm": Rule(sig("..., ... -> ...").infer, _widen_weight_norm),
+        "group_norm": replace(_GROUP, widen=_widen_group_norm),
+        "_weight_norm": replace(sig("..., ... -> ..."), widen=_widen_weight_norm),
     }
 )

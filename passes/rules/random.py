@@ -3,6 +3,7 @@ give equal functions. Ops that only draw are bridged (nothing is lost); dropout 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,6 +49,6 @@ TABLE: dict[Any, Rule] = rows(
     {
         "bernoulli bernoulli.p bernoulli_.float rand_like randn_like alpha_dropout "
         "feature_alpha_dropout rrelu": Rule(_draw, _widen_draw),
-        "dropout feature_dropout": Rule(sig("... -> ...").infer, _dropout),
+        "dropout feature_dropout": replace(sig("... -> ..."), widen=_dropout),
     }
 )

@@ -4,6 +4,7 @@ row; ops for which positions along the axis matter see it at the student's width
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -126,14 +127,14 @@ def along(op: Op, why: str = "order along this axis is its result", keep: bool =
 
 
 _POSITION = "positions along this axis are its result"
-_SAME = sig("... -> ...").infer
+_SAME = sig("... -> ...")
 TABLE: dict[Any, Rule] = rows(
     {
         "sum sum.dim_IntList": Rule(reduce, _widen_sum),
         "mean mean.dim": Rule(reduce, _widen_mean),
         "logsumexp": Rule(reduce, _widen_logsumexp),
-        "softmax.int _softmax": Rule(_SAME, _widen_softmax),
-        "log_softmax.int _log_softmax": Rule(_SAME, partial(_widen_softmax, log=True)),
+        "softmax.int _softmax": replace(_SAME, widen=_widen_softmax),
+        "log_softmax.int _log_softmax": replace(_SAME, widen=partial(_widen_softmax, log=True)),
         "amax amin max min any any.dim all all.dim": Rule(reduce),
         "linalg_vector_norm norm.ScalarOpt_dim norm.Scalar norm.ScalarOpt_dim_dtype": Rule(
             _norm, _widen_norm

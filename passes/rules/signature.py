@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -125,7 +125,7 @@ def sig(text: str, names: str = "", **bound: str) -> Rule:
     tensor arguments in order); ``bound``: axis name -> integer argument with its size."""
     several = tuple(map(parse, text.split("|")))
     operands = tuple(names.split())
-    return by(partial(_of_ranks, several, operands), names, **bound)
+    return replace(by(partial(_of_ranks, several, operands), names, **bound), text=text)
 
 
 def by(choose: Callable[[Op], Signature], names: str = "", **bound: str) -> Rule:
