@@ -31,7 +31,7 @@ from .passes.follow import bakes_constants, casts_on_purpose, follow, follow_dev
 from .passes.infer import Inference, NeedsFunctional, infer
 from .passes.lower import lower
 from .passes.program import Program, duplicate, source_line
-from .passes.rules.base import DynamicAxis
+from .passes.rules.writer import DynamicAxis
 from .passes.widen import Widened, widen
 from .report.explain import gather_evidence
 from .report.report import make_report

@@ -16,8 +16,8 @@ from .errors import InputError
 from .passes.infer import Inference
 from .passes.program import is_tensor, module_path, source, value
 from .passes.rules import CUSTOM, rule_of
-from .passes.rules.base import Rule
 from .passes.rules.signature import Signature, SignatureError, parse, sig
+from .passes.rules.writer import Rule
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..algebra.widths import Widths, choose_widths
 from ..control import Control, covers
 from .infer import Inference
 from .program import Program
-from .rules.base import parts
+from .rules.op import parts
 
 
 def assign(program: Program, inference: Inference, control: Control) -> Widths:

@@ -20,7 +20,7 @@ from ..calls.sizes import is_free
 from ..errors import AxisConflict
 from .program import Program, describe, draws, is_mutable, is_tensor, mutated, shape, value
 from .rules import rule_of
-from .rules.base import Axes, Op
+from .rules.op import Axes, Op
 
 
 @dataclass(frozen=True)

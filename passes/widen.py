@@ -22,7 +22,8 @@ from .folded import Branched, Lowered
 from .infer import Inference
 from .program import Program, has_effect, is_tensor, module_path, mutated, source
 from .rules import rule_of
-from .rules.base import Axes, DynamicAxis, Op, Target, Writer, parts, student_size
+from .rules.op import Axes, Op, parts
+from .rules.writer import DynamicAxis, Target, Writer, student_size
 from .shares import Use, uses
 
 aten = torch.ops.aten

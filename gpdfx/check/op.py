@@ -27,7 +27,8 @@ from ..algebra.gather import gather
 from ..algebra.solver import Solver
 from ..passes.infer import Inference
 from ..passes.program import size_hint
-from ..passes.rules.base import Axes, Op, Rule, Target, parts
+from ..passes.rules.op import Axes, Op, parts
+from ..passes.rules.writer import Rule, Target
 from ..passes.widen import GraphWriter
 from .observe import difference, keep_rng
 

@@ -22,7 +22,7 @@ from . import (
     reduction,
     spatial,
 )
-from .base import Rule
+from .writer import Rule
 
 FAMILIES = (
     pointwise, contraction, recurrent, norm, reduction, movement, spatial, lookup, random, factory,

@@ -12,8 +12,9 @@ from ...algebra.axes import product
 from ...algebra.solver import Reason
 from ...kernels import copies
 from ..program import shape, value
-from .base import Axes, Op, Rule, Writer, broadcast, student_sizes
+from .op import Axes, Op, broadcast
 from .signature import Signature, apply_share, by, infer, parse, rows, shared, sig
+from .writer import Rule, Writer, student_sizes
 
 
 # --------------------------------------------------------------------------- convolutions

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..program import value
-from .base import Axes, Op, Rule
 from .movement import widen_sized
+from .op import Axes, Op
 from .signature import rows
+from .writer import Rule
 
 
 def _made(op: Op) -> Axes:

@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from ..program import is_tensor, shape, value
-from .base import Axes, Op, Rule, broadcast, dim_of, outputs
+from .op import Axes, Op, broadcast, dim_of, outputs
 from .signature import rows
+from .writer import Rule
 
 
 def _indices(op: Op) -> dict[int, fx.Node]:

@@ -21,9 +21,10 @@ from ...calls.sizes import is_free
 from ...errors import AxisConflict
 from ...kernels import copies
 from ..program import number, shape, size_hint, value
-from .base import Axes, Op, Rule, Writer, broadcast, dim_of, dims_of, memory_order
+from .op import Axes, Op, broadcast, dim_of, dims_of, memory_order
 from .reduction import along
 from .signature import rows, sig
+from .writer import Rule, Writer
 
 aten = torch.ops.aten
 

@@ -12,8 +12,9 @@ from torch import fx
 
 from ...kernels import copies
 from ..program import shape
-from .base import Axes, Op, Rule, Writer, outputs
+from .op import Axes, Op, outputs
 from .signature import rows, sig
+from .writer import Rule, Writer
 
 aten = torch.ops.aten
 

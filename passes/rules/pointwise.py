@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Axes, Op, Rule, dim_of
+from .op import Axes, Op, dim_of
 from .signature import rows, sig
+from .writer import Rule
 
 POINTWISE = sig("...?, ...?, ...?, ...? -> ...")
 

@@ -11,8 +11,9 @@ from torch import fx
 
 from ...kernels import copies
 from ..program import value
-from .base import Axes, Op, Rule, Writer, memory_order, student_sizes
+from .op import Axes, Op, memory_order
 from .signature import rows, sig
+from .writer import Rule, Writer, student_sizes
 
 
 def _dropout(w: Writer) -> fx.Node:

@@ -18,8 +18,9 @@ from torch import fx
 from ...algebra.axes import Axis, product
 from ...kernels import copies
 from ..program import shape, value
-from .base import Axes, Op, Rule, Writer, student_sizes
+from .op import Axes, Op
 from .signature import apply_share, rows
+from .writer import Rule, Writer, student_sizes
 
 aten = torch.ops.aten
 

@@ -14,8 +14,9 @@ from torch import fx
 from ...algebra.axes import ONE
 from ...kernels import copies
 from ..program import value
-from .base import Axes, Op, Rule, Writer, dims_of, outputs
+from .op import Axes, Op, dims_of, outputs
 from .signature import rows, share_along, sig
+from .writer import Rule, Writer
 
 aten = torch.ops.aten
 

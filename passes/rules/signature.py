@@ -38,7 +38,8 @@ from ...calls.sizes import is_free
 from ...errors import AxisConflict
 from ...kernels import copies
 from ..program import is_tensor, shape, value
-from .base import Axes, Op, Rule, Writer, broadcast, outputs
+from .op import Axes, Op, broadcast, outputs
+from .writer import Rule, Writer
 
 Dim = tuple[str, ...]  # the names of one dimension; a starred or dotted name stands alone
 Pattern = tuple[Dim, ...]
