@@ -28,7 +28,7 @@ from .passes.capture.limits import LEVELS
 from .passes.capture.submodules import capture_parts
 from .passes.infer import NeedsFunctional
 from .passes.program import Program, duplicate, source_line
-from .passes.rules.base import DynamicAxis
+from .passes.rules.writer import DynamicAxis
 from .passes.widen import Widened
 from .report.report import Report, make_report
 from .teacher.compiled import Compiled, Inputs

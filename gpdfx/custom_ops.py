@@ -1,4 +1,4 @@
-"""A user's own op gets a rule: a signature, which the op itself must bear out (``trial.py``)."""
+"""A user's own op gets a rule: a signature, which the op itself must bear out (``check/op.py``)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from .check.op import check_rule, shown
 from .errors import InputError
 from .passes.infer import Inferred
 from .passes.program import is_tensor, module_path, source, value
 from .passes.rules import CUSTOM, rule_of
-from .passes.rules.base import Rule
 from .passes.rules.signature import Signature, SignatureError, parse, sig
+from .passes.rules.writer import Rule
+from .torch_private import (
+    custom_overload,
+    hint,
+    is_overload,
+    is_packet,
+    tree_leaves,
+    tree_map,
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,6 @@ class Custom(Rule):
     """A user's row of the rule table. ``seen``: the arguments that it was checked on."""
 
     op: Any = None
-    text: str = ""
     seen: set[str] = field(default_factory=set)
 
 
@@ -65,15 +71,14 @@ def rule(op: Any, signature: str, example: Sequence[Any] | None = None, **sizes:
             f"example is a {type(example).__name__}",
             remedy="pass a tuple of positional arguments: example=(x, weight)",
         )
-    before = CUSTOM.get(overload)
+    before = dict(CUSTOM)
     CUSTOM[overload] = new  # the code that writes teachers looks it up here
     try:
         if example is not None:
             _check(new, tuple(example), {}, ())
     except BaseException:
-        del CUSTOM[overload]
-        if before is not None:
-            CUSTOM[overload] = before
+        CUSTOM.clear()
+        CUSTOM.update(before)
         raise
 
 
@@ -89,9 +94,9 @@ def check_rules(program: Inferred) -> None:
     for node, op in program.inference.ops.items():
         custom = rule_of(node.target)
         if isinstance(custom, Custom):
-            given = pytree.tree_leaves((node.args, node.kwargs))
+            given = tree_leaves((node.args, node.kwargs))
             static = [op.is_static(x) for x in given if is_tensor(x)]
-            args, kwargs = pytree.tree_map(_number, (tuple(node.args), dict(node.kwargs)))
+            args, kwargs = tree_map(_number, (tuple(node.args), dict(node.kwargs)))
             _check(custom, args, kwargs, static, node)
 
 
@@ -99,18 +104,18 @@ def _number(x: Any) -> Any:
     """What a node stands for; a number at the example's sizes."""
     x = value(x)
     symbolic = isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool)
-    return x.node.hint if symbolic else x
+    return hint(x) if symbolic else x
 
 
 # --------------------------------------------------------------------------- reading the op
 def _overload(op: Any) -> Any:
-    op = getattr(op, "_opoverload", op)  # what torch.library.custom_op returns
-    if isinstance(op, torch._ops.OpOverloadPacket):
+    op = custom_overload(op)
+    if is_packet(op):
         if "default" not in op.overloads():
             names = ", ".join(f"{op}.{name}" for name in op.overloads())
             raise InputError(f"{op} has no default overload", remedy=f"pass one of {names}")
         op = op.default
-    if not isinstance(op, torch._ops.OpOverload):
+    if not is_overload(op):
         raise InputError(
             f"{op!r} is no op",
             remedy="pass torch.ops.LIBRARY.NAME, or what torch.library.custom_op returned; a plain "
@@ -167,7 +172,7 @@ def _custom(op: Any, text: str, sizes: dict[str, str]) -> Custom:
                 remedy=f"name one of: {', '.join(integers) or '(it has none)'}",
             )
     made = sig(text, " ".join(tensors), **sizes)
-    return Custom(made.infer, made.widen, op, text)
+    return Custom(made.infer, made.widen, text, op)
 
 
 def _check_names(signature: Signature, text: str) -> None:
@@ -192,7 +197,7 @@ def _check(
     """Raise ``InputError`` if the op does not bear out its rule on tensors like these. ``static``:
     which of them come from weights alone; ``node``: where they come from, else an example of the
     user's, in which no named axis may have size one."""
-    tensors = [shown(x) for x in pytree.tree_leaves((args, kwargs))]
+    tensors = [shown(x) for x in tree_leaves((args, kwargs))]
     key = repr((tensors, *static))
     if key in custom.seen:
         return

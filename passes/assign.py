@@ -19,7 +19,7 @@ from ..algebra.widths import Widths, choose_widths
 from ..control import covers
 from .infer import Inferred
 from .program import extended
-from .rules.base import parts
+from .rules.op import parts
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from .program import (
     value,
 )
 from .rules import rule_of
-from .rules.base import Axes, Op
+from .rules.op import Axes, Op
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from .folded import Branched, Lowered
 from .infer import BridgeReason, Inference
 from .program import check_graph, extended, has_effect, is_tensor, module_path, mutated, source
 from .rules import rule_of
-from .rules.base import Axes, DynamicAxis, Op, Target, Writer, parts, student_size
+from .rules.op import Axes, Op, parts
+from .rules.writer import DynamicAxis, Target, Writer, student_size
 from .shares import Shares, shares_of_weights
 
 aten = torch.ops.aten

@@ -127,6 +127,21 @@ def stacked(xs: list[Tensor]) -> Tensor:
     return torch.stack(xs)
 
 
+@torch.library.custom_op("gpdfx_tests::normalized_backward", mutates_args=())
+def normalized_backward(x: Tensor) -> Tensor:
+    """What comes back is scaled to length one: to one of many copies comes back less."""
+    return x * 2
+
+
+normalized_backward.register_fake(lambda x: torch.empty_like(x))
+normalized_backward.register_autograd(lambda ctx, grad: grad / grad.norm())
+
+
+@torch.library.custom_op("gpdfx_tests::without_backward", mutates_args=())
+def without_backward(x: Tensor) -> Tensor:
+    return x * 2
+
+
 @torch.library.custom_op("gpdfx_tests::double_", mutates_args=("x",))
 def double_(x: Tensor) -> None:
     x.mul_(2)
@@ -161,6 +176,7 @@ RIGHT: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
     "new axes": (pool, "b c *s -> b c *t", (r(2, 6, 4, 4),)),
     "indices": (look, "v! d, ... -> ... d", (r(7, 6), torch.tensor([[1, 6], [0, 3]]))),
     "one type": (single, "... -> ...", (r(2, 6),)),
+    "no backward": (without_backward, "... -> ...", (r(2, 6),)),
     "an aten op": (torch.ops.aten.renorm, "r c! -> r c", (r(5, 6), 2, 0, 1.0)),
 }
 
@@ -224,6 +240,12 @@ WRONG: dict[str, tuple[Any, str, tuple[Any, ...], str]] = {
         "b c -> b c, b",
         (r(2, 6),),
         "with c widened",
+    ),
+    "backward": (
+        normalized_backward,
+        "... -> ...",
+        (r(2, 6),),
+        "with a dimension under ... or * widened from 2 to 4 its gradient for 2 x 6 float64",
     ),
     "positions that move": (pool, "b c *s -> b c *s", (r(2, 6, 4, 4),), "sizes"),
     "too few dimensions": (scale, "b c, c -> b c", (r(2, 6, 5), r(6)), "its pattern 2"),

@@ -47,6 +47,10 @@ FREE: dict[str, Step] = {
     "weight_norm": lambda x: F.conv2d(
         x, torch._weight_norm(W["2d"], W["linear"].square().mean(1)[:, None, None, None] + 1)
     ),
+    "weight_norm of all": lambda x: F.conv2d(
+        x, torch._weight_norm(W["2d"], W["linear"].square().mean() + 1, -1)
+    ),
+    "all, from behind": lambda x: x[:, -8:] * 2,
     "an empty slice": lambda x: torch.cat([x, x[:, 8:]], 1),
     "var_mean": lambda x: sum(torch.var_mean(x, 1, keepdim=True), x),
     "std, several": lambda x: x / x.std((1, 2, 3), keepdim=True),
@@ -134,6 +138,11 @@ NARROWED: dict[str, Step] = {
     "topk": lambda x: x.topk(3, 1)[0],
     "argmax": lambda x: x + x.argmax(1, keepdim=True),
     "prod": lambda x: x.tanh().prod(1, keepdim=True) + x,
+    "norm 0": lambda x: x - torch.linalg.vector_norm(x, 0, 1, keepdim=True),
+    "causal attention": lambda x: F.scaled_dot_product_attention(
+        *[x.flatten(2)] * 3, is_causal=True
+    ),
+    "pixel_shuffle": lambda x: F.pixel_shuffle(x.permute(0, 2, 3, 1)[:, :4], 2),
     "fft": lambda x: torch.fft.fft(x, dim=1).abs(),
     "roll": lambda x: x.roll(1, 1),
     "flip": lambda x: x.flip(1),

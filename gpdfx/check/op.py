@@ -3,13 +3,14 @@
 What a rule claims of an axis is that the op on copies gives copies, whichever index is copied how
 often (a contracted one after multiplying by shares). So the op is run as it is, and once more with
 the axis widened by a random surjection, by the very code that writes teachers: for each axis in
-turn, then for all together.
+turn, then for all together. Both times it is differentiated, too: what comes back to a student's
+index is what comes back to all of its copies.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensor
-from torch.utils import _pytree as pytree
 
 from ..algebra.axes import ONE, Axis, Leaf, leaves
 from ..algebra.frozen import Frozen, compose
@@ -26,13 +25,15 @@ from ..algebra.gather import gather
 from ..algebra.solver import Solver
 from ..passes.infer import Inference
 from ..passes.program import size_hint
-from ..passes.rules.base import Axes, Op, Rule, Target, parts
+from ..passes.rules.op import Axes, Op, parts
+from ..passes.rules.writer import Rule, Target
 from ..passes.widen import GraphWriter
+from ..torch_private import is_fake, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from .observe import difference, keep_rng
 
 
-@dataclass(frozen=True)
-class Fault:
+@dataclass
+class Fault(Exception):
     """What is wrong with a rule. ``untried``: nothing, perhaps; the op could not be run."""
 
     text: str
@@ -41,19 +42,26 @@ class Fault:
 
 
 def check_rule(
-    rule: Rule, op: Any, args: Any, kwargs: Any, static: Sequence[bool], strict: bool
+    rule: Rule,
+    op: Any,
+    args: Any,
+    kwargs: Any,
+    static: Sequence[bool],
+    strict: bool,
+    trivial: bool = False,
 ) -> Fault | None:
     """The first fault of a rule for ``op`` on random tensors like these, if it has any.
 
     The tensors may be fake ones. ``static``: which of them, in order, come from weights alone (the
     one that shares multiply is chosen by that); ``strict``: a named axis of size one, of which
-    nothing would show, is a fault.
+    nothing would show, is a fault; ``trivial``: the op is known to make zeros, or nothing.
     """
     with torch.no_grad(), keep_rng():
-        sample = _sample(op, args, kwargs)
-        if isinstance(sample, Fault):
-            return sample
-        return _OpCheck(rule, op, *sample, static).fault(strict)
+        try:
+            _OpCheck(rule, op, *_sample(op, args, kwargs, trivial), static).run(strict)
+        except Fault as fault:
+            return fault
+    return None
 
 
 def shown(x: Any) -> str:
@@ -64,62 +72,68 @@ def shown(x: Any) -> str:
 
 
 # --------------------------------------------------------------------------- values
-def _sample(op: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any] | Fault:
+def _sample(op: Any, args: Any, kwargs: Any, trivial: bool) -> tuple[Any, Any, Any]:
     """Arguments like these, and what the op makes of them: finite, and not zero. In float64 if
-    the op can; normal values, positive ones, or the arguments' own."""
+    the op can; normal values, positive ones, or the arguments' own; with a gradient if it can."""
     why = "its results are zero, or not finite"
-    for double, values in itertools.product((True, False), ("normal", "positive", "own")):
-        draw = torch.Generator().manual_seed(0)
-
-        def like(x: Any, draw: Any = draw, double: Any = double, values: Any = values) -> Any:
-            return _like(x, draw, double, values) if isinstance(x, Tensor) else x
-
-        new_args, new_kwargs = pytree.tree_map(like, (args, kwargs))
+    choices = itertools.product((True, False), ("normal", "positive", "own"), (True, False))
+    for double, values, grad in choices:
+        like = partial(_like, torch.Generator().manual_seed(0), double, values, grad)
+        given = _map_tensors(like, (args, kwargs))
         try:
-            result = _seeded(op, new_args, new_kwargs)
+            result = _run(op, *given)
         except Exception as error:  # whatever the user's op raises
             why = str(error).strip().split("\n")[0] or type(error).__name__
             continue
-        floating = [y for y in pytree.tree_leaves(result) if not _integral(y)]
-        if all(y.isfinite().all() and y.any() for y in floating):
-            return new_args, new_kwargs, result
+        floating = [y for y in tree_leaves(result) if not _integral(y)]
+        if trivial or all(y.isfinite().all() and y.any() for y in floating if y.numel()):
+            return *given, result
     remedy = "pass arguments that it takes: gpdfx.rule(op, signature, example=(...))"
-    return Fault(f"the op cannot be run: {why}", remedy, untried=True)
+    raise Fault(f"the op cannot be run: {why}", remedy, untried=True)
 
 
-def _seeded(op: Any, args: Any, kwargs: Any) -> Any:
+def _run(op: Any, args: Any, kwargs: Any) -> Any:
+    """A seeded call on copies, which it may write to."""
     torch.manual_seed(0)
-    return op(*args, **kwargs)
+    with torch.enable_grad():
+        args, kwargs = _map_tensors(torch.clone, (args, kwargs))
+        return op(*args, **kwargs)
 
 
-def _like(x: Tensor, draw: torch.Generator, double: bool, values: str) -> Tensor:
+def _like(draw: torch.Generator, double: bool, values: str, grad: bool, x: Tensor) -> Tensor:
     """Values in the shape of ``x``. Integers are its own if it has any, else 0 and 1."""
+    dtype, size = x.dtype, [size_hint(s) for s in x.shape]
     if double and not _integral(x):
         dtype = torch.complex128 if x.is_complex() else torch.float64
-    else:
-        dtype = x.dtype
-    if not isinstance(x, FakeTensor) and (values == "own" or _integral(x)):
-        return x.detach().to(dtype)
-    size = [size_hint(s) for s in x.shape]
-    if _integral(x):
+    if not is_fake(x) and (values == "own" or _integral(x)):
+        new = x.detach()
+    elif _integral(x):
         new = torch.randint(0, 2, size, generator=draw)
     elif values == "positive":
         new = torch.rand(size, generator=draw, dtype=torch.float64) + 0.5
     else:
         new = torch.randn(size, generator=draw, dtype=torch.float64)
-    return new.to(x.device, dtype)
+    return new.to(x.device, dtype, copy=True).requires_grad_(grad and not _integral(x))
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], arguments: Any) -> Any:
+    return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, arguments)
 
 
 def _integral(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex())
 
 
-# --------------------------------------------------------------------------- the trial
+# --------------------------------------------------------------------------- the check
 _SHAPES = "name every dimension, one name each; ... stands for any number of them"
 _COPIES = (
     "write c! or *c for an axis along which order or number matter; bind one whose size an "
     "argument states: gpdfx.rule(op, signature, c='argument'); or give the op no rule: it then "
     "runs at the student's width"
+)
+_BACKWARD = (
+    "mend the op's backward, or give the op no rule: it then runs, forward and backward, at the "
+    "student's width"
 )
 
 
@@ -129,95 +143,113 @@ class _OpCheck:
     def __init__(
         self, rule: Rule, op: Any, args: Any, kwargs: Any, result: Any, static: Sequence[bool]
     ) -> None:
-        self.rule, self.result, self.solver = rule, result, Solver()
+        self.rule, self.results, self.solver = rule, tree_leaves(result), Solver()
         graph, self.inputs = fx.Graph(), list[fx.Node]()
         self.axes: dict[fx.Node, Any] = {}
-        flat, spec = pytree.tree_flatten((args, kwargs))
+        flat, spec = tree_flatten((args, kwargs))
         for k, x in enumerate(flat):
             if isinstance(x, Tensor):
                 node = flat[k] = graph.placeholder(f"x{k}")
                 node.meta["val"] = x
                 self.axes[node] = tuple(self.solver.leaf(s) for s in x.shape)
                 self.inputs.append(node)
-        self.node = graph.call_function(op, *pytree.tree_unflatten(flat, spec))
+        self.node = graph.call_function(op, *tree_unflatten(flat, spec))
         self.node.meta["val"] = result
         weights = {x: True for x, yes in zip(self.inputs, static, strict=False) if yes}
         self.op = Op(self.node, self.solver, self.axes, weights)
 
-    def fault(self, strict: bool) -> Fault | None:
+    def run(self, strict: bool) -> None:
+        """Raise the first fault."""
         try:
             self.axes[self.node] = self.rule.infer(self.op)
         except Exception as error:  # axes that conflict, or a rank that no pattern has
-            return Fault(f"it does not fit these shapes: {error}", _SHAPES)
-        have = [list(y.shape) for y in pytree.tree_leaves(self.result)]
+            raise Fault(f"it does not fit these shapes: {error}", _SHAPES) from error
+        have = [list(y.shape) for y in self.results]
         said = [[a.size for a in axes] for axes in parts(self.axes[self.node])]
         if have != said:
-            return Fault(f"the result should have the sizes {said}, it has {have}", _SHAPES)
-        one = [name for name, axis in self.op.env.items() if self.solver.resolve(axis) == ONE]
-        if strict and one:
-            text = f"{one[0]} has size one in the example, where nothing would show"
-            return Fault(text, "pass an example with sizes of two or more")
-        free = dict.fromkeys(
-            x for node in self.inputs for a in self.op.axes(node) for x in leaves(a)
-        )
-        free = {x: None for x in free if x not in self.solver.reason}
-        for some in ([x] for x in free):
-            if text := self._widen(some):
-                return Fault(f"with {self._name(some[0])} {text}", _COPIES)
-        text = self._widen(list(free)) if len(free) > 1 else ""
-        return Fault(f"with all axes {text}", _COPIES) if text else None
+            raise Fault(f"the result should have the sizes {said}, it has {have}", _SHAPES)
+        env = {name: self.solver.resolve(axis) for name, axis in self.op.env.items()}
+        for name in (name for name, axis in env.items() if strict and axis == ONE):
+            text = f"{name} has size one in the example, where nothing would show"
+            raise Fault(text, "pass an example with sizes of two or more")
+        every = [a for x in (*self.inputs, self.node) for axes in parts(self.axes[x]) for a in axes]
+        known = dict.fromkeys(x for a in every for x in leaves(self.solver.resolve(a)))
+        draw, reason = np.random.default_rng(0), self.solver.reason
+        free = {x: _surjection(x.size, draw) for x in known if x.size and x not in reason}
+        for leaf, index in free.items():
+            names = [name for name, axis in env.items() if leaf in leaves(axis)]
+            name = [*names, "a dimension under ... or *"][0]
+            self._widen({leaf: index}, f"with {name} widened from {leaf.size} to {len(index)}")
+        for maps in (free, {x: np.arange(2 * x.size) % x.size for x in free}):
+            self._widen(maps, "with all axes wide")
 
-    def _name(self, leaf: Leaf) -> str:
-        for name, axis in self.op.env.items():
-            if leaf in leaves(self.solver.resolve(axis)):
-                return name
-        return "a dimension under ... or *"
+    def _widen(self, maps: dict[Leaf, np.ndarray], what: str) -> None:
+        """Raise what goes wrong if these leaves widen."""
 
-    def _widen(self, some: list[Leaf]) -> str:
-        """What goes wrong if these leaves widen; empty if nothing does."""
-        draw = np.random.default_rng(0)
-        maps = {leaf: _surjection(leaf.size, draw) for leaf in some}
-        target = Target({"": fx.Graph()}, self.axes, partial(self._frozen, maps), lambda key: draw)
-        for x in self.inputs:
-            if x.meta["val"].is_floating_point():
-                target.dtype, target.device = x.meta["val"].dtype, x.meta["val"].device
+        def frozen(axis: Axis) -> Frozen:
+            axis = self.solver.resolve(axis)
+            return compose(axis, lambda leaf: maps.get(leaf, np.arange(leaf.size)))
+
+        def wide(x: Tensor, axes: Axes) -> Tensor:
+            return gather(x, tuple(map(frozen, axes)))
+
+        graph = fx.Graph()
+        target = Target({"": graph}, self.axes, frozen, lambda key: np.random.default_rng(0))
+        values = [x.meta["val"] for x in self.inputs]
+        for x in (x for x in values if x.is_floating_point()):
+            target.dtype, target.device = x.dtype, x.device
         inference = Inference(self.solver, self.axes, {}, {self.node: self.op})
         writer = GraphWriter([*self.inputs, self.node], inference, target, "", {})
         writer.run()
-        what = f"widened from {some[0].size} to {len(maps[some[0]])}" if len(some) == 1 else "wide"
         if self.node in inference.bridges:
-            return f"{what} {inference.bridges[self.node]}"
-        target.graphs[""].output(writer.env[self.node])
-        teacher = fx.GraphModule(target.constants | target.shares, target.graphs[""])
-        inputs = [self._gather(x.meta["val"], self.op.axes(x), maps) for x in self.inputs]
+            raise Fault(f"{what} {inference.bridges[self.node]}", _COPIES)
+        graph.output(writer.env[self.node])
+        teacher = fx.GraphModule(target.constants | target.shares, graph)
+        with torch.enable_grad():
+            inputs = [wide(x, self.axes[n]) for x, n in zip(values, self.inputs, strict=True)]
+            expected = list(map(wide, self.results, parts(self.axes[self.node])))
         try:
-            results = pytree.tree_leaves(_seeded(teacher, inputs, {}))
+            results = tree_leaves(_run(teacher, inputs, {}))
         except Exception as error:  # whatever the user's op raises
-            return f"{what} it fails: {error}"
-        given = zip(pytree.tree_leaves(self.result), parts(self.axes[self.node]), strict=True)
-        for y, (own, axes) in zip(results, given, strict=True):
-            if problem := _compare(self._gather(own, axes, maps), y):
-                return f"{what} its result {problem}"
-        return ""
+            raise Fault(f"{what} it fails: {error}", _COPIES) from error
+        for one, other in zip(expected, results, strict=True):
+            _compare(one, other, f"{what} its result", _COPIES)
+        sources = [x for x in values if x.requires_grad]
+        try:
+            wanted = _gradients(expected, sources)
+        except Exception:  # the op has no gradient
+            return
+        try:
+            found = _gradients(results, sources)
+        except Exception as error:
+            raise Fault(f"{what} its gradient fails: {error}", _BACKWARD) from error
+        for x, one, other in zip(sources, wanted, found, strict=True):
+            _compare(one, other, f"{what} its gradient for {shown(x)}", _BACKWARD)
 
-    def _frozen(self, maps: dict[Leaf, np.ndarray], axis: Axis) -> Frozen:
-        axis = self.solver.resolve(axis)
-        return compose(axis, lambda leaf: maps.get(leaf, np.arange(leaf.size)))
 
-    def _gather(self, x: Tensor, axes: Axes, maps: dict[Leaf, np.ndarray]) -> Tensor:
-        return gather(x, tuple(self._frozen(maps, a) for a in axes))
+def _gradients(results: list[Tensor], sources: list[Tensor]) -> tuple[Tensor, ...]:
+    """Of a random projection of wide results, with respect to the student's tensors."""
+    draw, total = torch.Generator().manual_seed(1), torch.zeros(())
+    for y in results:
+        weight = torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y)
+        with torch.enable_grad():
+            total = total + (y * weight).real.sum() if y.requires_grad else total
+    return torch.autograd.grad(total, sources, retain_graph=True, materialize_grads=True)
 
 
-def _compare(expected: Tensor, y: Tensor) -> str:
-    """How a result differs from what it should be, if it does. A wrong rule is wrong by far."""
+def _compare(expected: Tensor, y: Tensor, what: str, remedy: str) -> None:
+    """Raise how a tensor differs from what it should be. A wrong rule is wrong by far."""
     if y.shape != expected.shape:
-        return f"has the shape {tuple(y.shape)}, not {tuple(expected.shape)}"
-    allowed = 1e-4 if _integral(expected) else max(1e-4, 30 * torch.finfo(expected.dtype).eps)
-    off = difference(expected, y)
-    return "" if off <= allowed else f"differs by {off:.1e}, relative (allowed {allowed:.0e})"
+        raise Fault(f"{what} has the shape {tuple(y.shape)}, not {tuple(expected.shape)}", remedy)
+    eps = 0.0 if _integral(expected) else torch.finfo(expected.dtype).eps
+    allowed = max(1e-4, 30 * eps)
+    off = difference(expected, y, floor=min(1.0, 1e5 * eps))  # a gradient of zero has rounding
+    if off > allowed:
+        raise Fault(f"{what} differs by {off:.1e}, relative (allowed {allowed:.0e})", remedy)
 
 
 def _surjection(size: int, draw: np.random.Generator) -> np.ndarray:
-    """Every index once, some more often, in a random order; never all equally often."""
-    more = draw.integers(0, size - 1, size // 2 + 1)
+    """Every index once, some more often, in a random order; never all equally often. Half as many
+    more, an even number: there are kernels that want rows of 16 bytes."""
+    more = draw.integers(0, size - 1, (size + 2) // 4 * 2)
     return np.asarray(draw.permutation(np.concatenate([np.arange(size), more])))

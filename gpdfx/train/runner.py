@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..calls import tree
 from ..distill.gpd import Distilled
 from ..errors import InputError
+from ..torch_private import compile_error
 from .config import OWN_GRAPHS, TrainConfig, refuse
 from .networks import Net, SavedBuffers
 from .ranks import Ranks
@@ -93,7 +94,7 @@ def compiler_errors() -> Iterator[None]:
     """A compiler's error, with what to do."""
     try:
         yield
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except compile_error() as error:
         said = " ".join(str(error).strip().splitlines()[:2])
         raise InputError(
             f"torch.compile failed: {said}", remedy="train without --compile"

@@ -12,130 +12,78 @@ from ...algebra.axes import product
 from ...algebra.solver import Reason
 from ...kernels import copies
 from ..program import shape, value
-from .base import Axes, Op, Rule, Writer, broadcast, student_sizes
-from .signature import Signature, apply_share, infer, parse, sig, widen
-
-aten = torch.ops.aten
-
-_OPERANDS = ("input", "weight", "bias")
-_GROUPS = (("g", "groups"),)
+from .op import Axes, Op, broadcast
+from .signature import Signature, apply_share, by, infer, parse, rows, shared, sig
+from .writer import Rule, Writer, student_sizes
 
 
 # --------------------------------------------------------------------------- convolutions
 def _conv(pattern: str) -> Rule:
-    """``s``, ``k`` and ``t`` in the pattern: the dimensions of image, kernel and result."""
+    """``{s}`` and ``{t}`` in the pattern: the dimensions of image and result along which a kernel
+    slides. A kernel of one element that goes nowhere is a linear layer: any axis may stand there.
+    As a pattern has one star, these are dimensions before and behind all that slide."""
 
-    def signature(op: Op) -> Signature:
-        s, k, t = _sliding(op)
-        return parse(pattern.format(s=s, k=k, t=t))
+    def choose(op: Op) -> Signature:
+        kernel = shape(op["weight"])[2:]
+        slides = [d for d, size in enumerate(kernel) if size > 1 or _moves(op, d)]
+        names = [f"n{d}" for d in range(len(kernel))]
+        before, behind = (names[: slides[0]], names[slides[-1] + 1 :]) if slides else (names, [])
+        stars = {x: " ".join([*before, *([f"*{x}"] if slides else []), *behind]) for x in "st"}
+        return parse(pattern.format(**stars))
 
-    return Rule(
-        lambda op: infer(signature(op), _OPERANDS, _GROUPS, op),
-        lambda w: widen(signature(w.op), _OPERANDS, _GROUPS, w),
-    )
-
-
-def _sliding(op: Op) -> tuple[str, str, str]:
-    """A kernel of one element that goes nowhere is a linear layer: any axis may stand there. As a
-    pattern has one star, these are dimensions before and behind all that slide."""
-    slides = [d for d, size in enumerate(shape(op["weight"])[2:]) if size > 1 or _moves(op, d)]
-    names = [f"n{d}" for d in range(len(shape(op["weight"])) - 2)]
-    before, behind = (names[: slides[0]], names[slides[-1] + 1 :]) if slides else (names, [])
-
-    def around(star: str) -> str:
-        return " ".join([*before, *([star] if slides else []), *behind])
-
-    return around("*s"), "*k", around("*t")
+    return by(choose, "input weight bias", g="groups")
 
 
 def _moves(op: Op, d: int) -> bool:
     """True if a convolution strides or pads in a dimension."""
     for name, still in (("stride", 1), ("padding", 0), ("output_padding", 0)):
         given = op[name]
-        by = given[min(d, len(given) - 1)] if isinstance(given, list | tuple) else given
-        if by not in (still, None, "valid", "same"):  # to the same size: a kernel of one does
+        step = given[min(d, len(given) - 1)] if isinstance(given, list | tuple) else given
+        if step not in (still, None, "valid", "same"):  # to the same size: a kernel of one does
             return True
     return False
 
 
-_CONV = _conv("b (g i) {s}, (g o) i {k}, (g o)? -> b (g o) {t}")
-_TRANSPOSED = _conv("b (g i) {s}, (g i) o {k}, (g o)? -> b (g o) {t}")
-
-
-# --------------------------------------------------------------------------- matmul and einsum
-def _matmul_signature(op: Op) -> Signature:
-    a, b = (len(op.axes(x)) for x in ("self", _second(op)))
-    left, right = ("k", "m k", "... m k"), ("k", "k n", "... k n")
-    result = {(1, 1): "", (1, 2): "n", (2, 1): "m", (1, 3): "... n", (3, 1): "... m"}
-    shape = (min(a, 3), min(b, 3))
-    out = result.get(shape, "... m n")
-    return parse(f"{left[shape[0] - 1]}, {right[shape[1] - 1]} -> {out}")
-
-
-def _second(op: Op) -> str:
-    return next(name for name in ("other", "mat2", "vec", "tensor") if name in op.args)
-
-
-def _matmul(op: Op) -> Any:
-    result = infer(_matmul_signature(op), ("self", _second(op)), (), op)
-    for axis in result[:-2]:  # heads, as a rule: the first to widen
-        op.solver.mark(op.solver.outer, axis)
-    return result
-
-
-def _widen_matmul(w: Writer) -> fx.Node:
-    return widen(_matmul_signature(w.op), ("self", _second(w.op)), (), w)
-
-
-def _einsum_parts(op: Op) -> tuple[Signature, list[fx.Node]]:
-    equation, operands = op["equation"].replace(" ", ""), op["tensors"]
+# --------------------------------------------------------------------------- sums of products
+def _einsum_signature(op: Op) -> Signature:
+    equation = op["equation"].replace(" ", "")
     left, arrow, right = equation.partition("->")
     if not arrow:
         names = sorted(set(left) - set(",."))
         right = ("..." if "..." in left else "") + "".join(n for n in names if left.count(n) == 1)
+    operands = left.split(",")
+    if any(len(set(p)) < len(p.replace("...", ".")) for p in operands):
+        op.conflict("einsum takes a diagonal")
+    everywhere = set.intersection(*map(set, operands)) - {"."}  # batched: heads
+    op.args |= {f"operand{k}": x for k, x in enumerate(op["tensors"])}
 
     def spaced(part: str) -> str:
-        return " ".join(part.replace("...", ".")).replace(".", "...")
+        words = " ".join(part.replace("...", ".")).split()
+        return " ".join("..." if n == "." else n + "^" * (n in everywhere) for n in words)
 
-    if any(len(set(p)) < len(p.replace("...", ".")) for p in left.split(",")):
-        op.conflict("einsum takes a diagonal")
-    return parse(", ".join(map(spaced, left.split(","))) + " -> " + spaced(right)), operands
+    return parse(", ".join(map(spaced, operands)) + " -> " + spaced(right))
 
 
 def _einsum(op: Op) -> Any:
-    signature, operands = _einsum_parts(op)
-    op.args |= {f"operand{k}": x for k, x in enumerate(operands)}
-    result = infer(signature, tuple(f"operand{k}" for k in range(len(operands))), (), op)
-    everywhere = [n for n in op.env if all((n,) in dims for dims in signature.inputs)]
-    for name in everywhere:  # batched: heads
-        op.solver.mark(op.solver.outer, op.env[name])
-    return result
+    signature = _einsum_signature(op)
+    return infer(signature, _numbered(op), (), op)
+
+
+def _numbered(op: Op) -> tuple[str, ...]:
+    return tuple(f"operand{k}" for k in range(len(op["tensors"])))
 
 
 def _widen_einsum(w: Writer) -> fx.Node:
-    signature, operands = _einsum_parts(w.op)
-    new = [w.map(x) for x in operands]
-    outputs = {n for dim in signature.outputs[0] for n in dim}
-    for name in signature.contracted:
-        if w.wide(w.op.env[name]):
-            holders = [k for k, dims in enumerate(signature.inputs) if (name,) in dims]
-            weights = [k for k in holders if w.op.is_static(operands[k])]
-            k = (weights or holders)[-1]
-            rows = outputs if weights else set()
-            new[k] = apply_share(w, new[k], operands[k], signature.inputs[k], name, rows)
-    return w.copy(tensors=new)
+    names = _numbered(w.op)
+    changes = shared(_einsum_signature(w.op), names, w)
+    return w.copy(tensors=[changes.get(name, w[name]) for name in names])
 
 
-# --------------------------------------------------------------------------- addmm and friends
-def _add_product(operands: tuple[str, str], pattern: str) -> Rule:
-    """``beta * self + alpha * (a @ b)``, where ``self`` broadcasts."""
-    signature = parse(pattern)
-
-    def infer_(op: Op) -> Any:
-        result = infer(signature, operands, (), op)
-        return broadcast(op, op.axes("self"), result)
-
-    return Rule(infer_, lambda w: widen(signature, operands, (), w))
+def _added(operands: str, result: str, names: str) -> Rule:
+    """``beta * self + alpha * (a @ b)``, where ``self`` broadcasts: it may lack leading axes."""
+    axes = result.split()
+    forms = [f"{operands}, {' '.join(axes[k:])} -> {result}" for k in range(len(axes) + 1)]
+    return sig(" | ".join(forms), f"{names} self")
 
 
 # --------------------------------------------------------------------------- attention
@@ -160,7 +108,14 @@ def _attention(op: Op) -> Any:
     op.solver.mark(op.solver.inner, env["k"], Reason("positions", op.where))
     if op["attn_mask"] is not None:
         broadcast(op, op.axes("attn_mask"), (*heads, env["q"], env["k"]))
-    return (*heads, env["q"], env["v"])
+    result = (*heads, env["q"], env["v"])
+    if op["is_causal"]:
+        for name, length in zip(_QKV, "qkk", strict=True):
+            d = len(op.axes(name)) - 2
+            out = len(result) - 2 if length == "q" else None
+            if op.hold(op[name], d, "later positions are masked", out):
+                env[length] = op.fixed(env[length].size)
+    return result
 
 
 def _widen_attention(w: Writer) -> fx.Node:
@@ -197,39 +152,37 @@ def _widen_attention_dropout(w: Writer, axes: Axes, changes: dict[str, Any]) -> 
     sizes = student_sizes(w, weights, axes, free)
     mask = w.call(copies.dropout_mask, weights, sizes, "dropout", w.op["dropout_p"], None)
     spread = range(len(axes) if even else len(axes) - 1)
-    weights = w.call(aten.mul.Tensor, weights, w.spread(mask, axes, list(spread)))
+    weights = w.call(torch.ops.aten.mul.Tensor, weights, w.spread(mask, axes, list(spread)))
     return w.call(copies.attend, weights, given["value"], bool(w.op["enable_gqa"]))
 
 
-# --------------------------------------------------------------------------- mixtures of experts
-_GROUPED = sig("s i, *e i o, *e? -> s o")  # rows by expert; offs says where each expert's end
-
-NAMED = {"transformers::grouped_mm_fallback": _GROUPED}
+# --------------------------------------------------------------------------- the table
+_EXPERTS = sig("s! i, *e i o, *e? -> s o")  # rows by expert; offs says where each expert's end
+NAMED = {"transformers::grouped_mm_fallback": _EXPERTS}
 """Ops of libraries that may be absent, by name."""
 
-# --------------------------------------------------------------------------- the table
-TABLE: dict[Any, Rule] = {
-    aten._grouped_mm.default: _GROUPED,
-    aten.linear.default: sig("... i, o i, o? -> ... o"),
-    aten.conv1d.default: _CONV,
-    aten.conv2d.default: _CONV,
-    aten.conv3d.default: _CONV,
-    aten.conv1d.padding: _CONV,
-    aten.conv2d.padding: _CONV,
-    aten.conv3d.padding: _CONV,
-    aten.conv_transpose1d.default: _TRANSPOSED,
-    aten.conv_transpose2d.input: _TRANSPOSED,
-    aten.conv_transpose3d.input: _TRANSPOSED,
-    aten.matmul.default: Rule(_matmul, _widen_matmul),
-    aten.mm.default: Rule(_matmul, _widen_matmul),
-    aten.bmm.default: Rule(_matmul, _widen_matmul),
-    aten.mv.default: Rule(_matmul, _widen_matmul),
-    aten.dot.default: Rule(_matmul, _widen_matmul),
-    aten.vdot.default: Rule(_matmul, _widen_matmul),
-    aten.einsum.default: Rule(_einsum, _widen_einsum),
-    aten.addmm.default: _add_product(("mat1", "mat2"), "m k, k n -> m n"),
-    aten.addmv.default: _add_product(("mat", "vec"), "m k, k -> m"),
-    aten.baddbmm.default: _add_product(("batch1", "batch2"), "b m k, b k n -> b m n"),
-    aten.bilinear.default: sig("... i, ... j, o i j, o? -> ... o"),
-    aten.scaled_dot_product_attention.default: Rule(_attention, _widen_attention),
-}
+TABLE: dict[Any, Rule] = rows(
+    {
+        "linear": "... i, o i, o? -> ... o",
+        "conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding": _conv(
+            "b (g i) {s}, (g o) i *k, (g o)? -> b (g o) {t}"
+        ),
+        "conv_transpose1d conv_transpose2d.input conv_transpose3d.input": _conv(
+            "b (g i) {s}, (g i) o *k, (g o)? -> b (g o) {t}"
+        ),
+        "mm": "m k, k n -> m n",
+        "bmm": "b^ m k, b k n -> b m n",
+        "mv": "m k, k -> m",
+        "dot vdot": "k, k ->",
+        "matmul": (
+            "k, k -> | k, ... k n -> ... n | ... m k, k -> ... m | ...^ m k, ... k n -> ... m n"
+        ),
+        "addmm": _added("m k, k n", "m n", "mat1 mat2"),
+        "addmv": _added("m k, k", "m", "mat vec"),
+        "baddbmm": _added("b m k, b k n", "b m n", "batch1 batch2"),
+        "einsum": Rule(_einsum, _widen_einsum),
+        "bilinear": "... i, ... j, o i j, o? -> ... o",
+        "scaled_dot_product_attention": Rule(_attention, _widen_attention),
+        "_grouped_mm": _EXPERTS,
+    }
+)

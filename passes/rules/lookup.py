@@ -9,37 +9,35 @@ import torch
 from torch import fx
 
 from ..program import is_tensor, shape, value
-from .base import Axes, Op, Rule, broadcast, dim_of
+from .op import Axes, Op, broadcast, dim_of, outputs
+from .signature import rows
+from .writer import Rule
 
-aten = torch.ops.aten
 
-
-def _embedding(op: Op) -> Axes:
-    table = op.axes("weight")
-    op.fix(table[0], "lookup")
-    return (*op.axes("indices"), *table[1:])
+def _indices(op: Op) -> dict[int, fx.Node]:
+    """Dimension -> the tensor that indexes it."""
+    indices = {d: index for d, index in enumerate(op["indices"]) if index is not None}
+    if any(value(index).dtype == torch.bool for index in indices.values()):
+        op.conflict("a boolean index keeps positions")
+    return indices
 
 
 def _index(op: Op) -> Axes:
-    """Indexed dimensions are replaced by the broadcast index, in place if adjacent, else first."""
-    axes, indices = op.axes("self"), list(op["indices"])
-    indices += [None] * (len(axes) - len(indices))
-    if any(i is not None and value(i).dtype == torch.bool for i in indices):
-        op.conflict("a boolean index keeps positions")
-    used = [d for d, i in enumerate(indices) if i is not None]
-    for d in used:
+    indices = _indices(op)
+    for d in indices:
         op.hold(op["self"], d, "it is indexed")
-    return _found(op, axes, indices)
+    return _found(op, indices)[0]
 
 
-def _found(op: Op, axes: Axes, indices: list[Any]) -> Axes:
-    """The axes of ``self[indices]``."""
-    used = [d for d, i in enumerate(indices) if i is not None]
-    found = broadcast(op, *(op.axes(indices[d]) for d in used))
+def _found(op: Op, indices: dict[int, fx.Node]) -> tuple[Axes, int, int]:
+    """The axes of ``self[indices]``: indexed dimensions are replaced by the broadcast index, in
+    place if adjacent, else first. Also where that begins, and how many dimensions it has."""
+    used = list(indices)
+    found = broadcast(op, *map(op.axes, indices.values()))
     adjacent = used == list(range(used[0], used[-1] + 1))
     at = used[0] if adjacent else 0
-    rest = [a for d, a in enumerate(axes) if d not in used]
-    return (*rest[:at], *found, *rest[at:])
+    rest = [a for d, a in enumerate(op.axes("self")) if d not in indices]
+    return (*rest[:at], *found, *rest[at:]), at, len(found)
 
 
 def _index_select(op: Op) -> Axes:
@@ -49,71 +47,78 @@ def _index_select(op: Op) -> Axes:
     return tuple(axes)
 
 
+def _agree(op: Op, name: str, dim: int, why: str) -> None:
+    """The dimensions of an operand but for ``dim`` are those of ``self``."""
+    for d, (a, b) in enumerate(zip(op.axes("self"), op.axes(name), strict=True)):
+        if d != dim:
+            op.unify(a, b) if a.size == b.size else op.conflict(why)
+
+
 def _gather(op: Op) -> Axes:
     """Along ``dim`` positions are taken; the other dimensions of input and index agree."""
-    axes, index, dim = op.axes("self"), op.axes("index"), dim_of(op, op["dim"])
+    dim = dim_of(op, op["dim"])
     op.hold(op["self"], dim, "it is indexed")
-    for d, (a, b) in enumerate(zip(axes, index, strict=True)):
-        if d != dim:
-            op.unify(a, b) if a.size == b.size else op.conflict("gather takes a part of an axis")
-    return index
+    _agree(op, "index", dim, "gather takes a part of an axis")
+    return op.axes("index")
 
 
 def _embedding_bag(op: Op) -> list[Axes]:
     """Sums, means or largest of rows; then which rows, by bag."""
     weight = op.axes("weight")
     op.fix(weight[0], "lookup")
-    bags, *others = op.node.meta["val"]
+    for name in ("indices", "offsets", "per_sample_weights"):
+        for d in range(len(op.axes(name)) if op[name] is not None else 0):
+            op.hold(op[name], d, "bags are stretches of it")
+    bags, *others = outputs(op.node)
     result = (op.measured(bags.shape[0]), weight[1])
-    return [result] + [
-        result if v.ndim == 2 else tuple(op.measured(s) for s in v.shape) for v in others
-    ]
+    return [result] + [result if v.ndim == 2 else tuple(map(op.measured, v.shape)) for v in others]
 
 
 def _scatter(op: Op, operands: tuple[str, ...]) -> Axes:
     """Positions along ``dim`` are written; the other dimensions of all operands agree."""
-    axes, dim = op.axes("self"), dim_of(op, op["dim"])
+    dim = dim_of(op, op["dim"])
     for name in operands:
-        if isinstance(op[name], fx.Node) and is_tensor(op[name]):
+        if is_tensor(op[name]):
             op.take(op[name], dim, "positions along it are written", out=dim)
-            for d, (a, b) in enumerate(zip(axes, op.axes(name), strict=True)):
-                if d != dim:
-                    op.unify(a, b) if a.size == b.size else op.conflict("scatter takes a part")
+            _agree(op, name, dim, "scatter takes a part")
     return op.axes("self")
+
+
+def _index_slices(op: Op) -> Axes:
+    """As ``_scatter``, by an index of one dimension."""
+    for d in range(len(op.axes("index"))):
+        op.hold(op["index"], d, "it says which positions are written")
+    return _scatter(op, ("self", "source"))
 
 
 def _index_put(op: Op) -> Axes:
     """Indexed dimensions are written at positions; what is written broadcasts over the rest."""
-    axes, indices = op.axes("self"), list(op["indices"])
-    for d, index in enumerate(indices):
-        if index is not None and value(index).dtype == torch.bool:
-            op.conflict("a boolean index keeps positions")
-        if index is not None:
-            op.take(op["self"], d, "it is indexed", out=d)
-    broadcast(op, _found(op, axes, indices), op.axes("values"))
+    indices = _indices(op)
+    for d in indices:
+        op.take(op["self"], d, "it is indexed", out=d)
+    result, at, count = _found(op, indices)
+    broadcast(op, result, op.axes("values"))
+    missing = len(result) - len(op.axes("values"))
+    written = {index: range(len(op.axes(index))) for index in indices.values()}
+    written[op["values"]] = range(max(at - missing, 0), max(at + count - missing, 0))
+    for x, dims in written.items():
+        for d in dims:
+            op.hold(x, d, "it is written to positions")
     return op.axes("self")
 
 
-_ELEMENTS = Rule(partial(_scatter, operands=("self", "index", "src")))
-_SLICES = Rule(partial(_scatter, operands=("self", "source")))  # by an index of one dimension
-
-TABLE: dict[Any, Rule] = {
-    aten.embedding.default: Rule(_embedding),
-    aten.embedding_bag.default: Rule(_embedding_bag),
-    aten.embedding_bag.padding_idx: Rule(_embedding_bag),
-    aten.index.Tensor: Rule(_index),
-    aten.index_select.default: Rule(_index_select),
-    aten.gather.default: Rule(_gather),
-    aten.scatter.src: _ELEMENTS,
-    aten.scatter.value: _ELEMENTS,
-    aten.scatter.reduce: _ELEMENTS,
-    aten.scatter.value_reduce: _ELEMENTS,
-    aten.scatter_add.default: _ELEMENTS,
-    aten.scatter_reduce.two: _ELEMENTS,
-    aten.index_add.default: _SLICES,
-    aten.index_copy.default: _SLICES,
-    aten.index_reduce.default: _SLICES,
-    aten.index_fill.int_Scalar: _SLICES,
-    aten.index_fill.int_Tensor: _SLICES,
-    aten.index_put.default: Rule(_index_put),
-}
+TABLE: dict[Any, Rule] = rows(
+    {
+        "embedding": "v! d, ... -> ... d",
+        "embedding_bag embedding_bag.padding_idx": Rule(_embedding_bag),
+        "index.Tensor": Rule(_index),
+        "index_select": Rule(_index_select),
+        "gather": Rule(_gather),
+        "scatter.src scatter.value scatter.reduce scatter.value_reduce scatter_add "
+        "scatter_reduce.two": Rule(partial(_scatter, operands=("self", "index", "src"))),
+        "index_add index_copy index_reduce index_fill.int_Scalar index_fill.int_Tensor": Rule(
+            _index_slices
+        ),
+        "index_put": Rule(_index_put),
+    }
+)

@@ -3,28 +3,34 @@ equal in number; else they are weighted by 1 / copies."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from ...algebra.axes import product
 from ...kernels import copies
 from ..program import shape
-from .base import Axes, Op, Rule, Writer
-from .signature import sig
+from .op import Axes, Op, outputs
+from .signature import rows, sig
+from .writer import Rule, Writer
 
 aten = torch.ops.aten
 
 # Batch norm contracts everything but its channels: copies there would be counted twice.
 _BATCH = sig("b! c ...!, c?, c?, c?, c? -> b c ...", "input weight bias running_mean running_var")
+_INSTANCE = sig("b c ...!, c?, c?, c?, c? -> b c ...", "input weight bias running_mean running_var")
+_GROUP = sig("b (g i) ...!, (g i)?, (g i)? -> b (g i) ...", "input weight bias", g="num_groups")
 
 
 def _functional_batch_norm(op: Op) -> Any:
     """Several results: the output, then statistics per channel."""
-    x = _BATCH.infer(op)[0]
-    others = op.node.meta["val"][1:]
-    return [x] + [(x[1],) if v.numel() else tuple(map(op.fixed, shape(v))) for v in others]
+    x, *others = outputs(op.node)
+    axes = _BATCH.infer(op)[0]
+    axes = tuple(op.measured(x.shape[d]) if d in op.spread else a for d, a in enumerate(axes))
+    op.spread = set()  # of the output only
+    return [axes] + [(axes[1],) if v.numel() else tuple(map(op.fixed, shape(v))) for v in others]
 
 
 # --------------------------------------------------------------------------- layer and RMS norm
@@ -61,19 +67,6 @@ def _affine(w: Writer, y: fx.Node, right: int) -> fx.Node:
 
 
 # --------------------------------------------------------------------------- group norm
-def _group_norm(op: Op) -> Axes:
-    x, groups = op.axes("input"), int(op["num_groups"])
-    op.env["g"], op.env["i"] = op.free(groups), op.free(x[1].size // groups)
-    op.solver.mark(op.solver.outer, op.env["g"])
-    op.unify(x[1], product(op.env["g"], op.env["i"]))
-    for name in ("weight", "bias"):
-        if op[name] is not None:
-            op.unify(op.axes("input")[1], op.axes(name)[0])
-    for d in range(2, len(x)):
-        op.hold(op["input"], d, "statistics along it are contracted", out=d)
-    return op.axes("input")
-
-
 def _widen_group_norm(w: Writer) -> fx.Node:
     op = w.op
     groups, inner = w.frozen(op.env["g"]), w.frozen(op.env["i"])
@@ -87,25 +80,7 @@ def _widen_group_norm(w: Writer) -> fx.Node:
     return _affine(w, w.call(aten.flatten.using_ints, y, 1, 2), rank - 2)
 
 
-def _instance_norm(op: Op) -> Axes:
-    x = op.axes("input")
-    for d in range(2, len(x)):
-        op.hold(op["input"], d, "statistics along it are contracted", out=d)
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        if op[name] is not None:
-            op.unify(x[1], op.axes(name)[0])
-    return op.axes("input")
-
-
 # --------------------------------------------------------------------------- of a weight
-def _weight_norm(op: Op) -> Axes:
-    v = op.axes("v")
-    for a, b in zip(v, op.axes("g"), strict=True):
-        if b.size != 1:
-            op.unify(a, b)
-    return v
-
-
 def _widen_weight_norm(w: Writer) -> fx.Node:
     """``dim`` is the one that is not normalised over; -1: none."""
     axes = w.op.axes("v")
@@ -115,13 +90,16 @@ def _widen_weight_norm(w: Writer) -> fx.Node:
     return w.call(copies.weight_norm, w["v"], w["g"], dims, w.copies(axes, dims))
 
 
-TABLE: dict[Any, Rule] = {
-    aten._weight_norm.default: Rule(_weight_norm, _widen_weight_norm),
-    aten.batch_norm.default: _BATCH,
-    aten._native_batch_norm_legit_functional.default: Rule(_functional_batch_norm),
-    aten._native_batch_norm_legit_no_training.default: Rule(_functional_batch_norm),
-    aten.instance_norm.default: Rule(_instance_norm),
-    aten.layer_norm.default: Rule(_layer_norm, lambda w: _widen_layer_norm(w, center=True)),
-    aten.rms_norm.default: Rule(_layer_norm, lambda w: _widen_layer_norm(w, center=False)),
-    aten.group_norm.default: Rule(_group_norm, _widen_group_norm),
-}
+TABLE: dict[Any, Rule] = rows(
+    {
+        "batch_norm": _BATCH,
+        "_native_batch_norm_legit_functional _native_batch_norm_legit_no_training": Rule(
+            _functional_batch_norm
+        ),
+        "instance_norm": _INSTANCE,
+        "layer_norm": Rule(_layer_norm, partial(_widen_layer_norm, center=True)),
+        "rms_norm": Rule(_layer_norm, partial(_widen_layer_norm, center=False)),
+        "group_norm": replace(_GROUP, widen=_widen_group_norm),
+        "_weight_norm": replace(sig("..., ... -> ..."), widen=_widen_weight_norm),
+    }
+)

@@ -18,8 +18,9 @@ from torch import fx
 from ...algebra.axes import Axis, product
 from ...kernels import copies
 from ..program import shape, value
-from .base import Axes, Op, Rule, Writer, student_sizes
-from .signature import apply_share
+from .op import Axes, Op
+from .signature import apply_share, rows
+from .writer import Rule, Writer, student_sizes
 
 aten = torch.ops.aten
 
@@ -127,6 +128,10 @@ def _widen_cell(w: Writer) -> fx.Node:
 
 
 TABLE: dict[Any, Rule] = {}
-for _name, _gates in (("lstm", 4), ("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1)):
-    TABLE[getattr(aten, _name).input] = Rule(partial(_layers, gates=_gates), _widen_layers)
-    TABLE[getattr(aten, f"{_name}_cell").default] = Rule(partial(_cell, gates=_gates), _widen_cell)
+for _gates, _name in ((4, "lstm"), (3, "gru"), (1, "rnn_tanh"), (1, "rnn_relu")):
+    TABLE |= rows(
+        {
+            f"{_name}.input": Rule(partial(_layers, gates=_gates), _widen_layers),
+            f"{_name}_cell": Rule(partial(_cell, gates=_gates), _widen_cell),
+        }
+    )

@@ -3,7 +3,8 @@ row; ops for which positions along the axis matter see it at the student's width
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,26 +13,31 @@ from torch import fx
 
 from ...algebra.axes import ONE
 from ...kernels import copies
-from ..program import size_hint
-from .base import Axes, Op, Rule, Writer, copy_op, dim_of, dims_of
-from .signature import share_along
+from ..program import value
+from .op import Axes, Op, dims_of, outputs
+from .signature import rows, share_along, sig
+from .writer import Rule, Writer
 
 aten = torch.ops.aten
 
 
 def _dims(op: Op) -> list[int]:
-    return dims_of(op, op.args.get("dim", op.args.get("axis")))
+    return dims_of(op, op.args.get("dim", op.args.get("dims")))
 
 
-def reduce(op: Op, narrow: str = "", count: int = 1) -> Any:
+def reduce(op: Op, narrow: str = "") -> Any:
     """Drop (or keep as ones) the reduced dimensions. ``narrow``: why positions matter, if so."""
     axes, dims = op.axes("self"), _dims(op)
-    if narrow:
-        for d in dims:
-            op.narrow(op["self"], d, narrow)
-    kept = bool(op.args.get("keepdim", False))
+    for d in dims if narrow else ():
+        op.narrow(op["self"], d, narrow)
+    kept = bool(op["keepdim"])
     out = tuple(ONE if d in dims else a for d, a in enumerate(axes) if kept or d not in dims)
-    return out if count == 1 else [out] * count
+    return alike(op, out)
+
+
+def alike(op: Op, axes: Axes) -> Any:
+    """The same axes for every output of the op."""
+    return [axes] * len(outputs(op.node)) if isinstance(value(op.node), tuple | list) else axes
 
 
 # --------------------------------------------------------------------------- sums and means
@@ -44,12 +50,21 @@ def _widen_sum(w: Writer) -> fx.Node:
     return w.copy(self=x)
 
 
-def _widen_mean(w: Writer) -> fx.Node:
+def _counts(w: Writer) -> tuple[list[int], fx.Node, float]:
+    """The reduced dimensions, how many copies indices have there, and how many on average."""
     axes, dims = w.op.axes("self"), _dims(w.op)
-    if not w.uneven(axes, dims):
+    return dims, w.copies(axes, dims), w.gain(axes, dims)
+
+
+def _wide(w: Writer) -> list[int]:
+    axes = w.op.axes("self")
+    return [d for d in _dims(w.op) if w.wide(axes[d])]
+
+
+def _widen_mean(w: Writer) -> fx.Node:
+    if not w.uneven(w.op.axes("self"), _dims(w.op)):
         return w.copy()
-    keep = bool(w.op.args.get("keepdim", False))
-    return w.call(copies.average, w["self"], dims, w.copies(axes, dims), w.gain(axes, dims), keep)
+    return w.call(copies.average, w["self"], *_counts(w), bool(w.op["keepdim"]))
 
 
 def _correction(op: Op) -> float:
@@ -58,156 +73,87 @@ def _correction(op: Op) -> float:
     return 1.0 if op["correction"] is None else float(op["correction"])
 
 
-def _widen_variance(w: Writer, root: bool, mean: bool) -> fx.Node:
+def _widen_variance(w: Writer, root: bool = False, mean: bool = False) -> fx.Node:
     """The student's variance: the biased one, rescaled by n / (n - c) with the student's n."""
-    axes, dims = w.op.axes("self"), _dims(w.op)
-    if not any(w.wide(axes[d]) for d in dims):
+    if not _wide(w):
         return w.copy()
-    keep = bool(w.op.args.get("keepdim", False))
-    number = w.copies(axes, dims), w.gain(axes, dims)
-    correction = _correction(w.op)
-    return w.call(copies.variance, w["self"], dims, *number, correction, keep, root, mean)
+    rest = _correction(w.op), bool(w.op["keepdim"]), root, mean
+    return w.call(copies.variance, w["self"], *_counts(w), *rest)
 
 
-def _widen_norm(w: Writer) -> fx.Node:
-    axes, dims = w.op.axes("self"), _dims(w.op)
-    order = w.op.args.get("p", w.op.args.get("ord"))
-    order = 2.0 if order is None else float(order)
-    wide = [d for d in dims if w.wide(axes[d])]
-    if not wide or abs(order) == float("inf"):
-        return w.copy()
-    x = w.call(copies.root_share, w["self"], w.copies(axes, wide), order)
-    return w.copy(self=x)
+def _order(op: Op) -> float:
+    """Of a vector norm."""
+    order = op.args.get("p", op.args.get("ord"))
+    return 2.0 if order is None else float(order)
 
 
 def _norm(op: Op) -> Any:
-    order = op.args.get("p", op.args.get("ord"))
-    return reduce(op, narrow="a zero norm counts" if order == 0 else "")
+    return reduce(op, narrow="" if _order(op) else "a zero norm counts")
+
+
+def _widen_norm(w: Writer) -> fx.Node:
+    wide, order = _wide(w), _order(w.op)
+    if not wide or order in (0, math.inf, -math.inf):
+        return w.copy()
+    count = w.copies(w.op.axes("self"), wide)
+    return w.copy(self=w.call(copies.root_share, w["self"], count, order))
 
 
 def _widen_logsumexp(w: Writer) -> fx.Node:
-    axes, dims = w.op.axes("self"), _dims(w.op)
-    if any(w.wide(axes[d]) for d in dims):
-        return w.copy(self=w.call(copies.log_share, w["self"], w.copies(axes, dims)))
-    return w.copy()
-
-
-# --------------------------------------------------------------------------- softmax
-def _same(op: Op) -> Axes:
-    return op.axes("self")
-
-
-def _widen_softmax(w: Writer, log: bool) -> fx.Node:
-    axes = w.op.axes("self")
-    d = dim_of(w.op, w.op["dim"])
-    if not w.wide(axes[d]):
+    if not _wide(w):
         return w.copy()
-    frozen = w.frozen(axes[d])
-    x = w["self"]
-    if w.op.args.get("dtype") is not None:
+    count = w.copies(w.op.axes("self"), _dims(w.op))
+    return w.copy(self=w.call(copies.log_share, w["self"], count))
+
+
+def _widen_softmax(w: Writer, log: bool = False) -> fx.Node:
+    if not _wide(w):
+        return w.copy()
+    (d,), x = _dims(w.op), w["self"]
+    frozen = w.frozen(w.op.axes("self")[d])
+    if w.op["dtype"] is not None:
         x = w.call(aten.to.dtype, x, w.op["dtype"])
     return w.call(copies.softmax, x, d, w.constant(frozen.copies[frozen.map]), log)
 
 
 # --------------------------------------------------------------------------- positions
-def along(op: Op, why: str, count: int = 1, keep: bool = True, dim: str = "dim") -> Any:
-    """An op whose result along ``dim`` depends on positions; the result has the same axis, or,
-    with ``keep=False``, a fresh one."""
+def along(op: Op, why: str = "order along this axis is its result", keep: bool = True) -> Any:
+    """An op whose result along some dimensions depends on positions; the result has the same
+    axes, or, with ``keep=False``, fresh ones."""
     axes = list(op.axes("self"))
-    if not axes:
-        return () if count == 1 else [()] * count
-    dims = dims_of(op, op[dim])
-    for d in dims:
+    for d in _dims(op) if axes else ():
         op.narrow(op["self"], d, why, out=d if keep else None)
-        if not keep:
-            values = op.node.meta["val"]
-            size = (values[0] if isinstance(values, tuple | list) else values).shape[d]
-            axes[d] = op.fixed(size_hint(size), "positions")
-    return tuple(axes) if count == 1 else [tuple(axes)] * count
-
-
-def _row(infer: Callable[[Op], Any], widen: Callable[[Writer], fx.Node] = copy_op) -> Rule:
-    return Rule(infer, widen)
+        axes[d] = axes[d] if keep else op.fixed(op.out_shape[d], "positions")
+    return alike(op, tuple(axes))
 
 
 _POSITION = "positions along this axis are its result"
-_ORDER = "order along this axis is its result"
-_reduce: Any = reduce
-TABLE: dict[Any, Rule] = {
-    aten.sum.default: _row(_reduce, _widen_sum),
-    aten.sum.dim_IntList: _row(_reduce, _widen_sum),
-    aten.mean.default: _row(_reduce, _widen_mean),
-    aten.mean.dim: _row(_reduce, _widen_mean),
-    aten.logsumexp.default: _row(_reduce, _widen_logsumexp),
-    aten.softmax.int: _row(_same, partial(_widen_softmax, log=False)),
-    aten._softmax.default: _row(_same, partial(_widen_softmax, log=False)),
-    aten.log_softmax.int: _row(_same, partial(_widen_softmax, log=True)),
-    aten._log_softmax.default: _row(_same, partial(_widen_softmax, log=True)),
-}
-TABLE |= {
-    op: _row(_reduce)
-    for op in (
-        aten.amax.default,
-        aten.amin.default,
-        aten.max.default,
-        aten.min.default,
-        aten.any.default,
-        aten.any.dim,
-        aten.all.default,
-        aten.all.dim,
-    )
-}
-TABLE |= {
-    op: _row(_norm, _widen_norm)
-    for op in (
-        aten.linalg_vector_norm.default,
-        aten.norm.ScalarOpt_dim,
-        aten.norm.Scalar,
-        aten.norm.ScalarOpt_dim_dtype,
-    )
-}
-for _name, _root, _mean in (
-    ("var", False, False),
-    ("std", True, False),
-    ("var_mean", False, True),
-    ("std_mean", True, True),
-):
-    for _overload in ("default", "dim", "correction"):
-        if hasattr(getattr(aten, _name), _overload):
-            TABLE[getattr(getattr(aten, _name), _overload)] = _row(
-                partial(reduce, count=1 + _mean), partial(_widen_variance, root=_root, mean=_mean)
-            )
-TABLE |= {
-    op: _row(partial(reduce, narrow=_POSITION)) for op in (aten.argmax.default, aten.argmin.default)
-}
-TABLE |= {
-    op: _row(partial(reduce, narrow="copies would multiply"))
-    for op in (aten.prod.default, aten.prod.dim_int)
-}
-TABLE |= {
-    op: _row(partial(reduce, narrow=_POSITION, count=2))
-    for op in (
-        aten.max.dim,
-        aten.min.dim,
-        aten.median.dim,
-        aten.mode.default,
-        aten.kthvalue.default,
-    )
-}
-TABLE |= {
-    op: _row(partial(along, why=_ORDER))
-    for op in (
-        aten.cumsum.default,
-        aten.cumprod.default,
-        aten.logcumsumexp.default,
-        aten.argsort.default,
-    )
-}
-TABLE |= {
-    op: _row(partial(along, why=_ORDER, count=2))
-    for op in (aten.sort.default, aten.sort.stable, aten.cummax.default, aten.cummin.default)
-}
-TABLE[aten.topk.default] = _row(partial(along, why=_POSITION, count=2, keep=False))
-TABLE[aten.diff.default] = _row(partial(along, why=_ORDER, keep=False))
-TABLE[aten.flip.default] = _row(partial(along, why=_ORDER, dim="dims"))
-TABLE[aten.roll.default] = _row(partial(along, why=_ORDER, dim="dims"))
+_SAME = sig("... -> ...")
+TABLE: dict[Any, Rule] = rows(
+    {
+        "sum sum.dim_IntList": Rule(reduce, _widen_sum),
+        "mean mean.dim": Rule(reduce, _widen_mean),
+        "logsumexp": Rule(reduce, _widen_logsumexp),
+        "softmax.int _softmax": replace(_SAME, widen=_widen_softmax),
+        "log_softmax.int _log_softmax": replace(_SAME, widen=partial(_widen_softmax, log=True)),
+        "amax amin max min any any.dim all all.dim": Rule(reduce),
+        "linalg_vector_norm norm.ScalarOpt_dim norm.Scalar norm.ScalarOpt_dim_dtype": Rule(
+            _norm, _widen_norm
+        ),
+        "var var.dim var.correction": Rule(reduce, _widen_variance),
+        "std std.dim std.correction": Rule(reduce, partial(_widen_variance, root=True)),
+        "var_mean var_mean.dim var_mean.correction": Rule(
+            reduce, partial(_widen_variance, mean=True)
+        ),
+        "std_mean std_mean.dim std_mean.correction": Rule(
+            reduce, partial(_widen_variance, root=True, mean=True)
+        ),
+        "prod prod.dim_int": Rule(partial(reduce, narrow="copies would multiply")),
+        "argmax argmin max.dim min.dim median.dim mode kthvalue": Rule(
+            partial(reduce, narrow=_POSITION)
+        ),
+        "cumsum cumprod logcumsumexp argsort sort sort.stable cummax cummin flip roll": Rule(along),
+        "topk": Rule(partial(along, why=_POSITION, keep=False)),
+        "diff": Rule(partial(along, keep=False)),
+    }
+)

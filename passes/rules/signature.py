@@ -2,28 +2,34 @@
 
 Left of the arrow one pattern per tensor argument (``?``: may be None), right of it one per result.
 
-    name        an axis; where a name recurs its axes unify
+    name        an axis; where a name recurs its axes unify (sizes of one broadcast)
     (g i)       a product of axes, outer first
     ...         any number of leading or middle dimensions, broadcast between operands
-    *s          any number of dimensions along which positions matter (spatial, kernel)
+    *s          any number of dimensions along which positions matter (spatial, kernel); beside
+                ``...`` it is one dimension, counted from the right: ``... *h *w -> ... *y *x``
     name!       the op depends on how many indices there are
+    name^       heads, groups: widens before other factors of its product
+    name#kind   does not widen, for a reason of that kind
 
 A name that stands only on the left is contracted: one operand (the last that holds it, a weight
 if there is one) is multiplied by shares. A name only on the right is fresh and fixed. A name bound
-to an integer argument (``g="groups"``) has that argument's size and is recomputed when it widens.
+to an integer argument (``g="groups"``) has that argument's size and is recomputed when it widens
+(``a="kernel_size.0"``: one of a list, an axis that stays).
 Where an axis under ``*`` or ``!`` would widen, the op sees it at the student's width, and what
-comes out along it is copied again.
+comes out along it is copied again. Of signatures with ``|`` between them the first counts that has
+the operands' ranks.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from ...algebra.axes import Axis, product
@@ -31,26 +37,37 @@ from ...algebra.frozen import share_table
 from ...calls.sizes import is_free
 from ...errors import AxisConflict
 from ...kernels import copies
-from ..program import shape, value
-from .base import Axes, Op, Rule, Writer, broadcast
+from ..program import is_tensor, shape, value
+from .op import Axes, Op, broadcast, outputs
+from .writer import Rule, Writer
 
 Dim = tuple[str, ...]  # the names of one dimension; a starred or dotted name stands alone
+Pattern = tuple[Dim, ...]
 _TOKEN = re.compile(r"\(([^)]*)\)|(\S+)")
+_NAME = re.compile(r"(\.\.\.|\*?[A-Za-z_]\w*)([!^]*)(?:#(\w+))?")
 
 
 @dataclass(frozen=True)
 class Signature:
-    inputs: tuple[tuple[Dim, ...], ...]
+    """``fixed``: names with ``!``; ``outer``: with ``^``; ``stays``: name -> kind after ``#``."""
+
+    inputs: tuple[Pattern, ...]
     optional: tuple[bool, ...]
-    outputs: tuple[tuple[Dim, ...], ...]
+    outputs: tuple[Pattern, ...]
     fixed: frozenset[str]
+    outer: frozenset[str]
+    stays: dict[str, str]
+
+    @property
+    def results(self) -> set[str]:
+        """Every name on the right."""
+        return {n for dims in self.outputs for dim in dims for n in dim}
 
     @property
     def contracted(self) -> list[str]:
         left = [n for dims in self.inputs for dim in dims for n in dim]
-        right = {n for dims in self.outputs for dim in dims for n in dim}
-        names = dict.fromkeys(n for n in left if n not in right and n not in self.fixed)
-        return [n for n in names if n[0] not in "*."]
+        gone = dict.fromkeys(n for n in left if n not in self.results and n not in self.fixed)
+        return [n for n in gone if n[0] not in "*."]
 
 
 class SignatureError(ValueError):
@@ -60,26 +77,32 @@ class SignatureError(ValueError):
         super().__init__(f"{message}\n    {text}\n    {' ' * at}^")
 
 
+@lru_cache(maxsize=1024)
 def parse(text: str) -> Signature:
     """Parse a signature; raises ``SignatureError`` that shows the offending part."""
     arrow = text.find("->")
     if text.count("->") != 1:
         raise SignatureError("a signature has one ->", text, text.rfind("->") % (len(text) + 1))
-    fixed: set[str] = set()
+    marked: dict[str, set[str]] = {"!": set(), "^": set()}
+    stays: dict[str, str] = {}
 
-    def dims(start: int, end: int) -> tuple[Dim, ...]:
+    def dims(start: int, end: int) -> Pattern:
         found: list[Dim] = []
+        many: list[int] = []  # where ... and *name stand
         for token in _TOKEN.finditer(text, start, end):
             group, single = token.groups()
-            names = (single,) if group is None else tuple(group.split())
-            fixed.update(n.rstrip("!") for n in names if n.endswith("!"))
-            names = tuple(n.rstrip("!") for n in names)
-            bad = [n for n in names if not re.fullmatch(r"\.\.\.|\*?[A-Za-z_]\w*", n)]
-            if bad or not names or (len(names) > 1 and any(n[0] in "*." for n in names)):
+            words = [_NAME.fullmatch(n) for n in ([single] if group is None else group.split())]
+            names = tuple(word[1] for word in words if word)
+            if not names or None in words or (len(names) > 1 and any(n[0] in "*." for n in names)):
                 raise SignatureError(f"cannot read {token.group()!r}", text, token.start())
-            if names[0][0] in "*." and any(dim[0][0] in "*." for dim in found):
-                raise SignatureError("one ... or *name per operand", text, token.start())
+            for name, marks, kind in (word.groups() for word in words if word):
+                for mark in marks:
+                    marked[mark].add(name)
+                stays.update({name: kind} if kind else {})
+            many += [token.start()] if names[0][0] in "*." else []
             found.append(names)
+        if len(many) > 1 and found.count(("...",)) != 1:
+            raise SignatureError("one ... or *name per operand", text, many[1])
         return tuple(found)
 
     def operands(start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -92,77 +115,127 @@ def parse(text: str) -> Signature:
         tuple(dims(a, b - optional) for a, b, optional in left),
         tuple(optional for *_, optional in left),
         tuple(dims(a, b) for a, b in operands(arrow + 2, len(text))),
-        frozenset(fixed),
+        frozenset(marked["!"]),
+        frozenset(marked["^"]),
+        stays,
     )
 
 
 def sig(text: str, names: str = "", **bound: str) -> Rule:
     """A rule from a signature. ``names``: the schema names of its operands (by default the
     tensor arguments in order); ``bound``: axis name -> integer argument with its size."""
-    signature = parse(text)
-    operands = tuple(names.split()) or None
-    keys = tuple(bound.items())
-    return Rule(
-        partial(infer, signature, operands, keys), partial(widen, signature, operands, keys)
-    )
+    several = tuple(map(parse, text.split("|")))
+    operands = tuple(names.split())
+    return replace(by(partial(_of_ranks, several, operands), names, **bound), text=text)
 
 
-def _operands(op: Op, signature: Signature, names: tuple[str, ...] | None) -> list[Any]:
-    if names is None:
+def by(choose: Callable[[Op], Signature], names: str = "", **bound: str) -> Rule:
+    """As ``sig``, where the signature follows from the node."""
+    rest = tuple(names.split()), tuple(bound.items())
+    return Rule(lambda op: infer(choose(op), *rest, op), lambda w: widen(choose(w.op), *rest, w))
+
+
+def rows(table: dict[str, Rule | str]) -> dict[Any, Rule]:
+    """Names of ATen overloads -> their rule, or its signature. ``amax`` is ``amax.default``."""
+    found: dict[Any, Rule] = {}
+    for names, said in table.items():
+        rule = sig(said) if isinstance(said, str) else said
+        for name in names.split():
+            packet, _, overload = name.partition(".")
+            found[getattr(getattr(torch.ops.aten, packet), overload or "default")] = rule
+    return found
+
+
+def _of_ranks(several: tuple[Signature, ...], names: tuple[str, ...], op: Op) -> Signature:
+    def fits(signature: Signature) -> bool:
+        try:
+            given = _operands(op, signature, names).values()
+            return all(_layout(dims, len(op.axes(x))) is not None for x, dims in given)
+        except AxisConflict:
+            return False
+
+    return next(filter(fits, several[:-1]), several[-1])
+
+
+def _operands(
+    op: Op, signature: Signature, names: tuple[str, ...]
+) -> dict[str, tuple[fx.Node, Pattern]]:
+    """The tensors that are given, by schema name, with their patterns."""
+    if not names:
         schema = op.node.target._schema.arguments  # type: ignore[union-attr]
         names = tuple(a.name for a in schema if "Tensor" in str(a.type))
-    given = [op[name] for name in names[: len(signature.inputs)]]
-    for x, optional in zip(given, signature.optional, strict=False):
-        if x is None and not optional:
+    given = {}
+    for name, dims, optional in zip(names, signature.inputs, signature.optional, strict=False):
+        if is_tensor(op[name]):
+            given[name] = op[name], dims
+        elif not optional:
             op.conflict("a tensor argument is missing")
     return given
 
 
+# --------------------------------------------------------------------------- to infer
+Stretch = dict[tuple[str, int], Axis]
+"""What ``...`` and ``*name`` stand for: name and place from the right -> axis."""
+
+
 def infer(
-    signature: Signature, names: tuple[str, ...] | None, bound: tuple[tuple[str, str], ...], op: Op
+    signature: Signature, names: tuple[str, ...], bound: tuple[tuple[str, str], ...], op: Op
 ) -> Any:
-    env = op.env
-    rest: dict[str, Axes] = {}
+    many: Stretch = {}
     for name, argument in bound:
-        if isinstance(op[argument], fx.Node):
+        argument, _, place = argument.partition(".")
+        size = op[argument][int(place)] if place else op[argument]
+        if isinstance(size, fx.Node):
             op.conflict(f"{argument} is computed by the network")
-        env[name] = op.free(int(op[argument]))
-        op.solver.mark(op.solver.outer, env[name])
-    moving: set[int] = set()  # which starred dimensions may widen, counted from the first
-    given = list(zip(_operands(op, signature, names), signature.inputs, strict=False))
-    free = {
-        n for x, dims in given if x is not None and not op.is_static(x) for dim in dims for n in dim
-    }
-    for x, dims in given:
-        if x is not None:  # a weight's own axis under ! stays, the one that it meets need not
-            apart = free & signature.fixed if op.is_static(x) else set()
-            _match(op, x, dims, rest, moving, apart)
-            _hold(op, signature, x, dims)
-    for name in signature.contracted:
-        if name in env:
-            op.solver.mark(op.solver.contracted, env[name])
-    values = op.node.meta["val"]
-    many = isinstance(values, tuple | list)
-    sizes = [list(shape(v)) for v in (values if many else [values])]
-    outputs = [
-        _output(op, dims, rest, size, moving)
-        for dims, size in zip(signature.outputs, sizes, strict=False)
+        op.env[name] = _new(op, signature, name, int(size))
+        if name not in signature.stays:
+            op.solver.mark(op.solver.outer, op.env[name])
+    moving: set[int] = set()  # which starred dimensions may widen, counted from the right
+    given = _operands(op, signature, names).values()
+    free = {n for x, dims in given if not op.is_static(x) for dim in dims for n in dim}
+    for x, dims in given:  # a weight's own axis under ! stays, the one that it meets need not
+        apart = free & signature.fixed if op.is_static(x) else set()
+        _match(op, signature, x, dims, many, moving, apart)
+        _hold(op, signature, x, dims)
+    for marks, marked in (
+        (op.solver.contracted, signature.contracted),
+        (op.solver.outer, signature.outer),
+    ):
+        for name in marked:
+            for axis in [op.env[name]] if name in op.env else _stretch(many, name):
+                op.solver.mark(marks, axis)
+    shapes = map(shape, outputs(op.node))
+    results = [
+        _output(op, signature, dims, many, list(sizes), moving)
+        for dims, sizes in zip(signature.outputs, shapes, strict=False)
     ]
-    return outputs if many else outputs[0]
+    return results if isinstance(value(op.node), tuple | list) else results[0]
 
 
-def _layout(dims: tuple[Dim, ...], rank: int) -> list[tuple[Dim, int]]:
+def _new(op: Op, signature: Signature, name: str, size: int, fresh: str = "") -> Axis:
+    kind = signature.stays.get(name, fresh)
+    return op.fixed(size, kind) if kind else op.free(size)
+
+
+def _stretch(many: Stretch, name: str) -> Axes:
+    places = sorted((right for n, right in many if n == name), reverse=True)
+    return tuple(many[name, right] for right in places)
+
+
+def _layout(dims: Pattern, rank: int) -> list[tuple[Dim, int]]:
     """For every dimension of a tensor its pattern, and its place under it from the right."""
-    many = next((k for k, dim in enumerate(dims) if dim[0][0] in "*."), len(dims))
-    extra = rank - len(dims) + 1 if many < len(dims) else 0
-    if extra < 0 or (many == len(dims) and rank != len(dims)):
+    stars = [dim[0][0] == "*" for dim in dims]
+    at = dims.index(("...",)) if ("...",) in dims else stars.index(True) if any(stars) else None
+    extra = rank - len(dims) + 1
+    if extra < 0 or (at is None and extra != 1):
         raise AxisConflict(f"an operand has {rank} dimensions, its pattern {len(dims)}")
-    single = [(dim, 0) for dim in dims]
-    middle = [(dims[many], extra - 1 - k) for k in range(extra)]
-    return [*single[:many], *middle, *single[many + 1 :]]
+    single = [(dim, sum(stars[k + 1 :]) if stars[k] else 0) for k, dim in enumerate(dims)]
+    if at is not None:
+        single[at : at + 1] = [(dims[at], right) for right in reversed(range(extra))]
+    return single
 
 
-def _hold(op: Op, signature: Signature, x: fx.Node, dims: tuple[Dim, ...]) -> None:
+def _hold(op: Op, signature: Signature, x: fx.Node, dims: Pattern) -> None:
     """Names with ``!``: see the axis at the student's width, spread the output's again."""
     result = _layout(signature.outputs[0], len(op.out_shape)) if signature.fixed else []
     for d, place in enumerate(_layout(dims, len(op.axes(x)))):
@@ -173,100 +246,86 @@ def _hold(op: Op, signature: Signature, x: fx.Node, dims: tuple[Dim, ...]) -> No
 
 def _match(
     op: Op,
+    signature: Signature,
     x: fx.Node,
-    dims: tuple[Dim, ...],
-    rest: dict[str, Axes],
+    dims: Pattern,
+    many: Stretch,
     moving: set[int],
     apart: set[str],
 ) -> None:
     """Bind the names of one operand, but for those that it has ``apart`` from the others."""
     axes = op.axes(x)
     layout = _layout(dims, len(axes))
-    for name in {dim[0] for dim in dims if dim[0][0] in "*."}:
-        middle = tuple(a for a, (dim, _) in zip(axes, layout, strict=True) if dim[0] == name)
-        if name == "...":
-            rest[name] = broadcast(op, rest.get(name, ()), middle)
-            continue
-        rest[name] = middle
-        for d, (dim, right) in enumerate(layout):
-            if dim[0] == name and op.is_static(x):
+    dotted = tuple(a for a, (dim, _) in zip(axes, layout, strict=True) if dim[0] == "...")
+    dotted = broadcast(op, _stretch(many, "..."), dotted)
+    many.update({("...", right): axis for right, axis in enumerate(reversed(dotted))})
+    for d, (dim, right) in enumerate(layout):
+        if dim[0][0] == "*":
+            many[dim[0], right] = axes[d]
+            if op.is_static(x):
                 op.fix(axes[d], "kernel")
-            elif dim[0] == name and op.hold(x, d, "the op slides along it"):
+            elif op.hold(x, d, "the op slides along it"):
                 moving.add(right)
     for axis, (dim, _) in zip(axes, layout, strict=True):
         if dim[0][0] not in "*." and not apart.intersection(dim):
-            _bind_product(op, axis, dim)
+            _bind_product(op, signature, axis, dim)
 
 
-def _bind_product(op: Op, axis: Axis, dim: Dim) -> None:
+def _bind_product(op: Op, signature: Signature, axis: Axis, dim: Dim) -> None:
     unknown = [n for n in dim if n not in op.env]
-    known = 1
-    for n in dim:
-        known *= op.env[n].size if n in op.env else 1
-    if len(unknown) > 1 or (known and axis.size % known):
-        op.conflict(f"a dimension of size {axis.size} does not read as ({' '.join(dim)})")
-    if len(dim) == 1 and unknown:
+    known = product(*(op.env[n] for n in dim if n in op.env)).size
+    if len(dim) == 1 and (unknown or known == 1):
         op.env[dim[0]] = axis
-        return
-    for n in unknown:
-        op.env[n] = op.free(axis.size // known)
-    whole = product(*(op.env[n] for n in dim))
-    if whole.size != axis.size and axis.size == 1:
+    elif axis.size == 1 and not unknown:
         return  # broadcasts
-    op.unify(axis, whole)
+    elif len(unknown) > 1 or (known and axis.size % known):
+        op.conflict(f"a dimension of size {axis.size} does not read as ({' '.join(dim)})")
+    else:
+        for n in unknown:
+            op.env[n] = _new(op, signature, n, axis.size // known)
+        op.unify(axis, product(*(op.env[n] for n in dim)))
 
 
 def _output(
-    op: Op, dims: tuple[Dim, ...], rest: dict[str, Axes], sizes: list[int], moving: set[int]
+    op: Op, signature: Signature, dims: Pattern, many: Stretch, sizes: list[int], moving: set[int]
 ) -> Axes:
     result: list[Axis] = []
     for d, (dim, right) in enumerate(_layout(dims, len(sizes))):
         name = dim[0]
-        if name in rest:
-            result.append(rest[name][-1 - right])
-            op.spread |= {d} if name[0] == "*" and right in moving else set()
-        elif name[0] == "*":
-            result.append(op.free(sizes[d]) if right in moving else op.fixed(sizes[d]))
+        if name[0] == "*":
+            if (name, right) not in many:
+                many[name, right] = op.free(sizes[d]) if right in moving else op.fixed(sizes[d])
             op.spread |= {d} if right in moving else set()
-        else:
-            for n in dim:
-                if n not in op.env:
-                    op.env[n] = op.fixed(sizes[d], "fresh")
-            result.append(product(*(op.env[n] for n in dim)))
+        if name[0] in "*.":
+            result.append(many[name, right])
+            continue
+        for n in dim:
+            if n not in op.env:
+                op.env[n] = _new(op, signature, n, sizes[d], "fresh")
+        result.append(product(*(op.env[n] for n in dim)))
     return tuple(result)
 
 
+# --------------------------------------------------------------------------- to widen
 def widen(
-    signature: Signature,
-    names: tuple[str, ...] | None,
-    bound: tuple[tuple[str, str], ...],
-    w: Writer,
+    signature: Signature, names: tuple[str, ...], bound: tuple[tuple[str, str], ...], w: Writer
 ) -> fx.Node:
-    op = w.op
-    changes: dict[str, Any] = {}
-    for name, argument in bound:
-        if w.wide(op.env[name]):
-            changes[argument] = w.frozen(op.env[name]).teacher
-    given = _operands(op, signature, names)
-    schema = names or tuple(
-        a.name
-        for a in op.node.target._schema.arguments  # type: ignore[union-attr]
-        if "Tensor" in str(a.type)
-    )
+    sizes = {a: w.frozen(w.op.env[n]).teacher for n, a in bound if w.wide(w.op.env[n])}
+    return w.copy(**sizes, **shared(signature, names, w))
+
+
+def shared(signature: Signature, names: tuple[str, ...], w: Writer) -> dict[str, fx.Node]:
+    """The operands that are multiplied by shares, by schema name."""
+    changes: dict[str, fx.Node] = {}
+    given = _operands(w.op, signature, names)
     for name in signature.contracted:
-        if name in op.env and w.wide(op.env[name]):
-            holders = [
-                k
-                for k, dims in enumerate(signature.inputs[: len(given)])
-                if given[k] is not None and any(name in dim for dim in dims)
-            ]
-            weights = [k for k in holders if op.is_static(given[k])]
+        if name in w.op.env and w.wide(w.op.env[name]):
+            holders = [k for k, (_, dims) in given.items() if any(name in dim for dim in dims)]
+            weights = [k for k in holders if w.op.is_static(given[k][0])]
             k = (weights or holders)[-1]
-            operand = changes.get(schema[k], w[schema[k]])
-            outputs = {n for dims in signature.outputs for dim in dims for n in dim}
-            rows = outputs if weights else set()
-            changes[schema[k]] = apply_share(w, operand, given[k], signature.inputs[k], name, rows)
-    return w.copy(**changes)
+            rows = signature.results if weights else set()
+            changes[k] = apply_share(w, changes.get(k, w[k]), *given[k], name, rows)
+    return changes
 
 
 def apply_share(

@@ -2,103 +2,59 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-
-from ..program import shape
-from .base import Axes, Op, Rule
-
-aten = torch.ops.aten
+from .op import Axes, Op, dims_of
+from .signature import rows
+from .writer import Rule
 
 
-def _pass(op: Op, spatial: int, count: int = 1) -> Any:
-    """All but the last ``spatial`` dimensions pass; in those the op slides over positions."""
-    source = op.node.all_input_nodes[0]
-    out = list(op.axes(source))
-    values = op.node.meta["val"]
-    sizes = shape(values[0] if isinstance(values, tuple | list) else values)
-    for d in range(len(out) - spatial, len(out)):
-        moving = op.hold(source, d, "the op slides along it", out=d)
-        out[d] = op.free(sizes[d]) if moving else op.fixed(sizes[d])
-    return tuple(out) if count == 1 else [tuple(out)] * count
+def _mixed(op: Op, dims: Iterable[int], why: str) -> Axes:
+    """All but some dimensions pass; those the op sees at the student's width, and makes anew."""
+    axes = list(op.axes("self"))
+    for d in dims:
+        if not op.solver.is_fixed(axes[d]):
+            op.narrow(op["self"], d, why)
+        axes[d] = op.fixed(op.out_shape[d])
+    return tuple(axes)
 
 
 def _pad(op: Op) -> Axes:
-    """Padded dimensions are fixed; the others pass."""
-    axes, pads = op.axes("self"), list(op["pad"])
-    result = list(axes)
-    for k in range(len(pads) // 2):
-        d = len(axes) - 1 - k
-        if pads[2 * k] != 0 or pads[2 * k + 1] != 0:
-            if not op.solver.is_fixed(axes[d]):
-                op.narrow(op["self"], d, "padding adds positions")
-            result[d] = op.fixed(op.out_shape[d])
-    return tuple(result)
+    rank, pads = len(op.axes("self")), list(op["pad"])
+    padded = [
+        rank - 1 - k for k in range(len(pads) // 2) if pads[2 * k] != 0 or pads[2 * k + 1] != 0
+    ]
+    return _mixed(op, padded, "padding adds positions")
 
 
 def _fft(op: Op) -> Axes:
-    axes = op.axes("self")
-    dims = op.args.get("dim", -1)
-    dims = range(len(axes)) if dims is None else [dims] if isinstance(dims, int) else dims
-    result = list(axes)
-    for d in dims:
-        d = int(d) % len(axes)
-        if not op.solver.is_fixed(axes[d]):
-            op.narrow(op["self"], d, "frequencies mix positions")
-        result[d] = op.fixed(op.out_shape[d])
-    return tuple(result)
+    return _mixed(op, dims_of(op, op.args.get("dim", -1)), "frequencies mix positions")
 
 
-def _grid_sample(op: Op) -> Axes:
-    x, grid = op.axes("input"), op.axes("grid")
-    for name, axes in (("input", x), ("grid", grid)):
-        for d in range(2 if name == "input" else 1, len(axes)):
-            op.hold(op[name], d, "the op samples positions along it")
-    grid = (grid[0], *(op.fixed(a.size) for a in grid[1:]))
-    return (op.unify(x[0], grid[0]), x[1], *grid[1:-1])
+_SLIDING = {1: "... *w -> ... *x", 2: "... *h *w -> ... *y *x", 3: "... *d *h *w -> ... *z *y *x"}
 
-
-TABLE: dict[Any, Rule] = {}
-for _n in (1, 2, 3):
-    for _name, _count in (
-        (f"max_pool{_n}d", 1),
-        (f"max_pool{_n}d_with_indices", 2),
-        (f"avg_pool{_n}d", 1),
-        (f"adaptive_avg_pool{_n}d", 1),
-        (f"_adaptive_avg_pool{_n}d", 1),
-        (f"adaptive_max_pool{_n}d", 2),
-        (f"reflection_pad{_n}d", 1),
-        (f"replication_pad{_n}d", 1),
-        (f"upsample_nearest{_n}d", 1),
-        (f"_upsample_nearest_exact{_n}d", 1),
-        (("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d")[_n - 1], 1),
-    ):
-        for _overload in ("default", "vec"):
-            if hasattr(aten, _name) and hasattr(getattr(aten, _name), _overload):
-                TABLE[getattr(getattr(aten, _name), _overload)] = Rule(
-                    partial(_pass, spatial=_n, count=_count)
-                )
-for _op in (
-    aten.upsample_bicubic2d.default,
-    aten.upsample_bicubic2d.vec,
-    aten._upsample_bicubic2d_aa.default,
-    aten._upsample_bicubic2d_aa.vec,
-    aten._upsample_bilinear2d_aa.default,
-    aten._upsample_bilinear2d_aa.vec,
-):
-    TABLE[_op] = Rule(partial(_pass, spatial=2))
-TABLE |= {
-    aten.pad.default: Rule(_pad),
-    aten.constant_pad_nd.default: Rule(_pad),
-    aten.grid_sampler.default: Rule(_grid_sample),
-    aten.grid_sampler_2d.default: Rule(_grid_sample),
-}
-TABLE |= {
-    getattr(aten, f"fft_{name}").default: Rule(_fft)
-    for name in (
-        *("fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2"),
-        *("fftn", "ifftn", "rfftn", "irfftn", "fftshift", "ifftshift"),
+TABLE: dict[Any, Rule] = rows(
+    {
+        "_adaptive_avg_pool2d upsample_bilinear2d upsample_bilinear2d.vec upsample_bicubic2d "
+        "upsample_bicubic2d.vec _upsample_bicubic2d_aa _upsample_bicubic2d_aa.vec "
+        "_upsample_bilinear2d_aa _upsample_bilinear2d_aa.vec": _SLIDING[2],
+        "upsample_linear1d upsample_linear1d.vec": _SLIDING[1],
+        "_adaptive_avg_pool3d upsample_trilinear3d upsample_trilinear3d.vec": _SLIDING[3],
+        "grid_sampler grid_sampler_2d": "n c *s, n *g -> n c *t",
+        "pad constant_pad_nd": Rule(_pad),
+        "fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn "
+        "fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift": Rule(_fft),
+    }
+)
+for _n, _text in _SLIDING.items():
+    TABLE |= rows(
+        {
+            f"max_pool{_n}d avg_pool{_n}d adaptive_avg_pool{_n}d reflection_pad{_n}d "
+            f"replication_pad{_n}d upsample_nearest{_n}d upsample_nearest{_n}d.vec "
+            f"_upsample_nearest_exact{_n}d _upsample_nearest_exact{_n}d.vec": _text,
+            f"max_pool{_n}d_with_indices adaptive_max_pool{_n}d": (
+                f"{_text}, {_text.partition('->')[2]}"
+            ),
+        }
     )
-}
