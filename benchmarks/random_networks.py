@@ -21,8 +21,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from rich.progress import track
 
 from benchmarks.tables import RESULTS, Table, command_line, read
-from tests.random_networks import networks
-from tests.test_random_networks import BRANCHES, RATIOS, SHARES, check
+from tests.random_networks import BRANCHES, RATIOS, SHARES, check, networks
 
 CHUNK = 50  # networks drawn with one seed, in one go
 FIELDS = (

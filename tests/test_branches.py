@@ -15,31 +15,15 @@ import gpdfx
 from gpdfx.branches.kinds import Branch, Full, LowRank, Shapes
 from gpdfx.branches.layer import Layer
 from gpdfx.branches.sets import SETS
-from gpdfx.calls import tree
 from gpdfx.passes.folded import Branched, kernel, merged, plain
 from gpdfx.teacher.fold import Fold
 from gpdfx.teacher.folding import Chunk
 
 from .helpers import facts, program_of, verify, with_branches
+from .layers import LAYERS, Plain, a_teacher, leaf, plain_teacher, stored_shape
 from .networks import NETWORKS, WRITTEN, tensors_equal
 
-LAYERS = {
-    "conv": Layer(1, 6, 4, (3, 3), "conv"),
-    "even kernel": Layer(1, 6, 4, (2, 4), "conv"),
-    "grouped": Layer(2, 3, 4, (3, 3), "conv"),
-    "depthwise": Layer(5, 1, 1, (5, 5), "conv"),
-    "conv1d": Layer(1, 4, 4, (3,), "conv"),
-    "conv3d": Layer(1, 4, 2, (3, 1, 3), "conv"),
-    "transposed": Layer(2, 3, 4, (3, 2), "transposed"),
-    "1x1": Layer(1, 16, 8, (1, 1), "conv"),
-    "linear": Layer(1, 16, 8, (), "linear"),
-    "matrix": Layer(1, 16, 8, (), "matrix"),
-}
 DENSE = ("orepa", "acnet", "repvgg", "lowrank")
-
-
-def stored_shape(layer: Layer) -> tuple[int, ...]:
-    return tuple(layer.store(torch.zeros(layer.shape)).shape)
 
 
 def made(branch: Branch, layer: Layer, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -189,12 +173,6 @@ def test_the_fold_is_the_sum_of_scaled_kernels_with_its_gradients(which: str, na
 
 
 # --------------------------------------------------------------------------- in a teacher
-def a_teacher(name: str, branches: Any = "auto", ratio: float = 2, **options: Any) -> Any:
-    case = NETWORKS[name]
-    model = case.model()
-    options = {"verify": False, "dynamic": "batch", **options}
-    inputs = case.inputs()
-    return model, gpdfx.expand(model, ratio, example_inputs=inputs, branches=branches, **options)
 
 
 def train(teacher: Any, name: str, steps: int, lr: float = 0.02) -> None:
@@ -209,12 +187,6 @@ def train(teacher: Any, name: str, steps: int, lr: float = 0.02) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         optimizer.step()
-
-
-def leaf(y: Any) -> Tensor:
-    found = tree.leaves(y)[0]
-    assert isinstance(found, Tensor)
-    return found
 
 
 def lossless_with(name: str, sets: list[str]) -> None:
@@ -284,29 +256,6 @@ def test_a_trained_teacher_collapses_to_its_student(name: str, branches: str) ->
     x = tuple(y.double() if y.is_floating_point() else y for y in x)
     one, other = leaf(plain(*x)), leaf(exact.student(*x))
     assert (one - other).abs().max() <= 1e-12 * one.abs().max()
-
-
-class Plain(nn.Module):
-    """A layer of each kind, one of them called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.twice = nn.Conv2d(8, 8, 3, padding=1, groups=2)
-        self.point = nn.Conv2d(8, 8, 1)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.first(x)))
-        x = F.relu(self.twice(F.relu(self.twice(x))))
-        return self.head(self.point(x).mean((2, 3)))
-
-
-def plain_teacher(branches: Any, **options: Any) -> tuple[Plain, Any, Tensor]:
-    torch.manual_seed(0)
-    model, x = Plain(), torch.randn(8, 3, 9, 9)
-    return model, gpdfx.expand(model, 2, example_inputs=(x,), branches=branches, **options), x
 
 
 @pytest.mark.parametrize("branches", ["dbb", "mobileone"])

@@ -17,8 +17,7 @@ from gpdfx.cli.app import main
 from gpdfx.control import make_control
 
 from .networks import NETWORKS
-from .random_networks import build, networks
-from .test_random_networks import check
+from .random_networks import build, check, networks
 
 
 class Block(nn.Module):

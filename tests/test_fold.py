@@ -4,110 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import gpdfx
-from gpdfx.algebra.frozen import Frozen
 from gpdfx.branches.kinds import Full
 from gpdfx.branches.layer import Layer
-from gpdfx.branches.sets import NONE, SETS
-from gpdfx.kernels import copies
-from gpdfx.kernels.fold import Share, Site, cut_of, fold, key_of
 from gpdfx.passes.folded import students, teachers
-from gpdfx.teacher.extract import take_first
 
 from .helpers import folding, hidden_student, parts, run_teacher
+from .layers import LAYERS, Case, a_teacher, leaf, plain_teacher
 from .networks import NETWORKS, tensors_equal
-from .test_branches import LAYERS, a_teacher, leaf, plain_teacher, stored_shape
 
 DENSE = ("none", "orepa", "acnet", "repvgg", "lowrank")
 
 
 # --------------------------------------------------------------------------- one layer
-class Case:
-    """A layer with random branches, its shares, and the student in it: of every axis the first of
-    two copies, of every group where there are several."""
-
-    def __init__(self, layer: Layer, chosen: str, dtype: torch.dtype = torch.float64) -> None:
-        torch.manual_seed(0)
-        self.layer, self.dtype = layer, dtype
-        self.branches = (SETS | {"none": NONE})[chosen].on(layer).branches
-        self.origin = self.leaf(*stored_shape(layer))
-        self.scales = [self.leaf(1 + len(self.branches), layer.channels)] if self.branches else []
-        self.own: list[dict[str, Tensor]] = []
-        for branch in self.branches:
-            params = {name: self.leaf(*size) for name, size in branch.shapes(layer).items()}
-            constants = {name: c.to(dtype) for name, c in branch.constants(layer).items()}
-            self.own.append(params | constants)
-        grouped = layer.groups > 1
-        self.maps = tuple(
-            self.axis(layer.groups if grouped and not d else 1, size, d < 2)
-            for d, size in enumerate(self.origin.shape)
-        )
-        first, columns = self.origin.shape[:2]
-        dim = 0 if layer.layout in ("transposed", "matrix") else 1
-        width = (columns, first)[1 - dim]
-        runs = 2 if width % 2 == 0 else 1
-        split = (runs, width // runs)
-        table = [1] * (self.origin.ndim + 1)
-        table[dim], table[1 if dim == 0 else 0] = 2, 1
-        table[2 if dim == 0 else 0] = self.origin.shape[1 - dim]
-        self.share = Share(dim - len(table), dim, split)
-        self.table = torch.rand(table, dtype=dtype)
-        self.classes = torch.arange(runs) % 2
-        site = Site(layer, self.branches, tuple(tuple(own) for own in self.own))
-        cut = cut_of(layer, self.maps)
-        assert cut is not None
-        self.site = Site(site.layer, site.branches, site.names, cut, self.share)
-
-    def leaf(self, *size: int) -> Tensor:
-        return torch.randn(*size, dtype=self.dtype).requires_grad_()
-
-    @staticmethod
-    def axis(groups: int, size: int, wide: bool) -> Frozen:
-        inner = np.arange(size // groups)
-        student = (len(inner) + 1) // 2 if wide else len(inner)
-        index = np.arange(groups)[:, None] * student + inner % student
-        return Frozen(groups * student, index.ravel())
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        own = [t for tensors in self.own for t in tensors.values()]
-        return [self.origin, *self.scales, self.table, self.classes, *own]
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        return [t for t in self.tensors if t.requires_grad]
-
-    def naive(self) -> tuple[Tensor, Tensor]:
-        """The teacher's and the student's weight, summand by summand."""
-        layer = self.layer
-        total = layer.view(self.origin)
-        rows = list(self.scales[0]) if self.scales else []
-        if rows:
-            total = total * layer.per_channel(rows.pop(0))
-        for branch, own, row in zip(self.branches, self.own, rows, strict=True):
-            total = total + branch.kernel(layer, own) * layer.per_channel(row)
-        weight = layer.store(total)
-        share = self.share
-        split = list(share.split) if share.split else None
-        wide = copies.share(weight, self.table, self.classes, share.at, share.dim, split)
-        return wide, take_first(weight, self.maps)
-
-    def fused(
-        self, teacher: bool = True, student: bool = True, tensors: list[Tensor] | None = None
-    ) -> list[Tensor]:
-        tensors = self.tensors if tensors is None else tensors
-        index = tuple(range(len(tensors)))
-        sites = (self.site,)
-        ((wide, own),) = fold(
-            sites, key_of(sites), index, tensors, teacher=teacher, student=student
-        )
-        return [w for w in (wide, own) if w is not None]
 
 
 def close(got: Any, want: Any) -> None:

@@ -17,28 +17,7 @@ from gpdfx.distill.losses import KD
 
 from .helpers import folding, hidden_student, run_teacher
 from .networks import tensors_equal
-
-
-class Net(nn.Module):
-    def __init__(self, width: int = 6, classes: int = 5) -> None:
-        super().__init__()
-        self.a, self.norm = nn.Conv2d(3, width, 3, bias=False), nn.BatchNorm2d(width)
-        self.b, self.head = nn.Conv2d(width, width, 3), nn.Linear(width, classes)
-        self.drop = nn.Dropout(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.a(x)))
-        out: Tensor = self.head(self.drop(F.relu(self.b(x)).mean((2, 3))))
-        return out
-
-
-X, Y = torch.randn(6, 3, 9, 9), torch.tensor([0, 1, 2, 3, 4, 0])
-
-
-def make(static: bool = True, **options: Any) -> gpdfx.GPD:
-    torch.manual_seed(0)
-    options = {"example_inputs": (X,), "verify": False, "dynamic": "batch", **options}
-    return gpdfx.GPD(Net(), Net(12) if static else None, **options)
+from .runs import Net, X, Y, make
 
 
 def test_the_loss_is_the_papers() -> None:

@@ -20,8 +20,7 @@ from gpdfx.distill.gpd import GPD
 from gpdfx.kernels.fold import key_of, reference
 from gpdfx.kernels.fold.op import backward_op, fold_op, refusal
 
-from .test_branches import LAYERS, plain_teacher
-from .test_fold import Case
+from .layers import LAYERS, Case, plain_teacher
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -45,6 +45,8 @@ ROOMS = (
     "gpdfx.train",
     "gpdfx.cli",
     "gpdfx.__main__",
+    "tests.helpers",
+    "tests.networks",
     "tests.random_networks",
     "benchmarks",
     "tests",

@@ -14,7 +14,7 @@ from gpdfx.passes.capture.export import capture, whole
 from gpdfx.passes.capture.inline import inline
 from gpdfx.passes.capture.submodules import recapture
 from gpdfx.passes.follow import follow, follow_device
-from gpdfx.passes.program import Program, check, value
+from gpdfx.passes.program import Program, value
 
 from .networks import NETWORKS
 
@@ -117,7 +117,8 @@ def test_passes_make_another_program(functional: bool) -> None:
     double = inline(recapture(program, Region().double(), torch.float64, functional))
     for step in (inline, lambda p: follow(p, double), follow_device, canonicalize):
         before, twin = told(program), told(double)
-        result = check(step(program))
+        result = step(program)
+        result.check()
         assert told(program) == before
         assert told(result) != before or functional  # which leaves no region to inline
         assert told(double) == twin

@@ -21,7 +21,7 @@ import gpdfx
 from gpdfx.check.op import check_rule, shown
 from gpdfx.passes import rules
 from gpdfx.passes.rules import SIGNATURES, TABLE, rule_of
-from gpdfx.passes.rules.contraction import NAMED
+from gpdfx.passes.rules.tables.contraction import NAMED
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

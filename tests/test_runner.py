@@ -23,9 +23,8 @@ from gpdfx.train.ranks import Ranks
 from gpdfx.train.recipes import with_changes
 from gpdfx.train.step import Stepper
 
+from .runs import TINY, command, config, go, make
 from .small_networks import tiny
-from .test_gpd import make
-from .test_train import TINY, command, config, go
 
 CPU = Ranks(torch.device("cpu"))
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

@@ -35,38 +35,14 @@ from gpdfx.train.recipes import RECIPES, TrainingRecipe, with_changes
 from gpdfx.train.step import Stepper
 
 from . import small_networks
+from .runs import TINY, command, config, go
 from .small_networks import tiny
 
 ROOT = Path(__file__).parent.parent
-TINY = with_changes(RECIPES["digits"], epochs=2, batch_size=26, warmup_epochs=0, lr=0.05)
-
-
-def config(out: Path, **changes: Any) -> TrainConfig:
-    """Five steps an epoch, two epochs."""
-    usual: dict[str, Any] = {
-        "student": "tests.small_networks:tiny",
-        "labels": 13,
-        "recipe": TINY,
-        "device": "cpu",
-        "verify": False,
-        "time_steps": 0,
-    }
-    return TrainConfig(out=str(out), **(usual | changes))
-
-
-def go(out: Path, **changes: Any) -> dict[str, Any]:
-    return run.train(config(out, **changes), quiet=True)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def command(out: Path, *more: str) -> list[str]:
-    """The run of ``config(out)`` as a command."""
-    recipe = ["--epochs", "2", "--batch-size", "26", "--warmup-epochs", "0", "--lr", "0.05"]
-    name = ["--student", "tests.small_networks:tiny", "--labels", "13", "--device", "cpu"]
-    return ["train", *name, *recipe, "--out", str(out), "--no-verify", "--time-steps", "0", *more]
 
 
 def start(argv: list[str], **environment: str) -> subprocess.Popen[bytes]:

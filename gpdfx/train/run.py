@@ -32,8 +32,7 @@ from .networks import example_inputs, freeze_idle, load_network, make_net
 from .ranks import Ranks, join
 from .runner import check_execution
 from .state import STATE, STUDENT, SUMMARY, TEACHER
-from .step import Stepper
-from .step_time import TimedStepper
+from .step import Stepper, TimedStepper
 
 
 def train(config: TrainConfig, *, quiet: bool = False) -> dict[str, Any]:

@@ -4,11 +4,16 @@ with join("auto") as ranks:
     step = Stepper(net, config, ranks, steps)
     for at, (x, y) in enumerate(batches):
         values = step(x, y, at)  # the loss and its terms; None if the step was skipped
+
+A ``TimedStepper`` tells what a step costs beside one of the plain student, on the same batches.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import statistics
+import time
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +23,7 @@ from ..errors import TrainingError
 from ..files import Tensors
 from . import state as states
 from .config import TrainConfig
-from .networks import Net, SavedBuffers, make_groups
+from .networks import Net, Plain, SavedBuffers, make_criterion, make_groups
 from .ranks import Ranks
 from .recipes import make_optimizer, set_learning_rate
 from .runner import GraphRunner, Runner
@@ -100,3 +105,53 @@ class Stepper:
         if facts["scaler"]:
             self.scaler.load_state_dict(facts["scaler"])
         self.skipped, self.in_row = facts["skipped"], facts["in_row"]
+
+
+WARM_UP = 2  # steps before times count: the first compiles, captures and allocates
+
+
+class TimedStepper:
+    """The stepper; its first ``config.time_steps`` steps (after ``WARM_UP``) have a step of the
+    plain student after each, which runs in the same way: compiled, or as a graph."""
+
+    def __init__(self, stepper: Stepper) -> None:
+        self.stepper, config = stepper, stepper.config
+        self.left = config.time_steps + WARM_UP if config.time_steps and not config.plain else 0
+        self.plain: Stepper | None = None
+        self.times: list[tuple[float, float]] = []
+
+    def __call__(self, x: Tensor, y: Tensor, at: int) -> dict[str, float] | None:
+        """What the stepper returns."""
+        if not self.left:
+            return self.stepper(x, y, at)
+        self.plain = self.plain or self._make_plain()
+        start = self._now()
+        values = self.stepper(x, y, at)
+        middle = self._now()
+        self.plain(x, y, at)
+        self.times.append((middle - start, self._now() - middle))
+        self.left -= 1
+        if not self.left:
+            self.plain = None  # frees its memory
+        return values
+
+    def result(self) -> dict[str, float] | None:
+        """Medians over the pairs; ``None`` if there are none."""
+        pairs = self.times[WARM_UP:]
+        if not pairs:
+            return None
+        step, plain = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+        ratio = statistics.median(a / b for a, b in pairs)
+        return {"step": step, "plain": plain, "ratio": ratio, "pairs": len(pairs)}
+
+    def _make_plain(self) -> Stepper:
+        stepper = self.stepper
+        student = Plain(stepper.net.collapse(), make_criterion(stepper.config.numbers)).train()
+        patient = dataclasses.replace(stepper.config, patience=2**62)  # its loss decides nothing
+        return Stepper(student, patient, Ranks(stepper.ranks.device), stepper.steps)
+
+    def _now(self) -> float:
+        """Seconds, when all that was asked of the device is done."""
+        if self.stepper.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()

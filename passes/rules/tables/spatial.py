@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .op import Axes, Op, dims_of
-from .signature import rows
-from .writer import Rule
+from ..op import Axes, Op, dims_of
+from ..signature import rows
+from ..writer import Rule
 
 
 def _mixed(op: Op, dims: Iterable[int], why: str) -> Axes:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...algebra.axes import product
-from ...algebra.solver import Reason
-from ...kernels import copies
-from ..program import shape, value
-from .op import Axes, Op, broadcast
-from .signature import Signature, apply_share, by, infer, parse, rows, shared, sig
-from .writer import Rule, Writer, student_sizes
+from ....algebra.axes import product
+from ....algebra.solver import Reason
+from ....kernels import copies
+from ...program import shape, value
+from ..op import Axes, Op, broadcast
+from ..signature import Signature, apply_share, by, infer, parse, rows, shared, sig
+from ..writer import Rule, Writer, student_sizes
 
 
 # --------------------------------------------------------------------------- convolutions

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..program import value
+from ...program import value
+from ..op import Axes, Op
+from ..signature import rows
+from ..writer import Rule
 from .movement import widen_sized
-from .op import Axes, Op
-from .signature import rows
-from .writer import Rule
 
 
 def _made(op: Op) -> Axes:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...algebra.axes import ONE
-from ...kernels import copies
-from ..program import value
-from .op import Axes, Op, dims_of, outputs
-from .signature import rows, share_along, sig
-from .writer import Rule, Writer
+from ....algebra.axes import ONE
+from ....kernels import copies
+from ...program import value
+from ..op import Axes, Op, dims_of, outputs
+from ..signature import rows, share_along, sig
+from ..writer import Rule, Writer
 
 aten = torch.ops.aten
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..program import is_tensor, shape, value
-from .op import Axes, Op, broadcast, dim_of, outputs
-from .signature import rows
-from .writer import Rule
+from ...program import is_tensor, shape, value
+from ..op import Axes, Op, broadcast, dim_of, outputs
+from ..signature import rows
+from ..writer import Rule
 
 
 def _indices(op: Op) -> dict[int, fx.Node]:

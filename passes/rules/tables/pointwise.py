@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .op import Axes, Op, dim_of
-from .signature import rows, sig
-from .writer import Rule
+from ..op import Axes, Op, dim_of
+from ..signature import rows, sig
+from ..writer import Rule
 
 POINTWISE = sig("...?, ...?, ...?, ...? -> ...")
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...kernels import copies
-from ..program import shape
-from .op import Axes, Op, outputs
-from .signature import rows, sig
-from .writer import Rule, Writer
+from ....kernels import copies
+from ...program import shape
+from ..op import Axes, Op, outputs
+from ..signature import rows, sig
+from ..writer import Rule, Writer
 
 aten = torch.ops.aten
 

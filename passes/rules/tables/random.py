@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...kernels import copies
-from ...torch_private import op_name
-from ..program import value
-from .op import Axes, Op, memory_order
-from .signature import rows, sig
-from .writer import Rule, Writer, student_sizes
+from ....kernels import copies
+from ....torch_private import op_name
+from ...program import value
+from ..op import Axes, Op, memory_order
+from ..signature import rows, sig
+from ..writer import Rule, Writer, student_sizes
 
 
 def _dropout(w: Writer) -> fx.Node:

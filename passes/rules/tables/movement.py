@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...algebra.axes import ONE, Axis, product, sum_
-from ...calls.sizes import is_free
-from ...errors import AxisConflict
-from ...kernels import copies
-from ..program import number, shape, size_hint, value
-from .op import Axes, Op, broadcast, dim_of, dims_of, memory_order
+from ....algebra.axes import ONE, Axis, product, sum_
+from ....calls.sizes import is_free
+from ....errors import AxisConflict
+from ....kernels import copies
+from ...program import number, shape, size_hint, value
+from ..op import Axes, Op, broadcast, dim_of, dims_of, memory_order
+from ..signature import rows, sig
+from ..writer import Rule, Writer
 from .reduction import along
-from .signature import rows, sig
-from .writer import Rule, Writer
 
 aten = torch.ops.aten
 

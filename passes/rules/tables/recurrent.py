@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...algebra.axes import Axis, product
-from ...kernels import copies
-from ..program import shape, value
-from .op import Axes, Op
-from .signature import apply_share, rows
-from .writer import Rule, Writer, student_sizes
+from ....algebra.axes import Axis, product
+from ....kernels import copies
+from ...program import shape, value
+from ..op import Axes, Op
+from ..signature import apply_share, rows
+from ..writer import Rule, Writer, student_sizes
 
 aten = torch.ops.aten
 
