@@ -18,7 +18,6 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._sympy.printers import PythonPrinter
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -84,7 +83,10 @@ def guards(size: torch.SymInt) -> list[Any]:
 
 def python_text(condition: Any) -> str:
     """An expression of ``expression`` or ``guards`` as Python that may name ``math``,
-    ``max`` and ``min``. sympy's own printer does not know torch's functions (``FloorDiv``)."""
+    ``max`` and ``min``. sympy's own printer does not know torch's functions (``FloorDiv``).
+    Importing it takes half a second: asked for only once there is an expression."""
+    from torch.utils._sympy.printers import PythonPrinter
+
     return str(PythonPrinter().doprint(condition))
 
 

@@ -149,6 +149,7 @@ HEAVY = (
     *("torch.distributed.fsdp", "torch.testing", "torch.utils.tensorboard", "torchvision", "timm"),
     *("transformers", "matplotlib", "sklearn", "scipy", "pandas", "PIL", "rich", "onnx"),
     *("onnxscript", "onnxruntime", "tensorboard", "pytest", "hypothesis", "setuptools"),
+    *("sympy", "networkx", "triton"),
 )
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..calls import tree
 from ..passes.folded import Make
@@ -92,6 +91,8 @@ def _batch(example: Example) -> int:
 
 def _count(call: Callable[[], Any]) -> int:
     """Multiply-adds, by PyTorch's formulas."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton: not at the start
+
     with FlopCounterMode(display=False) as counter:
         call()
     return int(counter.get_total_flops()) // 2

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
-
-import networkx as nx
+from typing import TYPE_CHECKING, Any
 
 from ..algebra.axes import Axis, Leaf, leaves, paths, spell
 from ..algebra.solver import Reason
@@ -15,6 +13,9 @@ from ..errors import InputError, suggest
 from ..passes.widen import Widened
 from ..teacher.module import Teacher
 from .picture import data_flow
+
+if TYPE_CHECKING:  # imported where it is used: it takes a fifth of a second
+    import networkx as nx
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Evidence:
 
 
 def gather_evidence(widened: Widened) -> Evidence:
+    import networkx as nx
+
     inference, widths = widened.inference, widened.widths
     solver, graph = inference.solver, nx.Graph()
     graph.add_edges_from((a, b, {"label": label}) for (a, b), label in solver.edges.items())
@@ -127,6 +130,8 @@ def _dimension(evidence: Evidence, root: Axis, axis: Axis) -> Dimension:
 def _why(evidence: Evidence, path: Path, root: Axis) -> tuple[str, tuple[str, ...]]:
     """The reason of the path's first leaf that has one, what the user asked for first; and the
     shortest chain to where it arose."""
+    import networkx as nx
+
     nodes, asked = evidence.leaves.nodes, evidence.widths.stays
     stuck = [leaf for leaf in path if leaf in nodes and "reason" in nodes[leaf]]
     if not stuck:

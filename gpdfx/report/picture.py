@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import networkx as nx
 import torch
 from torch import fx
 
@@ -16,11 +16,15 @@ from ..passes.program import is_tensor, origin, value
 from ..passes.widen import Widened
 from ..teacher.module import Teacher
 
+if TYPE_CHECKING:  # imported where it is used: it takes a fifth of a second
+    import networkx as nx
+
 
 def graph(teacher: Teacher, out: str | Path) -> None:
     """Draw the layers, coloured by the group that their output axis widens with; bridges are
     diamonds, layers that stay are grey. ``out`` ends in ``.svg``, ``.png`` or ``.html``."""
     import matplotlib
+    import networkx as nx
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -63,6 +67,8 @@ def graph(teacher: Teacher, out: str | Path) -> None:
 
 def _depths(flow: nx.DiGraph) -> dict[str, int]:
     """The longest way to each layer; by first appearance where modules are called twice."""
+    import networkx as nx
+
     order = nx.topological_sort(flow) if nx.is_directed_acyclic_graph(flow) else flow
     depths: dict[str, int] = {}
     for name in order:
@@ -73,6 +79,8 @@ def _depths(flow: nx.DiGraph) -> dict[str, int]:
 def data_flow(widened: Widened) -> nx.DiGraph:
     """Inputs, modules with weights and bridges as nodes (``kind``), data flow between them as
     edges. ``group``: the leaf that a layer's output axis widens by, as a number, or -1."""
+    import networkx as nx
+
     inference, widths = widened.inference, widened.widths
     modes = [m for m in widened.modes.values() if not m.site.training]
     bridged = {b.node: b.reason for b in widened.bridges}
