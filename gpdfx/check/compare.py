@@ -86,23 +86,23 @@ def compare(pair: Pair, mode: str, *, dead: bool) -> Comparison:
     """Run both in one mode. ``dead``: also see which parameters move an output (their gradients
     are most of the cost). Raises ``WrittenError`` if borrowed parameters are written to."""
     teacher = pair.teacher.train(mode == "train")
-    run, own, gradients = _run_student(pair, mode, dead)
+    run, expected, gradients = _run_student(pair, mode, dead)
     try:
         parts = teacher.parts_of(teacher._python_shell)
         with streaming(teacher).saving():
-            wide = observe(teacher, pair.inputs, pair.seed, gradients, parts=parts, given=own)
+            got = observe(teacher, pair.inputs, pair.seed, gradients, parts=parts, given=expected)
     except Exception as error:  # whatever torch raises when widths do not fit
         text = f"the teacher fails where the student runs: {error}"
         raise LossyError(text, remedy=BUG) from error
-    asked = [fact for fact in own if fact.kind is Kind.PARAMETER_GRADIENT]
-    moved = [str(fact.which) for fact in asked if own.pop(fact)]
+    asked = [fact for fact in expected if fact.kind is Kind.PARAMETER_GRADIENT]
+    moved = [str(fact.which) for fact in asked if expected.pop(fact)]
     if dead and gradients == "none":  # unknown
         moved = [name for name, _ in run.named_parameters()]
-    _add_buffers(teacher, run, own, wide)
-    _drop_missing(own, wide)
-    errors = errors_of(own, wide, pair.inputs)
-    errors |= {fact: math.inf for fact in wide if fact not in own}
-    shown = {f: x for f, x in own.items() if f.kind is Kind.OUTPUT and x.numel()}
+    _add_buffers(teacher, run, expected, got)
+    _drop_missing(expected, got)
+    errors = errors_of(expected, got, pair.inputs)
+    errors |= {fact: math.inf for fact in got if fact not in expected}
+    shown = {f: x for f, x in expected.items() if f.kind is Kind.OUTPUT and x.numel()}
     blank = [f for f, x in shown.items() if floating(x) and not x[x.isfinite()].any()]
     partial = [f for f, x in shown.items() if f not in blank and x.isnan().any()]
     silent = len(blank) == len(shown)
@@ -117,21 +117,20 @@ def _run_student(pair: Pair, mode: str, dead: bool) -> tuple[nn.Module, Observed
         asked = {n: p.requires_grad_() for n, p in named if dead and p.is_floating_point()}
         try:
             seen = observe(run, pair.inputs, pair.seed, gradients, parameters=asked, parts=parts)
+            break
         except RuntimeError as error:
-            failed = error
-            continue
-        if pair.digest() != before:
-            raise WrittenError
-        for p in asked.values():
-            p.requires_grad_(False)
-        return run, seen, gradients
-    raise InputError(
-        f"the model itself fails in {mode} mode: {failed}",
-        remedy="mend the model, or pass verify=False if it is never used in this mode",
-    ) from failed
+            if gradients == "none":
+                remedy = "mend the model, or pass verify=False if it is never used in this mode"
+                text = f"the model itself fails in {mode} mode: {error}"
+                raise InputError(text, remedy=remedy) from error
+    if pair.digest() != before:
+        raise WrittenError
+    for p in asked.values():
+        p.requires_grad_(False)
+    return run, seen, gradients
 
 
-def _add_buffers(teacher: Teacher, run: nn.Module, own: Observed, wide: Observed) -> None:
+def _add_buffers(teacher: Teacher, run: nn.Module, expected: Observed, got: Observed) -> None:
     """Those of a student that ran, at the teacher's indices, and the teacher's. One that was
     registered in forward, or replaced by one of another shape, is a cache."""
     buffers = dict(teacher.named_buffers())
@@ -139,29 +138,28 @@ def _add_buffers(teacher: Teacher, run: nn.Module, own: Observed, wide: Observed
         maps = teacher._maps.get(teacher._alias.get(name, name))
         if maps is not None and tuple(m.student for m in maps) == buffer.shape:
             fact = Fact(Kind.BUFFER, name)
-            own[fact], wide[fact] = gather(buffer, maps), buffers[name]
+            expected[fact], got[fact] = gather(buffer, maps), buffers[name]
 
 
-def _drop_missing(own: Observed, wide: Observed) -> None:
+def _drop_missing(expected: Observed, got: Observed) -> None:
     """Leave out the gradients that the student itself does not have: a root at zero, say, of the
     distance between boxes. The teacher must lack the same ones."""
-    for fact in own.keys() & wide.keys():
-        if fact.kind is Kind.INPUT_GRADIENT and own[fact].shape == wide[fact].shape:
-            missing = ~own[fact].isfinite()
-            if torch.equal(missing, ~wide[fact].isfinite()):
-                for seen in (own, wide):
+    for fact in expected.keys() & got.keys():
+        if fact.kind is Kind.INPUT_GRADIENT and expected[fact].shape == got[fact].shape:
+            missing = ~expected[fact].isfinite()
+            if torch.equal(missing, ~got[fact].isfinite()):
+                for seen in (expected, got):
                     seen[fact] = seen[fact].masked_fill(missing, 0)
 
 
 def rounding(pair: Pair, mode: str, gradients: str) -> float:
     """The largest relative change of anything observed when each weight changes its last bit."""
-    results = []
-    for bump in (False, True):
-        student = duplicate(pair.student).train(mode == "train")
-        with torch.no_grad():
-            for p in student.parameters() if bump else ():
-                if p.is_floating_point():
-                    p.mul_(1 + torch.finfo(p.dtype).eps * torch.randint(-1, 2, p.shape).to(p))
-        results.append(observe(student, pair.inputs, pair.seed, gradients))
-    first, second = results
-    return max(errors_of(first, second, pair.inputs).values())
+    student = duplicate(pair.student).train(mode == "train")
+    expected = observe(student, pair.inputs, pair.seed, gradients)
+    student = duplicate(pair.student).train(mode == "train")
+    with torch.no_grad():
+        for p in student.parameters():
+            if p.is_floating_point():
+                p.mul_(1 + torch.finfo(p.dtype).eps * torch.randint(-1, 2, p.shape).to(p))
+    got = observe(student, pair.inputs, pair.seed, gradients)
+    return max(errors_of(expected, got, pair.inputs).values())

@@ -48,11 +48,11 @@ def _agree(
 
     with torch.no_grad(), keep_rng():
         try:
-            own = observe(module, inputs, pair.seed)
+            expected = observe(module, inputs, pair.seed)
         except Exception:  # a size that the student cannot have: try another
             return None
         try:
-            wide = observe(run, inputs, pair.seed)
+            got = observe(run, inputs, pair.seed)
         except Exception:  # the graph is not free in this size, whatever capture said
             return False
-    return all(difference(x, wide.get(fact)) <= limit for fact, x in own.items())
+    return all(difference(x, got.get(fact)) <= limit for fact, x in expected.items())

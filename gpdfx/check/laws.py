@@ -9,6 +9,7 @@ often vacuous (a zero-initialised last norm hides what stands before it), so ``v
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 
@@ -91,6 +92,7 @@ def verify(
                 return _check(widened, teacher, attempt)
         except (LossyError, WrittenError) as error:
             attempt = attempts.send(error)
+            traceback.clear_frames(error.__traceback__)  # they hold the student that was tried
 
 
 # --------------------------------------------------------------------------- attempts
@@ -202,8 +204,8 @@ def _student_follows(teacher: Teacher, inputs: Inputs, seed: int, limit: float) 
         teacher.student(*args, **kwargs)  # whatever it caches, it caches now
         _perturb(teacher, seed)
         got = observe(teacher.student, inputs, seed)
-        want = observe(filled(teacher, fresh), inputs, seed)
-    for fact, x in want.items():
+        expected = observe(filled(teacher, fresh), inputs, seed)
+    for fact, x in expected.items():
         if not difference(x, got.get(fact)) <= limit:
             raise _StaleError(
                 f"teacher.student ignores a changed parameter: {fact} is not the collapsed one's",
@@ -225,7 +227,7 @@ def _perturb(teacher: Teacher, seed: int) -> None:
 def check_values(widened: Widened, teacher: Teacher) -> None:
     """Raise ``LossyError`` unless the parameters and buffers of the teacher are the student's at
     the teacher's indices, bit for bit: ``verify`` gathers them anew and sees no stored ones."""
-    for name, own in widened.program.tensors.items():
+    for name, tensor in widened.program.tensors.items():
         stored = operator_get(net_of(teacher), name)
-        if not identical(stored, gather(own.detach(), widened.maps[name])):
+        if not identical(stored, gather(tensor.detach(), widened.maps[name])):
             raise LossyError(f"the teacher's {name} is not the student's", remedy=BUG)

@@ -34,16 +34,16 @@ def first_difference(widened: Widened, pair: Pair, mode: str) -> dict[str, Any]:
         try:
             section = Section(captured, captured.graph)
             flat = call_of(section, calls.get(captured.site.path, []))
-            own = _record(student, captured.graph, flat, pair.seed, tensors)
+            expected = _record(student, captured.graph, flat, pair.seed, tensors)
             teacher.load_student(student)
-            fed = [*flat, teacher.fold()] if reads(graph) else flat
-            wide = _record(net_of(teacher), graph, fed, pair.seed)
+            inputs = [*flat, teacher.fold()] if reads(graph) else flat
+            got = _record(net_of(teacher), graph, inputs, pair.seed)
         except Exception as error:  # the message about the mismatch matters more than its place
             return {"source": f"(the first differing node is unknown: {type(error).__name__})"}
         for node in captured.graph.nodes:
-            if node.name in own and node.name in wide:
+            if node.name in expected and node.name in got:
                 maps = tuple(widened.frozen(a) for a in widened.inference.axes[node])
-                if difference(gather(own[node.name], maps), wide[node.name]) > NOTICED:
+                if difference(gather(expected[node.name], maps), got[node.name]) > NOTICED:
                     where = {"module_path": module_path(node), "source": source(node)}
                     return {"node": node.name, **where}
     return {}

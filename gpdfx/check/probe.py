@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -123,23 +124,22 @@ def precisions(student: nn.Module, inputs: Inputs) -> Iterator[Precision]:
 def _castings(inputs: Inputs) -> Iterator[Inputs]:
     """The inputs in float64; then all but those of one name."""
     flat, spec = tree.flatten(inputs)
-    double = [x.double() if floating(x) else x for x in flat]
-    yield tree.unflatten(double, spec)
-    names = [name.rsplit("[", 1)[-1].rsplit(".", 1)[-1] for name in tree.names(inputs)]
-    kinds = dict.fromkeys(n for n, x in zip(names, flat, strict=True) if floating(x))
-    for kind in kinds if len(kinds) > 1 else ():
-        mixed = [x if n == kind else d for n, x, d in zip(names, flat, double, strict=True)]
-        yield tree.unflatten(mixed, spec)
+    names = [re.split(r"[\[.]", name)[-1] for name in tree.names(inputs)]
+    named = list(zip(names, flat, strict=True))
+    kept = dict.fromkeys(name for name, x in named if floating(x))
+    for one in (None, *kept) if len(kept) > 1 else (None,):
+        cast = [x.double() if floating(x) and name != one else x for name, x in named]
+        yield tree.unflatten(cast, spec)
 
 
 def _finite(student: nn.Module, precision: Precision) -> bool | None:
     """True if all that a network returns is finite; ``None`` if it does not run: some bake float32
     tensors."""
-    twin = precision.convert(duplicate(student)).eval()
+    run = precision.convert(duplicate(student)).eval()
     args, kwargs = precision.inputs
     try:
         with torch.no_grad(), keep_rng(), precision():
-            outputs = tree.leaves(twin(*args, **kwargs))
+            outputs = tree.leaves(run(*args, **kwargs))
     except Exception:  # whatever the user's code raises in a dtype it was not written for
         return None
     return all(bool(y.isfinite().all()) for y in outputs if floating(y))
