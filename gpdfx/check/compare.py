@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ..algebra.gather import gather
 from ..errors import InputError, LossyError
@@ -24,9 +24,10 @@ class WrittenError(Exception):
 
 
 # --------------------------------------------------------------------------- what is compared
-def streaming(teacher: Teacher) -> Lean:
-    """What holds the wide parameters of a teacher that is checked."""
-    assert teacher._lean is not None
+def streaming(teacher: Teacher, graphs: dict[str, fx.Graph] | None = None) -> Lean:
+    """What gathers the wide parameters of a teacher that is checked, when they are read; made from
+    the teacher's ``graphs`` by the first call."""
+    teacher._lean = teacher._lean or Lean(teacher, graphs or {})
     return teacher._lean
 
 
@@ -55,12 +56,16 @@ class Pair:
         """Another one after a copy has written to what it borrows."""
         return [str(p.detach().sum().item()) for p in self.student.parameters() if self.borrow]
 
+    def load(self) -> None:
+        """Give the teacher the student's parameters and buffers."""
+        self.teacher.load_student(self.student)
+
     def reload(self) -> None:
         """Undo what a call of the teacher wrote."""
         if self.borrow:
             self.teacher.load_buffers(self.student)
         else:  # the call wrote to its parameters, too
-            self.teacher.load_student(self.student)
+            self.load()
 
 
 # --------------------------------------------------------------------------- comparing

@@ -28,7 +28,6 @@ from .free_sizes import free_levels
 from .locate import first_difference
 from .observe import GRADIENTS, Inputs, difference, identical, keep_rng, observe
 from .probe import Precision, precisions, randomize, settle_statistics
-from .streaming import Lean
 
 TOLERANCE = 1e-10
 CEILING = 1e-7  # where rounding itself is amplified
@@ -83,7 +82,7 @@ def verify(
     makes more of a difference (an activation that lies at zero), or every output is zero, decides
     nothing: another one is drawn, with settled statistics, up to ``PROBES``.
     """
-    teacher._lean = teacher._lean or Lean(teacher, widened.graphs)
+    streaming(teacher, widened.graphs)
     attempts = _attempts(widened.program.student, inputs, seed, single)
     attempt = next(attempts)
     while True:
@@ -151,7 +150,7 @@ def _check(widened: Widened, teacher: Teacher, attempt: Attempt) -> Check:
         streaming(teacher).load(None)  # the last student is forgotten before the next is made
         student = attempt.student(original, probe=weights == "probe")
         pair = Pair(student, teacher, precision.inputs, attempt.seed, attempt.borrow)
-        teacher.load_student(student)
+        pair.load()
         with teacher.folded_once():
             for mode in ("eval", "train"):
                 seen, used = _same_function(widened, pair, attempt, weights, mode)

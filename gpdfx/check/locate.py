@@ -35,7 +35,7 @@ def first_difference(widened: Widened, pair: Pair, mode: str) -> dict[str, Any]:
             section = Section(captured, captured.graph)
             flat = call_of(section, calls.get(captured.site.path, []))
             expected = _record(student, captured.graph, flat, pair.seed, tensors)
-            teacher.load_student(student)
+            pair.load()
             inputs = [*flat, teacher.fold()] if reads(graph) else flat
             got = _record(net_of(teacher), graph, inputs, pair.seed)
         except Exception as error:  # the message about the mismatch matters more than its place
