@@ -132,6 +132,9 @@ def version(x: Tensor) -> int:
 
 
 # --------------------------------------------------------------------------- kinds
+BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm,)
+"""The base of all batch norms, the synchronized one too."""
+
 NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._NormBase,)
 """The base of all batch and instance norms."""
 

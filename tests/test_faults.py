@@ -17,7 +17,8 @@ import gpdfx
 from gpdfx.algebra.frozen import Frozen
 from gpdfx.calls.sizes import resized
 from gpdfx.check import laws, streaming
-from gpdfx.check.observe import difference
+from gpdfx.check.compare import WrittenError
+from gpdfx.check.observe import Fact, Kind, difference
 from gpdfx.check.probe import randomize, settle_statistics
 from gpdfx.errors import LossyError
 from gpdfx.kernels import copies
@@ -316,6 +317,41 @@ def test_not_a_number_fails() -> None:
     widened, call = compiled(Log(), torch.randn(2, 4))
     with pytest.raises(LossyError):
         verify(widened, call)
+
+
+def test_what_follows_an_attempt_depends_on_its_error() -> None:
+    """Copies for a student that writes to its parameters, its own casts, then another probe."""
+    errors: list[Exception] = [
+        WrittenError(),
+        LossyError("a constant is in float32"),
+        laws._UndecidedError("rounding decides"),
+        laws._StaleError("a cache"),
+    ]
+    attempts = laws._attempts(nn.Linear(4, 4), ((torch.randn(2, 4),), {}), 7, True)
+    seen = [next(attempts), *(attempts.send(error) for error in errors[:-1])]
+    assert [a.borrow for a in seen] == [True, False, True, True]
+    assert [a.precision.lifted for a in seen] == [True, True, False, True]
+    assert [(a.seed, a.settled) for a in seen] == [(7, False)] * 3 + [(8, True)]
+    assert [a.loose for a in seen] == [False, False, True, False]
+    with pytest.raises(LossyError, match="a cache"):
+        attempts.send(errors[-1])
+
+
+def test_facts_read_as_words() -> None:
+    facts = [
+        Fact(Kind.OUTPUT, 0),
+        Fact(Kind.OUTPUT, 3, "stem.1"),
+        Fact(Kind.INPUT_GRADIENT, 1),
+        Fact(Kind.PARAMETER_GRADIENT, "fc.weight"),
+        Fact(Kind.BUFFER, "norm.running_mean"),
+    ]
+    assert list(map(str, facts)) == [
+        "output 0",
+        "output 3 (stem.1)",
+        "gradient of input 1",
+        "gradient of fc.weight",
+        "buffer norm.running_mean",
+    ]
 
 
 def test_dead_parameters_are_listed() -> None:

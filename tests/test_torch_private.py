@@ -181,6 +181,9 @@ def test_norms_have_one_base() -> None:
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm2d)
     assert all(issubclass(kind, torch_private.NORMS) for kind in kinds)
     assert not issubclass(nn.LayerNorm, torch_private.NORMS)
+    batch = nn.BatchNorm1d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LazyBatchNorm2d
+    assert all(issubclass(kind, torch_private.BATCH_NORMS) for kind in batch)
+    assert not issubclass(nn.InstanceNorm2d, torch_private.BATCH_NORMS)
     buffers = dict(nn.BatchNorm2d(3).named_buffers())
     assert list(buffers) == ["running_mean", "running_var", "num_batches_tracked"]
 

@@ -9,33 +9,32 @@ often vacuous (a zero-initialised last norm hides what stands before it), so ``v
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+import traceback
+from collections.abc import Generator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ..algebra.gather import gather
 from ..errors import LossyError
-from ..passes.capture.limits import LEVELS
 from ..passes.follow import casts_on_purpose
 from ..passes.program import duplicate
 from ..passes.widen import Widened
 from ..teacher.collapse import filled
 from ..teacher.compiled import Compiled
 from ..teacher.module import Teacher
-from .compare import BUG, EVERY, WrittenError, compare, copy_of, floor_of
+from .compare import BUG, Comparison, Pair, WrittenError, compare, rounding
 from .free_sizes import free_levels
 from .locate import first_difference
-from .observe import difference, identical, keep_rng, observe
-from .probe import Precision, convert, precisions, randomize, settle_statistics
+from .observe import GRADIENTS, Inputs, difference, identical, keep_rng, observe
+from .probe import Precision, precisions, randomize, settle_statistics
 from .streaming import StreamingTeacher
 
 TOLERANCE = 1e-10
 CEILING = 1e-7  # where rounding itself is amplified
 PROBES = 3
 SINGLE = 1e-5  # where the network computes in float32 whatever its parameters are
-_MODES = (("eval", False), ("train", True))
 _NOISY = (
     "rounding alone changes this network's result as much on this example (batch norm over very "
     "few values, as a rule): pass example_inputs with a larger batch or a larger image"
@@ -63,6 +62,14 @@ class Check:
     unseen: dict[str, str]
 
 
+class _StaleError(LossyError):
+    """The student does not see new parameters."""
+
+
+class _UndecidedError(LossyError):
+    """A probe that says nothing: rounding alone makes as large a difference, or all is zero."""
+
+
 def verify(compiled: Compiled, *, seed: int = 0) -> Check:
     """Raise ``LossyError``, naming the first node that differs, unless student and teacher agree
     on a probe and on the real weights, in eval and train mode.
@@ -75,174 +82,150 @@ def verify(compiled: Compiled, *, seed: int = 0) -> Check:
     nothing: another one is drawn, with settled statistics, up to ``PROBES``.
     """
     program, teacher = compiled.program, StreamingTeacher(compiled)
-    single, inputs = casts_on_purpose(program), compiled.example
-    for last in range(PROBES):
+    single = casts_on_purpose(program)
+    attempts = _attempts(program.student, compiled.example, seed, single)
+    attempt = next(attempts)
+    while True:
         try:
-            return _verify(program, teacher, inputs, seed + last, single, settled=last > 0)
-        except _UndecidedError:
-            if last == PROBES - 1:
-                raise
-    raise AssertionError
+            with attempt.precision():
+                return _check(program, teacher, attempt)
+        except (LossyError, WrittenError) as error:
+            attempt = attempts.send(error)
+            traceback.clear_frames(error.__traceback__)  # they hold the student that was tried
 
 
-class _StaleError(LossyError):
-    """The student does not see new parameters."""
+# --------------------------------------------------------------------------- attempts
+@dataclass(frozen=True)
+class Attempt:
+    """How the laws are tried: on which probe (``settled``: with its batch's own statistics), in
+    which precision, with float32's tolerance or not (``loose``), and whether copies of the student
+    may ``borrow`` its parameters."""
 
+    seed: int
+    precision: Precision
+    settled: bool
+    loose: bool
+    borrow: bool = True
 
-class _UndecidedError(LossyError):
-    """A probe that says nothing: rounding alone makes as large a difference, or all is zero."""
-
-
-def _verify(
-    widened: Widened,
-    teacher: StreamingTeacher,
-    inputs: tuple[Any, Any],
-    seed: int,
-    single: bool,
-    *,
-    settled: bool,
-) -> Check:
-    student = widened.student
-    refused = LossyError("the student does not run")
-    for precision in precisions(student, inputs):
-        loose = precision.dtype is None or (single and not precision.lifted)
-        try:
-            with precision():
-                try:
-                    return _verify_in(widened, teacher, precision, seed, loose, settled=settled)
-                except WrittenError:
-                    return _verify_in(
-                        widened, teacher, precision, seed, loose, settled=settled, borrow=False
-                    )
-        except LossyError as error:
-            if not precision.lifted or isinstance(error, _StaleError):
-                raise
-            refused = error  # baked constants of a dtype do not follow a lifted cast
-    raise refused
-
-
-def _verify_in(
-    widened: Widened,
-    teacher: StreamingTeacher,
-    precision: Precision,
-    seed: int,
-    single: bool,
-    *,
-    settled: bool,
-    borrow: bool = True,
-) -> Check:
-    original, inputs, dtype = widened.student, precision.inputs, precision.dtype
-    twin: StreamingTeacher = convert(teacher, dtype).requires_grad_(False)
-    twin.noise = None
-    error: dict[str, float] = {}
-    moved: set[str] = set()
-    vacuous: list[str] = []
-    unseen: dict[str, str] = {}
-    used, free = TOLERANCE, dict.fromkeys(twin._parts, LEVELS[-1])
-    for which in ("probe", "real"):
-        student = None
-        twin.forget_student()  # the last student is forgotten before the next is made
+    def student(self, original: nn.Module, *, probe: bool) -> nn.Module:
+        """A copy of the student, with the weights of the probe or its own."""
         student = duplicate(original)
-        probe = which == "probe"
-        student = convert(randomize(student, seed) if probe else student, dtype)
-        if probe and settled:
-            settle_statistics(student, inputs)
-        twin.load_student(student)
-        with twin._folded_once():
-            for mode, training in _MODES:
-                errors, reached, zero, gradients = compare(
-                    student, twin, inputs, training, seed, dead=probe, borrow=borrow
-                )
-                if borrow:
-                    twin._load_buffers(student)
-                else:  # the call wrote to its parameters, too
-                    twin.load_student(student)
-                moved |= reached
-                if gradients != "all":
-                    unseen[mode] = "of inputs" if gradients == "parameters" else "of anything"
-                vacuous += [f"{which}/{mode}: {z}" for z in zero]
-                worst = max(errors, key=lambda k: errors[k], default="")
-                limit, noise = TOLERANCE, 0.0
-                if worst and errors[worst] > limit:
-                    noise = 50 * _sensitivity(student, inputs, training, seed, gradients)
-                    limit = max(limit, min(noise, CEILING))
-                    limit = max(limit, SINGLE) if single else limit
-                if zero == EVERY and probe:
-                    text = f"every output is zero or nan in {mode} mode"
-                    raise _UndecidedError(text, remedy=_ZERO)
-                if worst and not errors[worst] <= limit:
-                    where = first_difference(widened, student, twin, inputs, mode, seed)
-                    noisy = math.isfinite(errors[worst]) and errors[worst] <= noise
-                    raise (_UndecidedError if noisy else LossyError)(
-                        f"{which}, {mode} mode: {worst} differs by {errors[worst]:.2e} "
-                        f"(allowed {limit:.0e})",
-                        remedy=_NOISY if noisy else BUG,
-                        **where,
-                    )
-                used = max(used, limit)
-                error[f"{which}/{mode}"] = errors.get(worst, 0.0)
-            if probe:
-                free = free_levels(copy_of(student, borrow), twin, inputs, seed, used)
-    _check_student(twin, inputs, seed, used)
-    named = dict(original.named_parameters())
-    dead = tuple(n for n, p in named.items() if n not in moved and p.is_floating_point())
-    dtype = dtype or torch.get_default_dtype()
-    return Check(error, used, dead, tuple(vacuous), dtype, free, unseen)
+        if probe:
+            randomize(student, self.seed)
+        self.precision.convert(student).requires_grad_(False)
+        if probe and self.settled:
+            settle_statistics(student, self.precision.inputs)
+        return student
 
 
-def _sensitivity(
-    student: nn.Module, inputs: tuple[Any, Any], training: bool, seed: int, gradients: str
-) -> float:
-    """The largest relative change of anything observed when each weight changes its last bit."""
-    results = []
-    for bump in (False, True):
-        twin = duplicate(student).train(training)
-        with torch.no_grad():
-            for p in twin.parameters() if bump else ():
-                if p.is_floating_point():
-                    p.mul_(1 + torch.finfo(p.dtype).eps * torch.randint(-1, 2, p.shape).to(p))
-        results.append(observe(twin, *inputs, seed, gradients=gradients))
-    first, second = results
-    floors = {n: floor_of(n, first, inputs) for n in first}
-    return max(difference(x, second.get(n), floors[n]) for n, x in first.items())
+def _attempts(
+    student: nn.Module, inputs: Inputs, seed: int, single: bool
+) -> Generator[Attempt, Exception]:
+    """Every attempt is answered by the error that it ended with, which is raised if no other
+    attempt can follow it. A student that writes to its parameters gets copies; where a lifted
+    cast makes a difference (baked constants of a dtype do not follow it), casts stay what they are;
+    what a probe leaves undecided, another one may decide."""
+    for probe in range(PROBES):
+        for precision in precisions(student, inputs):
+            loose = precision.dtype is None or (single and not precision.lifted)
+            attempt = Attempt(seed + probe, precision, settled=probe > 0, loose=loose)
+            error = yield attempt
+            if isinstance(error, WrittenError):
+                error = yield replace(attempt, borrow=False)
+            if not precision.lifted or isinstance(error, _StaleError):
+                break
+        if not isinstance(error, _UndecidedError):
+            break
+    raise error
 
 
-def _check_student(
-    twin: StreamingTeacher, inputs: tuple[Any, Any], seed: int, limit: float
-) -> None:
-    """The student's view must follow every derived parameter: compare with a fresh module.
-    Changes the teacher."""
+def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Check:
+    """Try all laws, on the probe and on the real weights."""
+    precision, original = attempt.precision, program.student
+    precision.convert(teacher).requires_grad_(False)
+    teacher.noise = None
+    tolerance, error, moved = TOLERANCE, dict[str, float](), set[str]()
+    vacuous, unseen = list[str](), dict[str, str]()
+    for weights in ("probe", "real"):
+        teacher.forget_student()  # the last student is forgotten before the next is made
+        student = attempt.student(original, probe=weights == "probe")
+        pair = Pair(student, teacher, precision.inputs, attempt.seed, attempt.borrow)
+        pair.load()
+        with teacher._folded_once():
+            for mode in ("eval", "train"):
+                seen, used = _same_function(program, pair, attempt, weights, mode)
+                tolerance = max(tolerance, used)
+                error[f"{weights}/{mode}"] = seen.worst[1]
+                zero = ("every output",) if seen.silent else seen.vacuous
+                vacuous += [f"{weights}/{mode}: {fact}" for fact in zero]
+                moved |= seen.moved
+                if missing := GRADIENTS[seen.gradients]:
+                    unseen[mode] = missing
+            if weights == "probe":
+                free = free_levels(pair, tolerance)
+        del student, pair
+    _student_follows(teacher, precision.inputs, attempt.seed, tolerance)
+    parameters = original.named_parameters()
+    dead = tuple(n for n, p in parameters if n not in moved and p.is_floating_point())
+    dtype = precision.dtype or torch.get_default_dtype()
+    return Check(error, tolerance, dead, tuple(vacuous), dtype, free, unseen)
+
+
+# --------------------------------------------------------------------------- laws
+def _same_function(
+    program: Widened, pair: Pair, attempt: Attempt, weights: str, mode: str
+) -> tuple[Comparison, float]:
+    """All that is observed in a mode is the same, up to a tolerance, which is returned, too."""
+    seen = compare(pair, mode, dead=weights == "probe")
+    pair.reload()
+    fact, error = seen.worst
+    limit, noise = TOLERANCE, 0.0
+    if error > limit:
+        noise = 50 * rounding(pair, mode, seen.gradients)
+        limit = max(limit, min(noise, CEILING), SINGLE if attempt.loose else 0.0)
+    if seen.silent and weights == "probe":
+        raise _UndecidedError(f"every output is zero or nan in {mode} mode", remedy=_ZERO)
+    if not error <= limit:
+        where = first_difference(program, pair, mode)
+        text = f"{weights}, {mode} mode: {fact} differs by {error:.2e} (allowed {limit:.0e})"
+        if math.isfinite(error) and error <= noise:
+            raise _UndecidedError(text, remedy=_NOISY, **where)
+        raise LossyError(text, remedy=BUG, **where)
+    return seen, limit
+
+
+def _student_follows(teacher: StreamingTeacher, inputs: Inputs, seed: int, limit: float) -> None:
+    """The student's view follows every derived parameter, as a fresh module does. Changes the
+    teacher."""
     args, kwargs = inputs
-    twin.eval()
-    fresh = duplicate(twin._student)  # before it caches anything
+    fresh = duplicate(teacher.eval()._student)  # before it caches anything
     with torch.no_grad(), keep_rng():
-        twin.student(*args, **kwargs)  # whatever it caches, it caches now
-        _perturb(twin, seed)
-        got = observe(twin.student, args, kwargs, seed)
-        want = observe(filled(twin, fresh), args, kwargs, seed)
-    for name, x in want.items():
-        if name.startswith("output") and not difference(x, got.get(name)) <= limit:
+        teacher.student(*args, **kwargs)  # whatever it caches, it caches now
+        _perturb(teacher, seed)
+        got = observe(teacher.student, inputs, seed)
+        expected = observe(filled(teacher, fresh), inputs, seed)
+    for fact, x in expected.items():
+        if not difference(x, got.get(fact)) <= limit:
             raise _StaleError(
-                f"teacher.student ignores a changed parameter: {name} is not the collapsed one's",
+                f"teacher.student ignores a changed parameter: {fact} is not the collapsed one's",
                 remedy="the model caches tensors outside its parameters; clear the cache in "
                 "forward, or in train()",
             )
 
 
-def _perturb(twin: StreamingTeacher, seed: int) -> None:
+def _perturb(teacher: StreamingTeacher, seed: int) -> None:
     """Change every parameter by at most a tenth, its copies by different numbers."""
-    twin.noise = seed
+    teacher.noise = seed
     draw = torch.Generator().manual_seed(seed)
-    for p in twin.parameters():
+    for p in teacher.parameters():
         if p.is_floating_point() and not p.is_meta:
             noise = torch.rand(p.shape[-1:], generator=draw, dtype=torch.float64)
             p.mul_(1 + 0.1 * noise.to(p))
 
 
-def check_values(widened: Widened, teacher: Teacher) -> None:
+def check_values(program: Widened, teacher: Teacher) -> None:
     """Raise ``LossyError`` unless the parameters and buffers of the teacher are the student's at
     the teacher's indices, bit for bit: ``verify`` gathers them anew and sees no stored ones."""
-    for name, own in widened.tensors.items():
-        stored = teacher._tensor(name)
-        if not identical(stored, gather(own.detach(), widened.maps[name])):
+    for name, tensor in program.tensors.items():
+        if not identical(teacher._tensor(name), gather(tensor.detach(), program.maps[name])):
             raise LossyError(f"the teacher's {name} is not the student's", remedy=BUG)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,11 +14,14 @@ from torch.overrides import TorchFunctionMode
 
 from ..calls import tree
 from ..passes.program import duplicate
-from .observe import floating, keep_rng
+from ..torch_private import BATCH_NORMS, NORMS
+from .observe import Inputs, floating, keep_rng
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_NORMS = (*NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_STATISTICS = {"running_mean": (-0.5, 0.5), "running_var": (0.5, 1.5)}
 
 
+@torch.no_grad()
 def randomize(model: nn.Module, seed: int) -> nn.Module:
     """Generic parameters and statistics, in place: no zeros, nothing equal, well scaled."""
     draw = torch.Generator().manual_seed(seed)
@@ -26,29 +29,39 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
     def uniform(t: Tensor, low: float, high: float) -> Tensor:
         return torch.rand(t.shape, generator=draw, dtype=torch.float64) * (high - low) + low
 
-    with torch.no_grad():
-        for module in model.modules():
-            for name, p in module.named_parameters(recurse=False):
-                if not p.is_floating_point():
-                    continue
-                if p.ndim < 2:
-                    norm = isinstance(module, _NORMS) or "norm" in type(module).__name__.lower()
-                    low = 0.5 if (norm and name == "weight") or p.ndim == 0 else 0.05
-                    new = uniform(p, low, low + 1.0 if low == 0.5 else 0.5)
-                    if low == 0.05:
-                        new = new * (torch.randint(0, 2, p.shape, generator=draw) * 2 - 1)
-                else:
-                    fan = max(p.numel() // p.shape[0], 1)
-                    new = torch.randn(p.shape, generator=draw, dtype=torch.float64) / fan**0.5
-                p.copy_(new.to(p.device, p.dtype))
-            for name, b in module.named_buffers(recurse=False):
-                if name == "running_mean":
-                    b.copy_(uniform(b, -0.5, 0.5).to(b.device, b.dtype))
-                elif name == "running_var":
-                    b.copy_(uniform(b, 0.5, 1.5).to(b.device, b.dtype))
+    for module in model.modules():
+        norm = isinstance(module, _NORMS) or "norm" in type(module).__name__.lower()
+        for name, p in module.named_parameters(recurse=False):
+            if not p.is_floating_point():
+                continue
+            if p.ndim >= 2:
+                fan = max(p.numel() // p.shape[0], 1)
+                p.copy_(torch.randn(p.shape, generator=draw, dtype=torch.float64) / fan**0.5)
+            elif p.ndim == 0 or (norm and name == "weight"):
+                p.copy_(uniform(p, 0.5, 1.5))
+            else:
+                size = uniform(p, 0.05, 0.5)
+                p.copy_(size * (torch.randint(0, 2, p.shape, generator=draw) * 2 - 1))
+        for name, b in module.named_buffers(recurse=False):
+            if name in _STATISTICS:
+                b.copy_(uniform(b, *_STATISTICS[name]))
     return model
 
 
+def settle_statistics(student: nn.Module, inputs: Inputs) -> None:
+    """Let batch norm have the statistics of this batch: with random ones a deep network multiplies
+    every difference, that of rounding too."""
+    norms: list[Any] = [m for m in student.modules() if isinstance(m, BATCH_NORMS)]
+    momentum = {m: m.momentum for m in norms}
+    for m in norms:
+        m.momentum = 1.0
+    with torch.no_grad(), keep_rng():
+        student.train()(*inputs[0], **inputs[1])
+    for m in norms:
+        m.momentum = momentum[m]
+
+
+# --------------------------------------------------------------------------- precision
 class _Lifted(TorchFunctionMode):
     """Casts to a narrow floating dtype go to float64: they must not hide a difference by their
     rounding, nor make one."""
@@ -67,40 +80,6 @@ class _Lifted(TorchFunctionMode):
         return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
 
 
-@contextmanager
-def lifted() -> Iterator[None]:
-    """Compute in float64 whatever a network asks for."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Lifted():
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def cast(structure: Any, dtype: torch.dtype | None) -> Any:
-    return tree.map_leaves(lambda x: x.to(dtype) if dtype and floating(x) else x, structure)
-
-
-def convert(module: Any, dtype: torch.dtype | None) -> Any:
-    return module.to(dtype) if dtype else module
-
-
-def settle_statistics(student: nn.Module, inputs: tuple[Any, Any]) -> None:
-    """Let batch norm have the statistics of this batch: with random ones a deep network multiplies
-    every difference, that of rounding too."""
-    norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momentum = [m.momentum for m in norms]
-    for m in norms:
-        m.momentum = 1.0
-    with torch.no_grad(), keep_rng():
-        student.train()(*inputs[0], **inputs[1])
-    for m, before in zip(norms, momentum, strict=True):
-        m.momentum = before
-
-
-# --------------------------------------------------------------------------- precision
 @dataclass(frozen=True)
 class Precision:
     """How a network is run for the check: its parameters in ``dtype`` (``None``: their own), its
@@ -108,52 +87,60 @@ class Precision:
 
     dtype: torch.dtype | None
     lifted: bool
-    inputs: tuple[Any, Any]
+    inputs: Inputs
 
-    def __call__(self) -> contextlib.AbstractContextManager[None]:
-        return lifted() if self.lifted else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Compute in it; if lifted, whatever a network asks for."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64 if self.lifted else before)
+        try:
+            with _Lifted() if self.lifted else contextlib.nullcontext():
+                yield
+        finally:
+            torch.set_default_dtype(before)
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """A module's parameters to it, in place."""
+        return module.to(self.dtype) if self.dtype else module
 
 
-def precisions(student: nn.Module, inputs: tuple[Any, Any]) -> Iterator[Precision]:
+def precisions(student: nn.Module, inputs: Inputs) -> Iterator[Precision]:
     """The precisions in which a network runs, the most exact first: all of it in float64, its
     parameters in float64, or in its own dtype. Some refuse an input in another dtype than theirs:
-    that one stays."""
+    that one stays. What is finite in its own dtype has to be in float64."""
     own = Precision(None, False, inputs)
-    finite = _finite(student, own)
-    double = False
-    for lift in (True, False):
-        for fitting in _castings(inputs):
-            precision = Precision(torch.float64, lift, fitting)
-            found = _finite(student, precision)
-            if found is not None and (found or not finite):
-                double = True
-                yield precision
-                break
-    if not double:
+    accepted = (True, _finite(student, own) is True)
+    found = False
+    for lifted in (True, False):
+        tried = (Precision(torch.float64, lifted, fitting) for fitting in _castings(inputs))
+        for precision in (p for p in tried if _finite(student, p) in accepted):
+            found = True
+            yield precision
+            break
+    if not found:
         yield own
 
 
-def _castings(inputs: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
+def _castings(inputs: Inputs) -> Iterator[Inputs]:
     """The inputs in float64; then all but those of one name."""
-    yield cast(inputs, torch.float64)
     flat, spec = tree.flatten(inputs)
-    names = [name.rsplit("[", 1)[-1].rsplit(".", 1)[-1] for name in tree.names(inputs)]
-    kinds = dict.fromkeys(n for n, x in zip(names, flat, strict=True) if floating(x))
-    for kind in kinds if len(kinds) > 1 else ():
-        mixed = [
-            x if n == kind else cast(x, torch.float64) for n, x in zip(names, flat, strict=True)
-        ]
-        yield tree.unflatten(mixed, spec)
+    names = [re.split(r"[\[.]", name)[-1] for name in tree.names(inputs)]
+    named = list(zip(names, flat, strict=True))
+    kept = dict.fromkeys(name for name, x in named if floating(x))
+    for one in (None, *kept) if len(kept) > 1 else (None,):
+        cast = [x.double() if floating(x) and name != one else x for name, x in named]
+        yield tree.unflatten(cast, spec)
 
 
 def _finite(student: nn.Module, precision: Precision) -> bool | None:
     """True if all that a network returns is finite; ``None`` if it does not run: some bake float32
     tensors."""
-    twin = convert(duplicate(student), precision.dtype).eval()
+    run = precision.convert(duplicate(student)).eval()
     args, kwargs = precision.inputs
     try:
         with torch.no_grad(), keep_rng(), precision():
-            outputs = tree.leaves(twin(*args, **kwargs))
+            outputs = tree.leaves(run(*args, **kwargs))
     except Exception:  # whatever the user's code raises in a dtype it was not written for
         return None
     return all(bool(y.isfinite().all()) for y in outputs if floating(y))
