@@ -13,8 +13,8 @@ import subprocess
 import sys
 from functools import partial
 
-import gpdfx
 from benchmarks import timing
+from gpdfx import __version__
 
 
 def run(code: str) -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     print(f"import torch         {alone:.2f} s")
     print("import torch, gpdfx  {median} s more (20 % {low}, 80 % {high})".format(**more))
     print("ratio                {median} (20 % {low}, 80 % {high}), {pairs} pairs".format(**ratio))
-    print(f"gpdfx {gpdfx.__version__}, torch {about['torch']}, Python {sys.version.split()[0]},")
+    print(f"gpdfx {__version__}, torch {about['torch']}, Python {sys.version.split()[0]},")
     print(about["machine"])
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+if __name__ != "gpdfx.passes":
+    raise ImportError("import gpdfx.passes, not passes")
+
 from .assign import assign
 from .branch import branch
 from .canonicalize import canonicalize
@@ -14,9 +17,6 @@ from .follow import follow_device, follow_dtype
 from .infer import infer
 from .lower import lower
 from .widen import widen
-
-if __name__ != "gpdfx.passes":
-    raise ImportError("import gpdfx.passes, not passes")
 
 Pass = Callable[[Any], Any]
 
