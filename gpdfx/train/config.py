@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from ..data.datasets import load_data
 from ..data.splits import Data
-from ..errors import InputError
+from ..errors import InputError, check_choice
 from ..models import DEFAULTS
 from .recipes import RECIPES, TrainingRecipe
 from .state import as_json
@@ -109,14 +109,12 @@ class TrainConfig:
         self._check()
 
     def _check(self) -> None:
-        refuse(
-            not self.student, f"{self.data} has no student of its own", "name one: timm:resnet18"
-        )
-        for name, kind in (("amp", Amp), ("device", Device), ("compile", Compile)):
-            listed = "one of " + ", ".join(get_args(kind))
-            words = "auto, cpu or cuda" if name == "device" else listed
-            value = getattr(self, name)
-            refuse(value not in get_args(kind), f"{name} is {value!r}", f"pass {words}")
+        alone = f"{self.data} has no student of its own"
+        refuse(not self.student, alone, "name one: timm:resnet18")
+        check_choice("amp", self.amp, get_args(Amp))
+        device = f"device is {self.device!r}"
+        refuse(self.device not in get_args(Device), device, "pass auto, cpu or cuda")
+        check_choice("compile", self.compile, get_args(Compile))
         refuse(
             self.cuda_graph and self.compile in OWN_GRAPHS,
             f"compile={self.compile!r} makes CUDA graphs of its own",

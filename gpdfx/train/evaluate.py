@@ -20,39 +20,40 @@ from ..errors import InputError
 from ..files import AsPath
 from ..teacher.module import Teacher
 from .config import TrainConfig, read_config
-from .networks import Net, check_logits, example_inputs
+from .networks import Net, check_logits
 from .ranks import Ranks, join
 from .state import STUDENT, SUMMARY, TEACHER
 
 
 @torch.no_grad()
 def accuracies(
-    split: Split, networks: Mapping[str, nn.Module], config: TrainConfig, ranks: Ranks
+    split: Split, networks: Mapping[str, nn.Module | None], config: TrainConfig, ranks: Ranks
 ) -> dict[str, float]:
-    """The fraction of right predictions of each network; all ranks share the work."""
-    right = torch.zeros(len(networks), dtype=torch.int64, device=ranks.device)
+    """The fraction of right predictions of each network that there is; all ranks share the
+    work."""
+    present = {name: network for name, network in networks.items() if network is not None}
+    if not present:
+        return {}
+    right = torch.zeros(len(present), dtype=torch.int64, device=ranks.device)
     share = {"workers": config.workers, "rank": ranks.rank, "world": ranks.world}
     with contextlib.ExitStack() as folded:
-        for network in networks.values():
+        for network in present.values():
             if isinstance(network, Teacher):
                 folded.enter_context(network._folded_once())
         for x, y in eval_loader(split, config.numbers.batch_size, **share):
             x, y = x.to(ranks.device), y.to(ranks.device)
-            for k, network in enumerate(networks.values()):
+            for k, network in enumerate(present.values()):
                 right[k] += (find_logits(network(x)).argmax(1) == y).sum()
     counts = ranks.sum(right).tolist()
-    return {name: count / len(split) for name, count in zip(networks, counts, strict=True)}
+    return {name: count / len(split) for name, count in zip(present, counts, strict=True)}
 
 
 def measure(net: Net, split: Split, config: TrainConfig, ranks: Ranks) -> dict[str, float]:
     """Accuracies of the plain student and the dynamic teacher, and the gap."""
-    net.eval()
-    networks = {"student": net.collapse()}
-    if net.teacher is not None:
-        networks["teacher"] = net.teacher
+    networks = {"student": net.eval().collapse(), "teacher": net.teacher}
     measured = accuracies(split, networks, config, ranks)
     net.train()
-    if net.teacher is not None:
+    if "teacher" in measured:
         measured["gap"] = measured["teacher"] - measured["student"]
     return measured
 
@@ -89,14 +90,14 @@ def evaluate(folder: AsPath, data: str | None = None, device: str = "auto") -> d
     """
     config, _, student = load_run(folder)
     splits = dataclasses.replace(config, data=data or config.data).open_data()
-    check_logits(config.student, student, example_inputs(splits, config.seed), splits.classes)
+    check_logits(config.student, student, splits, config.seed)
     with join(device) as ranks:
         networks = {"student": student.to(ranks.device)}
         file = Path(folder) / TEACHER
         if file.exists():
             like = models.load(config.student, classes=splits.classes, shape=splits.shape)
             networks["teacher"] = storage.load(file, like).eval().to(ranks.device)
-        measured: dict[str, Any] = {"data": splits.name}
-        for name, split in (("validation", splits.validation), ("test", splits.test)):
-            measured[name] = accuracies(split, networks, config, ranks)
-    return measured
+        validation, test = (
+            accuracies(split, networks, config, ranks) for split in (splits.validation, splits.test)
+        )
+    return {"data": splits.name, "validation": validation, "test": test}

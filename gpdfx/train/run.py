@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,11 @@ class Run:
         ranks.wait()  # before the first rank writes what the others look for
         self.data = data = config.open_data()
         self.steps = steps_per_epoch(data, self.recipe.batch_size)
-        samples = {"classes": data.classes, "shape": [*data.shape], "samples": len(data.train)}
         static = config.static_weights
+        self.kind = {"classes": data.classes, "shape": [*data.shape]}
         self.identity = {
             "config": config.identity(),
-            "data": samples,
+            "data": self.kind | {"samples": len(data.train)},
             "static": files.hash_file(static) if static else None,
         }
         if saved is not None:
@@ -77,20 +78,17 @@ class Run:
         self.progress, self.began = states.Progress(), time.perf_counter()
         self._build(begin=saved is None)
         if saved is not None:
-            tensors, facts = saved
-            self.stepper.restore(tensors, facts)
-            self.progress = states.Progress.of(facts)
+            self.stepper.restore(*saved)
+            self.progress = states.Progress.of(saved[1])
 
     def _build(self, begin: bool) -> None:
         config, data, device = self.config, self.data, self.ranks.device
-        weights = config.weights if begin else None
-        student = load_network(config.student, data, config.seed, weights)
+        load = partial(load_network, data=data, seed=config.seed)
+        student = load(config.student, weights=config.weights if begin else None)
         self.static: nn.Module | None = None
         if config.static_teacher:
-            self.static = load_network(
-                config.static_teacher, data, config.seed, config.static_weights
-            )
-            self.static.eval().requires_grad_(False).to(device)
+            static = load(config.static_teacher, weights=config.static_weights)
+            self.static = static.eval().requires_grad_(False).to(device)
         example = example_inputs(data, config.seed)
         self.net = make_net(config, student, self.static, example, config.verify and begin)
         self.net.to(device)
@@ -189,16 +187,14 @@ class Run:
         self.log.end_epoch(done.history[-1])
 
     def _measure_static(self, split: Split) -> dict[str, float]:
-        networks = {} if self.static is None else {"static": self.static}
-        return accuracies(split, networks, self.config, self.ranks) if networks else {}
+        return accuracies(split, {"static": self.static}, self.config, self.ranks)
 
     # ---- the end
     def _finish(self) -> dict[str, Any]:
         student = self.net.collapse()
         summary = self._summarize(student)
         if self.ranks.rank == 0:
-            state = files.cpu_copies(student.state_dict())
-            files.write_tensors(self.out / STUDENT, state)
+            files.write_tensors(self.out / STUDENT, files.cpu_copies(student.state_dict()))
             if self.net.teacher is not None and not self.config.unshared:
                 storage.save(self.net.teacher, self.out / TEACHER)
             history, static = self.progress.history, self.progress.static_accuracy
@@ -225,9 +221,12 @@ class Run:
             "versions": states.versions(),
             "device": self.ranks.device_name(),
             "world": self.ranks.world,
-            "classes": self.data.classes,
-            "shape": list(self.data.shape),
-            "parameters": {k: _count(n) for k, n in networks.items() if n is not None},
+            **self.kind,
+            "parameters": {
+                name: sum(p.numel() for p in network.parameters())
+                for name, network in networks.items()
+                if network is not None
+            },
             "multiply_adds": dict(zip(networks, macs, strict=False)),
             "validation": validation,
             "test": test,
@@ -237,7 +236,3 @@ class Run:
             "seconds": self._seconds(),
             "out": str(self.out),
         }
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
