@@ -16,8 +16,7 @@ import torch
 from ..memory import keep_memory
 from ..train import log
 from ..train.config import Device, TrainConfig, default_recipe
-from ..train.evaluate import evaluate
-from ..train.export import export
+from ..train.evaluate import evaluate, export
 from ..train.recipes import RECIPES, TrainingRecipe, get_recipe, with_changes
 from ..train.run import train
 from .options import add_branches, add_command, add_ratio, one_or_all, ratios

@@ -106,9 +106,7 @@ class TrainConfig:
         object.__setattr__(self, "unshared", tuple(self.unshared))
         object.__setattr__(self, "student", self.student or DEFAULTS.get(kind, ""))
         object.__setattr__(self, "recipe", self.recipe or default_recipe(self.data))
-        self._check()
-
-    def _check(self) -> None:
+        # What does not fit is refused.
         alone = f"{self.data} has no student of its own"
         refuse(not self.student, alone, "name one: timm:resnet18")
         check_choice("amp", self.amp, get_args(Amp))

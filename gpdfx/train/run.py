@@ -79,7 +79,8 @@ class Run:
         self._build(begin=saved is None)
         if saved is not None:
             self.stepper.restore(*saved)
-            self.progress = states.Progress.of(saved[1])
+            names = dataclasses.asdict(self.progress)
+            self.progress = states.Progress(**{name: saved[1][name] for name in names})
 
     def _build(self, begin: bool) -> None:
         config, data, device = self.config, self.data, self.ranks.device

@@ -48,11 +48,6 @@ class Progress:
     static_accuracy: float | None = None
     seconds: float = 0.0
 
-    @staticmethod
-    def of(facts: Facts) -> Progress:
-        """The one among other facts."""
-        return Progress(**{f.name: facts[f.name] for f in dataclasses.fields(Progress)})
-
 
 # --------------------------------------------------------------------------- the file
 def write_state(path: AsPath, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
