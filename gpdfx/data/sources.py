@@ -139,12 +139,8 @@ def load_imagefolder(*, path: Path, size: int, augment: bool, **_: Any) -> Data:
             f"there is no folder {', '.join(missing)}",
             remedy=f"images belong in {path}/train/CLASS and {path}/val/CLASS",
         )
-    standard = [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        v2.ToPureTensor(),
-    ]
+    standard = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    standard += [v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), v2.ToPureTensor()]
     whole = v2.Compose([v2.Resize(math.ceil(size * 8 / 7)), v2.CenterCrop(size), *standard])
     random = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *standard])
     try:
@@ -158,8 +154,5 @@ def load_imagefolder(*, path: Path, size: int, augment: bool, **_: Any) -> Data:
             f"train and val have different classes: only one of them has {', '.join(only[:5])}",
             remedy="give both the same folders",
         )
-    a, b = (
-        Split(images, torch.arange(len(images)), torch.tensor(images.targets))
-        for images in (train, val)
-    )
+    a, b = (Split(x, torch.arange(len(x)), torch.tensor(x.targets)) for x in (train, val))
     return Data(path.resolve().name, a, b, b, len(val.classes), (3, size, size))

@@ -39,6 +39,8 @@ class TrainConfig:
     interleaved, to compare the time of a step with.
 
     Fields, as ``gpdfx train --help`` tells them:
+
+    networks and data:
         student: timm:NAME, torchvision:NAME or package.module:CALLABLE; digits and mnist1d have
             one of their own
         weights: fine-tune these: a state_dict as safetensors, or of torch.save
@@ -48,6 +50,7 @@ class TrainConfig:
         labels: keep this many training samples of a class
         noise: the part of the training labels to make wrong
         size: height and width of the images of imagefolder
+    the method:
         plain: train the student alone, as a baseline
         shares: of the copies of a weight
         extract: the student out of the copies
@@ -56,6 +59,7 @@ class TrainConfig:
         gap_smoothing: of the dynamic teacher's soft target
         teacher_weight: of the dynamic teacher's own losses
         start_epoch: the first epoch with the dynamic teacher's target
+    the run:
         out: its folder; one that holds this run is gone on with
         seed: of all randomness
         amp: the type of autocast

@@ -60,6 +60,8 @@ class TrainingRecipe:
     arXiv 2410.04140, section 3.4; ``mixup``, ``cutmix``: see ``gpdfx.data.loaders.mix``.
 
     Fields, as ``gpdfx train --help`` tells them:
+
+    the recipe:
         batch_size: of all processes together
         lr: the highest learning rate
         momentum: of SGD

@@ -11,6 +11,7 @@ was killed ends, on CPUs, with the same parameters bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -105,6 +106,7 @@ class Run:
         tensors, stepper = self.stepper.flatten()
         facts = {"identity": self.identity, "versions": states.versions()}
         facts |= dataclasses.asdict(self.progress) | {"seconds": self._seconds()} | stepper
+        self.out.mkdir(parents=True, exist_ok=True)
         states.write_state(self.out / STATE, tensors, facts)
 
     def _seconds(self) -> float:
@@ -115,27 +117,20 @@ class Run:
         """Train what is left, and write everything."""
         done, summary = self.progress, self.out / SUMMARY
         if done.epoch == self.recipe.epochs and summary.exists():
-            finished: dict[str, Any] = json.loads(summary.read_text())
-            return finished
-        writes = self.ranks.rank == 0
-        if writes:
-            self.out.mkdir(parents=True, exist_ok=True)
+            return dict(json.loads(summary.read_text()))
         begin = not done.epoch and not done.step
         if begin:
             if done.static_accuracy is None:
                 done.static_accuracy = self._measure_static(self.data.validation).get("static")
             self._save()
-        self.log = log.RunLog(
-            self.out, self.recipe.epochs, done.epoch, quiet=self.quiet, board=writes
-        )
-        try:
+        options = {"quiet": self.quiet, "board": self.ranks.rank == 0}
+        shown = log.RunLog(self.out, self.recipe.epochs, done.epoch, **options)
+        with contextlib.closing(shown) as self.log:
             if not begin:
                 self.log.say(f"going on after epoch {done.epoch}, step {done.step}")
             while done.epoch < self.recipe.epochs:
                 self._run_epoch()
                 self._end_epoch()
-        finally:
-            self.log.close()
         return self._finish()
 
     def _run_epoch(self) -> None:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 import torch
@@ -79,8 +79,7 @@ def read_state(path: AsPath) -> tuple[Tensors, Facts]:
         raise InputError(
             f"the checkpoint {path} is corrupt: its checksum does not fit", remedy=remedy
         )
-    facts: Facts = json.loads(metadata["facts"])
-    return tensors, facts
+    return tensors, json.loads(metadata["facts"])
 
 
 def find_checkpoint(folder: Path) -> tuple[Tensors, Facts] | None:
@@ -174,8 +173,7 @@ def as_json(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Of what computes."""
-    python = platform.python_version()
-    return {"python": python, "torch": torch.__version__, "gpdfx": version()}
+    return {"python": python_version(), "torch": torch.__version__, "gpdfx": version()}
 
 
 def check_same(saved: Facts, given: Facts, path: AsPath) -> None:
