@@ -24,7 +24,7 @@ import gpdfx
 from gpdfx import files, models
 from gpdfx.cli.app import main
 from gpdfx.cli.commands import field_words
-from gpdfx.data.datasets import SOURCES
+from gpdfx.data.sources import SOURCES
 from gpdfx.train import log, networks, run
 from gpdfx.train import state as states
 from gpdfx.train.config import Compile, TrainConfig, read_config

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..data.datasets import load_data
+from ..data.sources import load_data
 from ..data.splits import Data
 from ..errors import InputError, check_choice
 from ..models import DEFAULTS

@@ -35,23 +35,15 @@ def check_installed() -> None:
 class RunLog:
     """Bars on a terminal, and else a line an epoch, on stderr; TensorBoard, if it is installed."""
 
-    def __init__(
-        self, out: Path, epochs: int, done: int, *, quiet: bool = False, board: bool = True
-    ) -> None:
+    def __init__(self, out: Path, epochs: int, done: int, *, quiet: bool, board: bool) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         self._console = Console(stderr=True, highlight=False)
         self._lines = not quiet and not self._console.is_terminal
-        self._bars = Progress(
-            "{task.description}",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            "{task.fields[text]}",
-            console=self._console,
-            disable=quiet or self._lines,
-        )
+        hidden = quiet or self._lines
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.fields[text]}")
+        self._bars = Progress("{task.description}", *columns, console=self._console, disable=hidden)
         self._epochs = self._bars.add_task("epochs", total=epochs, completed=done, text="")
         self._steps = self._bars.add_task("steps", total=None, text="")
         self._bars.start()
