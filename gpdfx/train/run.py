@@ -68,10 +68,10 @@ class Run:
         self.data = data = config.open_data()
         self.steps = steps_per_epoch(data, self.recipe.batch_size)
         static = config.static_weights
-        self.kind = {"classes": data.classes, "shape": [*data.shape]}
+        self.sizes = {"classes": data.classes, "shape": [*data.shape]}
         self.identity = {
             "config": config.identity(),
-            "data": self.kind | {"samples": len(data.train)},
+            "data": self.sizes | {"samples": len(data.train)},
             "static": files.hash_file(static) if static else None,
         }
         if saved is not None:
@@ -217,7 +217,7 @@ class Run:
             "versions": states.versions(),
             "device": self.ranks.device_name(),
             "world": self.ranks.world,
-            **self.kind,
+            **self.sizes,
             "parameters": {
                 name: sum(p.numel() for p in network.parameters())
                 for name, network in networks.items()

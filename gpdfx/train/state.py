@@ -30,6 +30,7 @@ STATE, STUDENT = "state.safetensors", "student.safetensors"
 TEACHER, SUMMARY = "teacher.safetensors", "summary.json"
 FORMAT = "gpdfx run 1"
 MODEL, OPTIMIZER = "model.", "optimizer."  # what the names of their tensors begin with
+SAME_NETWORK = "use the network that the run began with, or another folder"
 Facts = dict[str, Any]
 
 
@@ -127,7 +128,7 @@ def restore_module(module: nn.Module, tensors: Tensors) -> None:
         name, mine, theirs = difference
         raise InputError(
             f"the checkpoint is of another network: {name} is {mine}, in the checkpoint {theirs}",
-            remedy="use the network that the run began with, or another folder",
+            remedy=SAME_NETWORK,
         )
     for name, x in present.items():
         x.copy_(saved[name])
@@ -153,10 +154,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, facts:
         for groups in (optimizer.param_groups, facts["param_groups"])
     )
     if present != saved:
-        raise InputError(
-            "the checkpoint's optimizer has other parameters",
-            remedy="use the network that the run began with, or another folder",
-        )
+        raise InputError("the checkpoint's optimizer has other parameters", remedy=SAME_NETWORK)
     state = {int(number): dict(held) for number, held in facts["state"].items()}
     for name, x in tensors.items():
         if name.startswith(OPTIMIZER):
