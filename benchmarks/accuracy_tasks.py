@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from gpdfx.data.datasets import load_data
+from gpdfx.data.sources import load_data
 from gpdfx.data.splits import Split, generator
 
 BATCH = 64

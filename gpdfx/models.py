@@ -27,18 +27,17 @@ Builder = Callable[[], nn.Module]
 # --------------------------------------------------------------------------- networks of our own
 def cnn(num_classes: int = 10, in_chans: int = 1) -> nn.Module:
     """Three 3x3 convolutions, for small images (N, in_chans, H, W)."""
-    kinds = nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d
-    return _convolutions(kinds, 3, in_chans, num_classes)
+    return _convolutions(nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d, 3, in_chans, num_classes)
 
 
 def cnn1d(num_classes: int = 10, in_chans: int = 1) -> nn.Module:
     """Three convolutions of length 5, for short signals (N, in_chans, L)."""
-    kinds = nn.Conv1d, nn.BatchNorm1d, nn.AdaptiveAvgPool1d
-    return _convolutions(kinds, 5, in_chans, num_classes)
+    return _convolutions(nn.Conv1d, nn.BatchNorm1d, nn.AdaptiveAvgPool1d, 5, in_chans, num_classes)
 
 
-def _convolutions(kinds: Any, length: int, inputs: int, outputs: int) -> nn.Module:
-    conv, norm, pool = kinds
+def _convolutions(
+    conv: Any, norm: Any, pool: Any, length: int, inputs: int, outputs: int
+) -> nn.Module:
     layers: list[nn.Module] = []
     for width, stride in ((16, 1), (32, 2), (32, 2)):
         layers += [conv(inputs, width, length, stride, length // 2, bias=False)]

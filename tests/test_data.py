@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import gpdfx
-from gpdfx.data.datasets import load_data
 from gpdfx.data.loaders import epoch_order, eval_loader, mix, steps_per_epoch, train_loader
 from gpdfx.data.sources import (
     CIFAR_MEAN,
@@ -23,6 +22,7 @@ from gpdfx.data.sources import (
     CIFAR_TRAIN,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    load_data,
 )
 from gpdfx.data.splits import Data, Split, generator
 from gpdfx.train.recipes import (

@@ -24,12 +24,11 @@ import gpdfx
 from gpdfx import files, models
 from gpdfx.cli.app import main
 from gpdfx.cli.commands import field_words
-from gpdfx.data.datasets import SOURCES
+from gpdfx.data.sources import SOURCES
 from gpdfx.train import log, networks, run
 from gpdfx.train import state as states
 from gpdfx.train.config import Compile, TrainConfig, read_config
-from gpdfx.train.evaluate import evaluate
-from gpdfx.train.export import export
+from gpdfx.train.evaluate import evaluate, export
 from gpdfx.train.ranks import Ranks
 from gpdfx.train.recipes import RECIPES, TrainingRecipe, with_changes
 from gpdfx.train.step import Stepper
@@ -128,7 +127,7 @@ def test_a_wrong_export_is_not_written(
 ) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    monkeypatch.setattr("gpdfx.train.export._difference", lambda *_: float("nan"))
+    monkeypatch.setattr("gpdfx.train.evaluate._difference", lambda *_: float("nan"))
     with pytest.raises(gpdfx.GpdfxError, match="logits differ"):
         export(finished, tmp_path / "student.onnx")
     assert not list(tmp_path.iterdir())

@@ -16,8 +16,7 @@ import torch
 from ..memory import keep_memory
 from ..train import log
 from ..train.config import Device, TrainConfig, default_recipe
-from ..train.evaluate import evaluate
-from ..train.export import export
+from ..train.evaluate import evaluate, export
 from ..train.recipes import RECIPES, TrainingRecipe, get_recipe, with_changes
 from ..train.run import train
 from .options import add_branches, add_command, add_ratio, one_or_all, ratios
@@ -32,20 +31,6 @@ the three scenarios:
 The same command goes on with a run that was stopped. On several GPUs:
   torchrun --nproc-per-node 8 -m gpdfx train ...
 """
-GROUPS = {
-    "networks and data": (
-        *("student", "weights", "static_teacher", "static_weights"),
-        *("data", "labels", "noise", "size"),
-    ),
-    "the method": (
-        *("plain", "shares", "extract", "unshared"),
-        *("gap_temperature", "gap_smoothing", "teacher_weight", "start_epoch"),
-    ),
-    "the run": (
-        *("out", "seed", "amp", "device", "compile", "cuda_graph"),
-        *("workers", "checkpoint_every", "patience", "time_steps"),
-    ),
-}
 
 
 def _number_or_none(text: str) -> float | None:
@@ -79,7 +64,7 @@ def add_training(commands: Any) -> None:
         argument_default=argparse.SUPPRESS,
     )
     command.set_defaults(json=False, quiet=False)
-    for title, names in GROUPS.items():
+    for title, names in field_groups(TrainConfig).items():
         group = command.add_argument_group(title)
         if title == "the method":
             add_ratio(group, "2")
@@ -117,11 +102,19 @@ def _add_fields(group: Any, kind: type, names: Iterable[str], *, defaults: bool)
         group.add_argument(f"--{name.replace('_', '-')}", help=text, **_shape(name, types[name]))
 
 
+def field_groups(kind: type) -> dict[str, dict[str, str]]:
+    """Title -> field -> its words in a class's docstring, where they stand below the title as
+    ``name: words``."""
+    groups: dict[str, dict[str, str]] = {}
+    for title, text in re.findall(r"^(.+):\n((?: {4}.*\n?)+)", inspect.getdoc(kind) or "", re.M):
+        fields = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", text, re.M)
+        groups[title] = {name: " ".join(words.split()) for name, words in fields}
+    return groups
+
+
 def field_words(kind: type) -> dict[str, str]:
-    """Field -> its words in a class's docstring, where they stand as ``name: words``."""
-    doc = inspect.getdoc(kind) or ""
-    fields = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", doc, re.MULTILINE)
-    return {name: " ".join(words.split()) for name, words in fields}
+    """Field -> its words, of all groups."""
+    return {name: text for group in field_groups(kind).values() for name, text in group.items()}
 
 
 def _shape(name: str, kind: Any) -> dict[str, Any]:

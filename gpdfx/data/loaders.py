@@ -99,11 +99,8 @@ def _checked_options(batch_size: int, workers: int, rank: int, world: int) -> di
     bad = [text for text, fine in good.items() if not fine]
     if bad:
         raise InputError("; ".join(bad), remedy="batch_size > 0, workers >= 0, 0 <= rank < world")
-    return {
-        "num_workers": workers,
-        "generator": generator("workers"),  # else every epoch draws from the global one
-        "pin_memory": torch.cuda.is_available(),
-    }
+    draw = generator("workers")  # else every epoch draws from the global one
+    return {"num_workers": workers, "generator": draw, "pin_memory": torch.cuda.is_available()}
 
 
 # --------------------------------------------------------------------------- mixup and cutmix

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..data.datasets import load_data
+from ..data.sources import load_data
 from ..data.splits import Data
-from ..errors import InputError
+from ..errors import InputError, check_choice
 from ..models import DEFAULTS
 from .recipes import RECIPES, TrainingRecipe
 from .state import as_json
@@ -39,6 +39,8 @@ class TrainConfig:
     interleaved, to compare the time of a step with.
 
     Fields, as ``gpdfx train --help`` tells them:
+
+    networks and data:
         student: timm:NAME, torchvision:NAME or package.module:CALLABLE; digits and mnist1d have
             one of their own
         weights: fine-tune these: a state_dict as safetensors, or of torch.save
@@ -48,6 +50,7 @@ class TrainConfig:
         labels: keep this many training samples of a class
         noise: the part of the training labels to make wrong
         size: height and width of the images of imagefolder
+    the method:
         plain: train the student alone, as a baseline
         shares: of the copies of a weight
         extract: the student out of the copies
@@ -56,6 +59,7 @@ class TrainConfig:
         gap_smoothing: of the dynamic teacher's soft target
         teacher_weight: of the dynamic teacher's own losses
         start_epoch: the first epoch with the dynamic teacher's target
+    the run:
         out: its folder; one that holds this run is gone on with
         seed: of all randomness
         amp: the type of autocast
@@ -106,17 +110,13 @@ class TrainConfig:
         object.__setattr__(self, "unshared", tuple(self.unshared))
         object.__setattr__(self, "student", self.student or DEFAULTS.get(kind, ""))
         object.__setattr__(self, "recipe", self.recipe or default_recipe(self.data))
-        self._check()
-
-    def _check(self) -> None:
-        refuse(
-            not self.student, f"{self.data} has no student of its own", "name one: timm:resnet18"
-        )
-        for name, kind in (("amp", Amp), ("device", Device), ("compile", Compile)):
-            listed = "one of " + ", ".join(get_args(kind))
-            words = "auto, cpu or cuda" if name == "device" else listed
-            value = getattr(self, name)
-            refuse(value not in get_args(kind), f"{name} is {value!r}", f"pass {words}")
+        # What does not fit is refused.
+        alone = f"{self.data} has no student of its own"
+        refuse(not self.student, alone, "name one: timm:resnet18")
+        check_choice("amp", self.amp, get_args(Amp))
+        device = f"device is {self.device!r}"
+        refuse(self.device not in get_args(Device), device, "pass auto, cpu or cuda")
+        check_choice("compile", self.compile, get_args(Compile))
         refuse(
             self.cuda_graph and self.compile in OWN_GRAPHS,
             f"compile={self.compile!r} makes CUDA graphs of its own",

@@ -1,62 +1,70 @@
-"""How good networks are on a split of the data, and those of a finished run on any data."""
+"""How good networks are on a split of the data; and a finished run: its networks on any data, its
+student as ONNX.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import models, storage
 from ..data.loaders import eval_loader
-from ..data.splits import Split
+from ..data.splits import Split, generator
 from ..distill.gpd import find_logits
-from ..errors import InputError
-from ..files import AsPath
+from ..errors import GpdfxError, InputError
+from ..files import AsPath, replacing
 from ..teacher.module import Teacher
 from .config import TrainConfig, read_config
-from .networks import Net, check_logits, example_inputs
+from .networks import Net, check_logits
 from .ranks import Ranks, join
 from .state import STUDENT, SUMMARY, TEACHER
+
+TOLERANCE = 1e-4  # of ONNX's logits, relative to the largest
 
 
 @torch.no_grad()
 def accuracies(
-    split: Split, networks: Mapping[str, nn.Module], config: TrainConfig, ranks: Ranks
+    split: Split, networks: Mapping[str, nn.Module | None], config: TrainConfig, ranks: Ranks
 ) -> dict[str, float]:
-    """The fraction of right predictions of each network; all ranks share the work."""
-    right = torch.zeros(len(networks), dtype=torch.int64, device=ranks.device)
+    """The fraction of right predictions of each network that there is; all ranks share the
+    work."""
+    present = {name: network for name, network in networks.items() if network is not None}
+    if not present:
+        return {}
+    right = torch.zeros(len(present), dtype=torch.int64, device=ranks.device)
     share = {"workers": config.workers, "rank": ranks.rank, "world": ranks.world}
     with contextlib.ExitStack() as folded:
-        for network in networks.values():
+        for network in present.values():
             if isinstance(network, Teacher):
                 folded.enter_context(network._folded_once())
         for x, y in eval_loader(split, config.numbers.batch_size, **share):
             x, y = x.to(ranks.device), y.to(ranks.device)
-            for k, network in enumerate(networks.values()):
+            for k, network in enumerate(present.values()):
                 right[k] += (find_logits(network(x)).argmax(1) == y).sum()
     counts = ranks.sum(right).tolist()
-    return {name: count / len(split) for name, count in zip(networks, counts, strict=True)}
+    return {name: count / len(split) for name, count in zip(present, counts, strict=True)}
 
 
 def measure(net: Net, split: Split, config: TrainConfig, ranks: Ranks) -> dict[str, float]:
     """Accuracies of the plain student and the dynamic teacher, and the gap."""
-    net.eval()
-    networks = {"student": net.collapse()}
-    if net.teacher is not None:
-        networks["teacher"] = net.teacher
+    networks = {"student": net.eval().collapse(), "teacher": net.teacher}
     measured = accuracies(split, networks, config, ranks)
     net.train()
-    if net.teacher is not None:
+    if "teacher" in measured:
         measured["gap"] = measured["teacher"] - measured["student"]
     return measured
 
 
+# --------------------------------------------------------------------------- of a finished run
 def load_run(folder: AsPath) -> tuple[TrainConfig, dict[str, Any], nn.Module]:
     """Configuration, summary and plain student of a finished run.
 
@@ -89,14 +97,95 @@ def evaluate(folder: AsPath, data: str | None = None, device: str = "auto") -> d
     """
     config, _, student = load_run(folder)
     splits = dataclasses.replace(config, data=data or config.data).open_data()
-    check_logits(config.student, student, example_inputs(splits, config.seed), splits.classes)
+    check_logits(config.student, student, splits, config.seed)
     with join(device) as ranks:
         networks = {"student": student.to(ranks.device)}
         file = Path(folder) / TEACHER
         if file.exists():
             like = models.load(config.student, classes=splits.classes, shape=splits.shape)
             networks["teacher"] = storage.load(file, like).eval().to(ranks.device)
-        measured: dict[str, Any] = {"data": splits.name}
-        for name, split in (("validation", splits.validation), ("test", splits.test)):
-            measured[name] = accuracies(split, networks, config, ranks)
-    return measured
+        validation, test = (
+            accuracies(split, networks, config, ranks) for split in (splits.validation, splits.test)
+        )
+    return {"data": splits.name, "validation": validation, "test": test}
+
+
+def export(folder: AsPath, file: AsPath) -> dict[str, Any]:
+    """Write a run's student as ONNX, for batches of any size, and check it with onnxruntime
+    against torch. The file appears if it is right, or not at all.
+
+    Returns ``file``, its ``bytes``, ``opset``, ``inputs``, ``outputs`` and the relative ``error``.
+
+    Raises:
+        InputError: no finished run, or the packages are missing.
+        GpdfxError: the student does not export, or computes something else in onnxruntime.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"the export needs {error.name}", remedy="pip install 'gpdfx[onnx]'"
+        ) from error
+    config, summary, student = load_run(folder)
+    draw = generator("onnx", 0)
+    batches = [torch.randn(n, *summary["shape"], generator=draw) for n in (2, 1, 5)]
+    model = Logits(student).eval()
+    program = _to_onnx(model, batches[0], config.student)
+    with replacing(file) as fresh:
+        program.save(str(fresh))
+        session = onnxruntime.InferenceSession(str(fresh), providers=["CPUExecutionProvider"])
+        worst = max(_difference(session, model, x) for x in batches)
+        if not worst <= TOLERANCE:
+            raise GpdfxError(
+                f"onnxruntime's logits differ from torch's by {worst:.1e} of the largest",
+                remedy=f"nothing was written; {STUDENT} is the student's state_dict",
+            )
+    return {
+        "file": str(file),
+        "bytes": Path(file).stat().st_size,
+        "opset": program.model.opset_imports.get(""),
+        "inputs": {x.name: x.shape for x in session.get_inputs()},
+        "outputs": {x.name: x.shape for x in session.get_outputs()},
+        "error": worst,
+    }
+
+
+class Logits(nn.Module):
+    """A network that returns its logits alone."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return find_logits(self.network(x))
+
+
+def _to_onnx(model: nn.Module, example: Tensor, name: str) -> Any:
+    try:
+        with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as quiet:
+            logging.disable(logging.WARNING)  # the exporter's chatter
+            quiet.callback(logging.disable, logging.NOTSET)
+            return torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=["input"],
+                output_names=["logits"],
+                verbose=False,
+            )
+    except Exception as error:  # whatever the exporter meets
+        raise GpdfxError(
+            f"{name} does not export to ONNX: {error}",
+            remedy="torch.onnx.export(dynamo=True) has to take the network; "
+            f"{STUDENT} is its state_dict",
+        ) from error
+
+
+@torch.no_grad()
+def _difference(session: Any, model: nn.Module, x: Tensor) -> float:
+    (logits,) = session.run(["logits"], {"input": x.numpy()})
+    expected = model(x)
+    return float((torch.from_numpy(logits) - expected).abs().max() / expected.abs().max())

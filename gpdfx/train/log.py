@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..files import replacing
 
 Row = Mapping[str, Any]
-COLORS = {"student": "tab:blue", "teacher": "tab:orange", "static": "tab:gray"}
+COLORS = {"teacher": "tab:orange", "student": "tab:blue", "gap": "tab:green"}
 NAMES = {"student": "student", "teacher": "dynamic teacher", "static": "static teacher"}
 
 
@@ -35,23 +35,15 @@ def check_installed() -> None:
 class RunLog:
     """Bars on a terminal, and else a line an epoch, on stderr; TensorBoard, if it is installed."""
 
-    def __init__(
-        self, out: Path, epochs: int, done: int, *, quiet: bool = False, board: bool = True
-    ) -> None:
+    def __init__(self, out: Path, epochs: int, done: int, *, quiet: bool, board: bool) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         self._console = Console(stderr=True, highlight=False)
         self._lines = not quiet and not self._console.is_terminal
-        self._bars = Progress(
-            "{task.description}",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            "{task.fields[text]}",
-            console=self._console,
-            disable=quiet or self._lines,
-        )
+        hidden = quiet or self._lines
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.fields[text]}")
+        self._bars = Progress("{task.description}", *columns, console=self._console, disable=hidden)
         self._epochs = self._bars.add_task("epochs", total=epochs, completed=done, text="")
         self._steps = self._bars.add_task("steps", total=None, text="")
         self._bars.start()
@@ -119,22 +111,17 @@ def draw(path: Path, history: Sequence[Row], static: float | None, title: str) -
     figure = Figure(figsize=(7, 5.5 if gap else 4), layout="constrained")
     heights = (3, 1) if gap else (3,)
     panels = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)
-    epochs = [row["epoch"] for row in history]
-
-    def plot(panel: Any, name: str, color: str, label: str | None = None) -> None:
-        marker = "o" if len(epochs) < 3 else None
-        values = [100 * row[name] for row in history]
-        panel.plot(epochs, values, color=color, label=label, marker=marker)
-
     top, last = panels[0, 0], panels[-1, 0]
-    for name in ("teacher", "student") if gap else ("student",):
-        plot(top, name, COLORS[name], NAMES[name])
+    epochs, marker = [row["epoch"] for row in history], "o" if len(history) < 3 else None
+    for name, color in COLORS.items():
+        if name in history[0]:
+            values, panel = [100 * row[name] for row in history], last if name == "gap" else top
+            panel.plot(epochs, values, color=color, label=NAMES.get(name), marker=marker)
     if static is not None:
-        top.axhline(100 * static, ls="--", color=COLORS["static"], label=NAMES["static"])
+        top.axhline(100 * static, ls="--", color="tab:gray", label=NAMES["static"])
     top.set(ylabel="validation accuracy (%)", title=title)
     top.legend()
     if gap:
-        plot(last, "gap", "tab:green")
         last.axhline(0, lw=0.8, color="black")
         last.set_ylabel("gap (points)")
     last.set_xlabel("epoch")

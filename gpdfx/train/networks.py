@@ -16,7 +16,7 @@ from ..distill.losses import DKD, KD
 from ..errors import InputError
 from ..teacher.groups import Group, param_groups
 from ..teacher.module import Teacher
-from .config import TrainConfig
+from .config import TrainConfig, refuse
 from .recipes import TrainingRecipe
 
 # What the configuration calls as GPD does, and as expand does.
@@ -30,7 +30,6 @@ class Plain(nn.Module):
     """The student alone, with the face of ``GPD``: CE(S, y), and KD(S, static) if there is one."""
 
     teacher: Teacher | None = None
-    student: nn.Module
     _static: nn.Module | None
     epoch = 0
     gap_counts = False
@@ -46,7 +45,7 @@ class Plain(nn.Module):
         logits = find_logits(self.student(inputs))
         terms = {"student": self.criterion(logits, targets)}
         static_logits = None
-        if self._static is not None and self.kd is not None:
+        if self._static is not None:
             with torch.no_grad():
                 static_logits = find_logits(self._static(inputs))
             terms["student_kd"] = self.kd(logits, static_logits, targets)
@@ -67,7 +66,7 @@ def load_network(name: str, data: Data, seed: int, weights: str | None = None) -
     network = models.load(name, classes=data.classes, shape=data.shape, seed=seed)
     if weights:
         models.load_weights(network, weights)
-    check_logits(name, network, example_inputs(data, seed), data.classes)
+    check_logits(name, network, data, seed)
     return network
 
 
@@ -77,9 +76,9 @@ def example_inputs(data: Data, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def check_logits(name: str, network: nn.Module, example: Tensor, classes: int) -> None:
+def check_logits(name: str, network: nn.Module, data: Data, seed: int) -> None:
     """Raise ``InputError`` if a network does not take the data, or has other classes."""
-    training = network.training
+    training, example = network.training, example_inputs(data, seed)
     try:
         logits = find_logits(network.eval()(example))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
@@ -90,22 +89,20 @@ def check_logits(name: str, network: nn.Module, example: Tensor, classes: int) -
         ) from error
     finally:
         network.train(training)
-    if logits.shape != (len(example), classes):
-        raise InputError(
-            f"{name} gives {tuple(logits.shape)} for {len(example)} inputs of {classes} classes",
-            remedy=f"name a network with {classes} logits, or one whose constructor takes "
-            "num_classes",
-        )
+    refuse(
+        logits.shape != (2, data.classes),
+        f"{name} gives {tuple(logits.shape)} for 2 inputs of {data.classes} classes",
+        f"name a network with {data.classes} logits, or one whose constructor takes num_classes",
+    )
 
 
 def make_net(
     config: TrainConfig, student: nn.Module, static: Any, example: Tensor, verify: bool
 ) -> Net:
     """What trains: ``GPD``, or ``Plain`` if the run asks for it."""
-    recipe = config.numbers
-    kd = make_kd(recipe) if static is not None else None
-    static = static if kd is not None else None
-    criterion = make_criterion(recipe)
+    recipe, criterion = config.numbers, make_criterion(config.numbers)
+    kd = None if static is None else make_kd(recipe)
+    static = None if kd is None else static
     if config.plain:
         return Plain(student, criterion, static, kd)
     return GPD(
@@ -141,16 +138,14 @@ def make_kd(recipe: TrainingRecipe) -> Distillation | None:
 def make_groups(net: Net, weight_decay: float) -> list[Group]:
     """Parameter groups: the teacher's, and those of the student alone; vectors do not decay."""
     groups = [] if net.teacher is None else param_groups(net.teacher, weight_decay)
-    rest = {
-        name: p
-        for name, p in net.named_parameters()
-        if p.requires_grad and not name.startswith("teacher.")
-    }
     for decay, vectors in ((weight_decay, False), (0.0, True)):
-        names = [name for name, p in rest.items() if (p.ndim < 2) is vectors]
-        if names:
-            params = [rest[name] for name in names]
-            groups.append({"params": params, "param_names": names, "weight_decay": decay})
+        rest = {
+            name: p
+            for name, p in net.named_parameters()
+            if p.requires_grad and (p.ndim < 2) is vectors and not name.startswith("teacher.")
+        }
+        named = {"params": [*rest.values()], "param_names": [*rest]}
+        groups += [{**named, "weight_decay": decay}] if rest else []
     return groups
 
 

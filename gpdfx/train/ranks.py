@@ -63,10 +63,8 @@ def join(device: str = "auto") -> Iterator[Ranks]:
     if joins:
         dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        if dist.is_initialized():
-            yield Ranks(chosen, dist.get_rank(), dist.get_world_size())
-        else:
-            yield Ranks(chosen)
+        together = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ()
+        yield Ranks(chosen, *together)
     finally:
         if joins:
             dist.destroy_process_group()

@@ -13,7 +13,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from functools import partial
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -22,28 +23,8 @@ from ..errors import InputError, near
 
 
 # --------------------------------------------------------------------------- what values there are
-class Domain(NamedTuple):
-    """The values that a field takes, and the words for them."""
-
-    holds: Callable[[Any], bool]
-    words: str
-
-
-def _whole(low: int) -> Domain:
-    return Domain(lambda v: type(v) is int and v >= low, f"a whole number of at least {low}")
-
-
-def _number(low: float, high: float = math.inf, *, above: bool = False) -> Domain:
-    def holds(v: Any) -> bool:
-        fits = type(v) in (int, float) and math.isfinite(v) and low <= v <= high
-        return fits and not (above and v == low)
-
-    upper = f" and at most {high:g}" if high < math.inf else ""
-    return Domain(holds, f"a number {'above' if above else 'of at least'} {low:g}{upper}")
-
-
-def _or_none(domain: Domain) -> Domain:
-    return Domain(lambda v: v is None or domain.holds(v), f"None or {domain.words}")
+def _number(v: Any, high: float = math.inf) -> bool:
+    return type(v) in (int, float) and math.isfinite(v) and 0 <= v <= high
 
 
 def _ascend(v: Any) -> bool:
@@ -51,19 +32,22 @@ def _ascend(v: Any) -> bool:
     return whole and list(v) == sorted(set(v))
 
 
-_POSITIVE = _number(0, above=True)
-Positive = Annotated[float, _POSITIVE]
-NotNegative = Annotated[float, _number(0)]
-Fraction = Annotated[float, _number(0, 1)]
+DOMAINS: dict[str, Callable[[Any], bool]] = {
+    "a whole number of at least 0": lambda v: type(v) is int and v >= 0,
+    "a whole number of at least 1": lambda v: type(v) is int and v >= 1,
+    "a number of at least 0": _number,
+    "a number above 0": lambda v: _number(v) and v > 0,
+    "a number of at least 0 and at most 1": lambda v: _number(v, high=1),
+    "a number above 0 and at most 1": lambda v: _number(v, high=1) and v > 0,
+    "None or a number above 0": lambda v: v is None or (_number(v) and v > 0),
+    "epochs in ascending order": _ascend,
+}
+"""Words for what a field's values are, as its type is annotated with -> whether one is of them."""
 
-
-def _domain(kind: Any) -> Domain:
-    """Of a field's type."""
-    if get_origin(kind) is Literal:
-        choices = get_args(kind)
-        return Domain(lambda v: v in choices, f"one of {', '.join(choices)}")
-    domain: Domain = kind.__metadata__[0]
-    return domain
+Count = Annotated[int, "a whole number of at least 1"]
+Positive = Annotated[float, "a number above 0"]
+NotNegative = Annotated[float, "a number of at least 0"]
+Fraction = Annotated[float, "a number of at least 0 and at most 1"]
 
 
 # --------------------------------------------------------------------------- the recipe
@@ -76,6 +60,8 @@ class TrainingRecipe:
     arXiv 2410.04140, section 3.4; ``mixup``, ``cutmix``: see ``gpdfx.data.loaders.mix``.
 
     Fields, as ``gpdfx train --help`` tells them:
+
+    the recipe:
         batch_size: of all processes together
         lr: the highest learning rate
         momentum: of SGD
@@ -92,20 +78,20 @@ class TrainingRecipe:
         lam: weight of the dynamic teacher's soft target
     """
 
-    epochs: Annotated[int, _whole(1)]
-    batch_size: Annotated[int, _whole(1)]
+    epochs: Count
+    batch_size: Count
     lr: Positive
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Fraction = 0.9
     weight_decay: NotNegative = 1e-4
     schedule: Literal["cosine", "step"] = "cosine"
-    milestones: Annotated[tuple[int, ...], Domain(_ascend, "epochs in ascending order")] = ()
-    gamma: Annotated[float, _number(0, 1, above=True)] = 0.1
-    warmup_epochs: Annotated[int, _whole(0)] = 0
+    milestones: Annotated[tuple[int, ...], "epochs in ascending order"] = ()
+    gamma: Annotated[float, "a number above 0 and at most 1"] = 0.1
+    warmup_epochs: Annotated[int, "a whole number of at least 0"] = 0
     label_smoothing: Fraction = 0.0
     mixup: NotNegative = 0.0
     cutmix: NotNegative = 0.0
-    clip: Annotated[float | None, _or_none(_POSITIVE)] = None
+    clip: Annotated[float | None, "None or a number above 0"] = None
     kd: Literal["none", "kd", "dkd", "reviewkd"] = "dkd"
     kd_alpha: NotNegative = 1.0
     kd_beta: NotNegative = 0.5
@@ -117,9 +103,14 @@ class TrainingRecipe:
             object.__setattr__(self, "milestones", tuple(self.milestones))
         wrong = []
         for name, kind in get_type_hints(TrainingRecipe, include_extras=True).items():
-            domain, value = _domain(kind), getattr(self, name)
-            if not domain.holds(value):
-                wrong.append(f"{name} is {value!r}, not {domain.words}")
+            value, choices = getattr(self, name), get_args(kind)
+            if get_origin(kind) is Literal:
+                words, fits = f"one of {', '.join(choices)}", value in choices
+            else:
+                words = kind.__metadata__[0]
+                fits = DOMAINS[words](value)
+            if not fits:
+                wrong.append(f"{name} is {value!r}, not {words}")
         if not wrong and self.warmup_epochs > self.epochs:
             wrong.append(f"warmup_epochs is {self.warmup_epochs}, more than epochs ({self.epochs})")
         if not wrong and self.schedule == "step" and not self.milestones:
@@ -141,6 +132,7 @@ _IMAGENET_CNN = TrainingRecipe(
     milestones=(30, 60, 90),
     clip=5.0,  # the released code; the paper's text does not name it
 )
+_small = partial(TrainingRecipe, clip=5.0, lam=1.0)  # the small sources: all numbers are ours
 RECIPES: dict[str, TrainingRecipe] = {
     "resnet18": _IMAGENET_CNN,
     "mobilenet": dataclasses.replace(_IMAGENET_CNN, kd_beta=2.0),
@@ -155,19 +147,9 @@ RECIPES: dict[str, TrainingRecipe] = {
         mixup=0.8,
         cutmix=1.0,
     ),
-    # The small sources: all numbers are ours.
-    "digits": TrainingRecipe(
-        epochs=30, batch_size=64, lr=0.1, weight_decay=5e-4, warmup_epochs=1, clip=5.0, lam=1.0
-    ),
-    "mnist1d": TrainingRecipe(
-        epochs=60,
-        batch_size=128,
-        lr=3e-3,
-        optimizer="adamw",
-        weight_decay=0.05,
-        warmup_epochs=2,
-        clip=5.0,
-        lam=1.0,
+    "digits": _small(epochs=30, batch_size=64, lr=0.1, weight_decay=5e-4, warmup_epochs=1),
+    "mnist1d": _small(
+        epochs=60, batch_size=128, lr=3e-3, optimizer="adamw", weight_decay=0.05, warmup_epochs=2
     ),
 }
 
@@ -229,12 +211,10 @@ def make_optimizer(
 
     A group keeps the ``lr`` and ``weight_decay`` that it brings; the others are the recipe's.
     """
-    usual: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-    optimizer: torch.optim.Optimizer
-    if recipe.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=recipe.momentum, **usual)
-    else:
-        optimizer = torch.optim.AdamW(groups, **usual)
+    sgd = partial(torch.optim.SGD, momentum=recipe.momentum)
+    make: Callable[..., torch.optim.Optimizer]
+    make = sgd if recipe.optimizer == "sgd" else torch.optim.AdamW
+    optimizer = make(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer

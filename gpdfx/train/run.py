@@ -11,10 +11,12 @@ was killed ends, on CPUs, with the same parameters bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +67,11 @@ class Run:
         ranks.wait()  # before the first rank writes what the others look for
         self.data = data = config.open_data()
         self.steps = steps_per_epoch(data, self.recipe.batch_size)
-        samples = {"classes": data.classes, "shape": [*data.shape], "samples": len(data.train)}
         static = config.static_weights
+        self.sizes = {"classes": data.classes, "shape": [*data.shape]}
         self.identity = {
             "config": config.identity(),
-            "data": samples,
+            "data": self.sizes | {"samples": len(data.train)},
             "static": files.hash_file(static) if static else None,
         }
         if saved is not None:
@@ -77,20 +79,18 @@ class Run:
         self.progress, self.began = states.Progress(), time.perf_counter()
         self._build(begin=saved is None)
         if saved is not None:
-            tensors, facts = saved
-            self.stepper.restore(tensors, facts)
-            self.progress = states.Progress.of(facts)
+            self.stepper.restore(*saved)
+            names = dataclasses.asdict(self.progress)
+            self.progress = states.Progress(**{name: saved[1][name] for name in names})
 
     def _build(self, begin: bool) -> None:
         config, data, device = self.config, self.data, self.ranks.device
-        weights = config.weights if begin else None
-        student = load_network(config.student, data, config.seed, weights)
+        load = partial(load_network, data=data, seed=config.seed)
+        student = load(config.student, weights=config.weights if begin else None)
         self.static: nn.Module | None = None
         if config.static_teacher:
-            self.static = load_network(
-                config.static_teacher, data, config.seed, config.static_weights
-            )
-            self.static.eval().requires_grad_(False).to(device)
+            static = load(config.static_teacher, weights=config.static_weights)
+            self.static = static.eval().requires_grad_(False).to(device)
         example = example_inputs(data, config.seed)
         self.net = make_net(config, student, self.static, example, config.verify and begin)
         self.net.to(device)
@@ -106,6 +106,7 @@ class Run:
         tensors, stepper = self.stepper.flatten()
         facts = {"identity": self.identity, "versions": states.versions()}
         facts |= dataclasses.asdict(self.progress) | {"seconds": self._seconds()} | stepper
+        self.out.mkdir(parents=True, exist_ok=True)
         states.write_state(self.out / STATE, tensors, facts)
 
     def _seconds(self) -> float:
@@ -116,27 +117,20 @@ class Run:
         """Train what is left, and write everything."""
         done, summary = self.progress, self.out / SUMMARY
         if done.epoch == self.recipe.epochs and summary.exists():
-            finished: dict[str, Any] = json.loads(summary.read_text())
-            return finished
-        writes = self.ranks.rank == 0
-        if writes:
-            self.out.mkdir(parents=True, exist_ok=True)
+            return dict(json.loads(summary.read_text()))
         begin = not done.epoch and not done.step
         if begin:
             if done.static_accuracy is None:
                 done.static_accuracy = self._measure_static(self.data.validation).get("static")
             self._save()
-        self.log = log.RunLog(
-            self.out, self.recipe.epochs, done.epoch, quiet=self.quiet, board=writes
-        )
-        try:
+        options = {"quiet": self.quiet, "board": self.ranks.rank == 0}
+        shown = log.RunLog(self.out, self.recipe.epochs, done.epoch, **options)
+        with contextlib.closing(shown) as self.log:
             if not begin:
                 self.log.say(f"going on after epoch {done.epoch}, step {done.step}")
             while done.epoch < self.recipe.epochs:
                 self._run_epoch()
                 self._end_epoch()
-        finally:
-            self.log.close()
         return self._finish()
 
     def _run_epoch(self) -> None:
@@ -189,16 +183,14 @@ class Run:
         self.log.end_epoch(done.history[-1])
 
     def _measure_static(self, split: Split) -> dict[str, float]:
-        networks = {} if self.static is None else {"static": self.static}
-        return accuracies(split, networks, self.config, self.ranks) if networks else {}
+        return accuracies(split, {"static": self.static}, self.config, self.ranks)
 
     # ---- the end
     def _finish(self) -> dict[str, Any]:
         student = self.net.collapse()
         summary = self._summarize(student)
         if self.ranks.rank == 0:
-            state = files.cpu_copies(student.state_dict())
-            files.write_tensors(self.out / STUDENT, state)
+            files.write_tensors(self.out / STUDENT, files.cpu_copies(student.state_dict()))
             if self.net.teacher is not None and not self.config.unshared:
                 storage.save(self.net.teacher, self.out / TEACHER)
             history, static = self.progress.history, self.progress.static_accuracy
@@ -225,9 +217,12 @@ class Run:
             "versions": states.versions(),
             "device": self.ranks.device_name(),
             "world": self.ranks.world,
-            "classes": self.data.classes,
-            "shape": list(self.data.shape),
-            "parameters": {k: _count(n) for k, n in networks.items() if n is not None},
+            **self.sizes,
+            "parameters": {
+                name: sum(p.numel() for p in network.parameters())
+                for name, network in networks.items()
+                if network is not None
+            },
             "multiply_adds": dict(zip(networks, macs, strict=False)),
             "validation": validation,
             "test": test,
@@ -237,7 +232,3 @@ class Run:
             "seconds": self._seconds(),
             "out": str(self.out),
         }
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

@@ -32,15 +32,13 @@ WARM_UP = 3  # eager steps before a capture: cuDNN and cuBLAS choose and allocat
 
 def check_execution(config: TrainConfig, ranks: Ranks) -> None:
     """Raise ``InputError`` for a CUDA graph where there can be none."""
-    if not config.cuda_graph:
-        return
     refuse(
-        ranks.device.type != "cuda",
+        config.cuda_graph and ranks.device.type != "cuda",
         f"cuda_graph needs a GPU, and this run is on {ranks.device.type}",
         "leave out --cuda-graph; --compile works on CPUs too",
     )
     refuse(
-        ranks.world > 1,
+        config.cuda_graph and ranks.world > 1,
         f"cuda_graph is for one process, and these are {ranks.world}",
         "leave out --cuda-graph, or train in one process",
     )
@@ -148,7 +146,9 @@ class GraphRunner(Runner):
                 "the GPU, or moves data between devices",
             ) from error
         self.grads = [(p, p.grad) for p in self.net.parameters() if p.grad is not None]
-        self.result: Distilled = tree.map_leaves(_detached, result)
+        self.result: Distilled = tree.map_leaves(
+            lambda x: x.detach() if isinstance(x, Tensor) else x, result
+        )
         self.graph = graph
 
     def _warm_up(self) -> None:
@@ -163,7 +163,3 @@ class GraphRunner(Runner):
             buffers.restore()
         here.wait_stream(beside)
         self.net.zero_grad()  # gradients that are made in the capture belong to the graph
-
-
-def _detached(x: Any) -> Any:
-    return x.detach() if isinstance(x, Tensor) else x

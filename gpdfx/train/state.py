@@ -12,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ STATE, STUDENT = "state.safetensors", "student.safetensors"
 TEACHER, SUMMARY = "teacher.safetensors", "summary.json"
 FORMAT = "gpdfx run 1"
 MODEL, OPTIMIZER = "model.", "optimizer."  # what the names of their tensors begin with
+SAME_NETWORK = "use the network that the run began with, or another folder"
 Facts = dict[str, Any]
 
 
@@ -47,11 +48,6 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     static_accuracy: float | None = None
     seconds: float = 0.0
-
-    @staticmethod
-    def of(facts: Facts) -> Progress:
-        """The one among other facts."""
-        return Progress(**{f.name: facts[f.name] for f in dataclasses.fields(Progress)})
 
 
 # --------------------------------------------------------------------------- the file
@@ -84,8 +80,7 @@ def read_state(path: AsPath) -> tuple[Tensors, Facts]:
         raise InputError(
             f"the checkpoint {path} is corrupt: its checksum does not fit", remedy=remedy
         )
-    facts: Facts = json.loads(metadata["facts"])
-    return tensors, facts
+    return tensors, json.loads(metadata["facts"])
 
 
 def find_checkpoint(folder: Path) -> tuple[Tensors, Facts] | None:
@@ -133,7 +128,7 @@ def restore_module(module: nn.Module, tensors: Tensors) -> None:
         name, mine, theirs = difference
         raise InputError(
             f"the checkpoint is of another network: {name} is {mine}, in the checkpoint {theirs}",
-            remedy="use the network that the run began with, or another folder",
+            remedy=SAME_NETWORK,
         )
     for name, x in present.items():
         x.copy_(saved[name])
@@ -159,10 +154,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, facts:
         for groups in (optimizer.param_groups, facts["param_groups"])
     )
     if present != saved:
-        raise InputError(
-            "the checkpoint's optimizer has other parameters",
-            remedy="use the network that the run began with, or another folder",
-        )
+        raise InputError("the checkpoint's optimizer has other parameters", remedy=SAME_NETWORK)
     state = {int(number): dict(held) for number, held in facts["state"].items()}
     for name, x in tensors.items():
         if name.startswith(OPTIMIZER):
@@ -179,8 +171,7 @@ def as_json(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Of what computes."""
-    python = platform.python_version()
-    return {"python": python, "torch": torch.__version__, "gpdfx": version()}
+    return {"python": python_version(), "torch": torch.__version__, "gpdfx": version()}
 
 
 def check_same(saved: Facts, given: Facts, path: AsPath) -> None:
