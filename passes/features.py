@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import fx
 
 from ..errors import InputError, suggest
-from .program import is_tensor
+from .program import copied, is_tensor
 from .widen import Widened
 
 
@@ -29,8 +29,7 @@ def add_features(program: Widened) -> Widened:
         )
     graphs = {}
     for key, mode in program.modes.items():
-        graph = fx.Graph()
-        outputs = graph.graph_copy(program.graphs[key], {})
+        graph = graphs[key] = copied(program.graphs[key])
         made = {n.meta["student"]: n for n in graph.nodes if "student" in n.meta}
         found = []
         for path in paths:
@@ -39,17 +38,16 @@ def add_features(program: Widened) -> Widened:
                 near = suggest(path, known)
                 raise InputError(f"no module {path!r} returns a tensor that is used", remedy=near)
             found.append(made[source.name])
-        graph.output((*outputs, *found))  # type: ignore[misc]
-        graphs[key] = graph
+        output = graph.output_node()
+        output.args = ((*output.args[0], *found),)  # type: ignore[misc]
     return replace(program, graphs=graphs)
 
 
 def _result(nodes: list[fx.Node], path: str) -> fx.Node | None:
     """The last node of a module whose value leaves it."""
-    inside = {node for node in nodes if _within(node, path)}
+    inside = dict.fromkeys(node for node in nodes if _within(node, path))
     leaving = [n for n in inside if is_tensor(n) and any(u not in inside for u in n.users)]
-    order = {node: k for k, node in enumerate(nodes)}
-    return max(leaving, key=order.__getitem__, default=None)
+    return leaving[-1] if leaving else None
 
 
 def _within(node: fx.Node, path: str) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from ..branches.layer import Layer
 from ..branches.sets import BranchSet
 from ..kernels.fold import Site
+from .program import unused
 
 
 def read(folded: Mapping[str, Tensor], name: str) -> Tensor:
@@ -34,9 +35,7 @@ def add(graph: fx.Graph, name: str) -> fx.Node:
 def _input(graph: fx.Graph) -> fx.Node:
     """A new placeholder, the last."""
     inputs = graph.find_nodes(op="placeholder")
-    name = "folded"
-    while any(node.target == name for node in inputs):
-        name += "_"
+    name = unused("folded", {node.target for node in inputs})
     first = next(iter(graph.nodes))
     with graph.inserting_after(inputs[-1]) if inputs else graph.inserting_before(first):
         return graph.placeholder(name)

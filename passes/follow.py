@@ -103,13 +103,13 @@ def _follow_node(
 def bakes_constants(program: Program) -> bool:
     """True if some call names a floating dtype or one of its limits, or makes floating numbers
     of none (and by that may name the default dtype)."""
-    for node in _calls(program):
-        makes = is_tensor(node) and value(node).is_floating_point()
-        if _names_dtype(node) or (makes and not _reads_floats(node)):
-            return True
-        if any(isinstance(x, float) and _limit(x) for x in _arguments(node)):
-            return True
-    return False
+
+    def bakes(node: fx.Node) -> bool:
+        makes = is_tensor(node) and value(node).is_floating_point() and not _reads_floats(node)
+        limits = (isinstance(x, float) and _limit(x) for x in _arguments(node))
+        return _names_dtype(node) or makes or any(limits)
+
+    return any(map(bakes, _calls(program)))
 
 
 def casts_on_purpose(program: Program) -> bool:

@@ -31,7 +31,7 @@ from .program import (
     value,
 )
 from .rules import rule_of
-from .rules.op import Axes, Op
+from .rules.op import Axes, Op, outputs, parts
 
 
 @dataclass(frozen=True)
@@ -148,25 +148,20 @@ def _infer_node(
         tensors = [n for n in node.all_input_nodes if not _is_number(n)]
         if all(n in static for n in tensors) and not draws(node):
             static[node] = any(static[n] for n in tensors)
-        kind = value(node)
-        if isinstance(kind, torch.Tensor | list | tuple):
+        if isinstance(value(node), torch.Tensor | list | tuple):
             op = result.ops[node] = Op(node, solver, result.axes, static)
             result.axes[node] = _infer_op(result, op)
-            _mark_known(solver, kind, result.axes[node])
+            _mark_known(solver, node, result.axes[node])
 
 
-def _mark_known(solver: Solver, val: Any, axes: Any) -> None:
+def _mark_known(solver: Solver, node: fx.Node, axes: Any) -> None:
     """What a size known at capture is made of is known, whatever it was taken from (heads that
     came out of batch times heads)."""
-    if isinstance(val, list | tuple):
-        for v, a in zip(val, axes, strict=True):
-            _mark_known(solver, v, a)
-    elif isinstance(val, torch.Tensor):
-        for size, axis in zip(val.shape, axes, strict=True):
-            if not is_free(size):
-                for leaf in leaves(solver.resolve(axis)):
-                    if solver.symbolic.get(leaf) is not False:
-                        solver.mark(solver.symbolic, leaf, False)
+    for val, own in zip(outputs(node), parts(axes), strict=True):
+        for size, axis in zip(val.shape, own, strict=True) if isinstance(val, torch.Tensor) else ():
+            for leaf in () if is_free(size) else leaves(solver.resolve(axis)):
+                if solver.symbolic.get(leaf) is not False:
+                    solver.mark(solver.symbolic, leaf, False)
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -186,14 +181,13 @@ def _infer_op(result: Inference, op: Op) -> Any:
                 return axes
             why = f"its rule gives sizes {_sizes(axes)}, it has {_shapes(value(op.node))}"
             kind = "rule failed"
-            break
         except AxisConflict as conflict:
             why = why or str(conflict)
         except Exception as error:  # a rule met a form it was not written for: bridged, reported
             why, kind = f"its rule failed ({type(error).__name__}: {error})", "rule failed"
-            break
         result.solver.rollback(point)
-    result.solver.rollback(point)
+        if kind == "rule failed":
+            break
     return bridge(result, op, BridgeReason(kind, why))
 
 
@@ -247,28 +241,25 @@ def bridge(result: Inference, op: Op, why: BridgeReason) -> Any:
             return ()
         axes = []
         for d, size in enumerate(shape(val)):
-            symbolic = is_free(val.shape[d])
+            raw = val.shape[d]
             alike = [
                 a
                 for n in inputs
                 for k, a in enumerate(result.axes[n])
                 if (a.size == size or (k == d and len(result.axes[n]) == val.ndim))
-                and is_free(value(n).shape[k]) == symbolic
+                and is_free(value(n).shape[k]) == is_free(raw)
             ]
             alike = alike or [a for n in inputs for a in result.axes[n]]
             fixed = all(map(stays, alike)) and bool(alike or not inputs)
-            axis = solver.leaf(size, Reason("spatial", op.where) if fixed else None)
-            if symbolic:
-                solver.mark(solver.symbolic, axis)
-            axes.append(axis)
+            axes.append(op.measured(raw) if fixed else op.made(raw))
         return tuple(axes)
 
-    outputs = fresh(value(op.node))
+    made = fresh(value(op.node))
     for n in inputs:  # a weight that the op sees stays; what is made of it may be spread
         if n.op == "get_attr":
             for axis in result.axes[n]:
                 solver.fix(axis, Reason("bridge", op.where))
-    return outputs
+    return made
 
 
 def _fix_outputs(program: Program, result: Inference) -> None:

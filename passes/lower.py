@@ -49,12 +49,11 @@ def lower(program: Widened) -> Widened:
 
 def _refusal(one: Branched) -> str:
     """Why a layer's branches have no fused fold; empty if they have one."""
-    kinds = {type(b) for b in one.chosen.branches}
     if any(b.norm for b in one.chosen.branches):
         return "its branches are normalized"
-    if own := sorted(kind.__name__ for kind in kinds if kind not in FORMULAS):
-        return f"{own[0]} is a kind of its own"
-    return ""
+    kinds = {type(b) for b in one.chosen.branches} - FORMULAS.keys()
+    own = min((kind.__name__ for kind in kinds), default="")
+    return own and f"{own} is a kind of its own"
 
 
 def _unbranched(program: Widened) -> list[Branched]:
@@ -83,7 +82,5 @@ def _lowered(program: Widened, one: Branched, nodes: list[fx.Node]) -> Lowered:
     layer, branches, shares = one.layer, one.chosen.branches, _shares(nodes)
     tensors = tuple((*b.shapes(layer), *b.constants(layer)) for b in branches)
     cut = cut_of(layer, program.maps[one.weight])
-    if shares is None:
-        return Lowered(Site(layer, branches, tensors, cut), ())
-    site = Site(layer, branches, tensors, cut, shares.layout)
-    return Lowered(site, (shares.table, shares.classes))
+    site = Site(layer, branches, tensors, cut, shares.layout if shares else None)
+    return Lowered(site, (shares.table, shares.classes) if shares else ())

@@ -138,6 +138,13 @@ def copied(graph: fx.Graph) -> fx.Graph:
     return twin
 
 
+def unused(name: str, known: Container[Any]) -> str:
+    """A name like this one that is not ``known`` yet."""
+    while name in known:
+        name += "_"
+    return name
+
+
 def duplicate(module: Module, memo: dict[int, Any] | None = None) -> Module:
     """A deep copy, also of modules that hold computed tensors (the old ``weight_norm``, or a list
     of results), which ``copy`` alone refuses. ``memo``: what is shared, by ``id``."""

@@ -10,6 +10,7 @@ import operator
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..algebra.frozen import Frozen, freeze
 from .assign import Assigned
 from .folded import Branched, Lowered
 from .infer import BridgeReason, Inference
-from .program import check_graph, extended, has_effect, is_tensor, module_path, mutated, source
+from .program import check_graph, extended, has_effect, is_tensor, mutated, origin, unused
 from .rules import rule_of
 from .rules.op import Axes, Op, parts
 from .rules.writer import DynamicAxis, Target, Writer, student_size
@@ -79,14 +80,11 @@ def widen(program: Assigned) -> Widened:
     # a rule that fails here is bridged: one of several reasons that inference knows the others of
     found = program.inference
     inference = replace(found, bridges=dict(found.bridges))
-    solver, cache = inference.solver, dict[Axis, Frozen]()
+    solver, freeze_once = inference.solver, cache(partial(freeze, width=program.widths))
     refined = solver.checkpoint()
 
     def frozen(axis: Axis) -> Frozen:
-        axis = solver.resolve(axis)
-        if axis not in cache:
-            cache[axis] = freeze(axis, program.widths)
-        return cache[axis]
+        return freeze_once(solver.resolve(axis))
 
     def draw(key: str) -> np.random.Generator | None:
         if options.shares == "uniform":
@@ -96,13 +94,10 @@ def widen(program: Assigned) -> Widened:
     graphs = {mode: fx.Graph() for mode in program.modes}
     independent = options.randomness == "independent"
     target = Target(graphs, inference.axes, frozen, draw, independent=independent)
-    for tensor in program.tensors.values():
-        if tensor.is_floating_point():
-            target.dtype, target.device = tensor.dtype, tensor.device
-            break
-    tops = {name.split(".")[0] for name in program.tensors}
-    while target.prefix in tops:
-        target.prefix += "_"
+    floating = next((t for t in program.tensors.values() if t.is_floating_point()), None)
+    if floating is not None:
+        target.dtype, target.device = floating.dtype, floating.device
+    target.prefix = unused(target.prefix, {name.split(".")[0] for name in program.tensors})
     bridges: dict[Bridge, None] = {}
     for mode, graph in graphs.items():
         GraphWriter(program.modes[mode].nodes, inference, target, mode, bridges).run()
@@ -196,8 +191,9 @@ class GraphWriter:
             if env[x] is not self.env[x]:  # the op wrote to a narrowed copy
                 w.call(aten.copy_.default, self.env[x], w.spread(env[x], axes[x]))
         if why.text and (widened or any(env[x] is not self.env[x] for x in node.all_input_nodes)):
-            where = node.name, str(node.target), module_path(node), source(node)
-            self.bridges.setdefault(Bridge(*where, why.text, why.kind))
+            at = origin(node)
+            where = Bridge(node.name, str(node.target), str(at), at.source, why.text, why.kind)
+            self.bridges.setdefault(where)
         return result
 
     def _spread(self, w: Writer, new: Any, dims: list[int] | None) -> tuple[Any, bool]:

@@ -134,13 +134,13 @@ class Sizes:
 
     def describe(self, names: list[str]) -> dict[str, str]:
         """Input -> its sizes, for people: ``batch x 3 x any x any``."""
-        words = {}
-        for name, sizes in zip(names, self.inputs, strict=True):
-            text = ["any" if isinstance(s, str) else str(s) for s in sizes]
-            if text[:1] == ["any"]:
-                text[0] = "batch"
-            words[name] = " x ".join(text) or "number"
-        return words
+
+        def word(d: int, size: int | str) -> str:
+            free = "any" if d else "batch"
+            return free if isinstance(size, str) else str(size)
+
+        words = ([word(*each) for each in enumerate(sizes)] for sizes in self.inputs)
+        return {name: " x ".join(w) or "number" for name, w in zip(names, words, strict=True)}
 
 
 _REMEDY = "expand the model with example_inputs of this size"

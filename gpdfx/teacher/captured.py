@@ -26,7 +26,7 @@ class Section:
         self.sizes = sizes
         graph = copied(graph)
         _read_late(graph)
-        self.code = _Code(graph)
+        self.code = _Code.of(graph)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The tensors of a call. Raises ``InputError`` for one that the graph does not hold for."""
@@ -39,7 +39,7 @@ class Section:
     ) -> Any:
         """Run on the teacher's tensors, and on the weights that its branches fold into.
         ``features``: takes what comes out beside the outputs."""
-        results = self.code(net, [*flat, folded] if self.reads_folded else flat)
+        results = self.code.function(net, *flat, *([folded] if self.reads_folded else ()))
         own = sum(self.out.slots)
         if features is not None:
             features += results[own:]
@@ -100,30 +100,21 @@ def _read_late(graph: fx.Graph) -> None:
 class _Code:
     """A graph as Python source. fx graphs do not pickle across versions; source does."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        python = graph.python_code("self")
-        self.source = python.src
-        self.globals = {
-            k: ("module", v.__name__) if isinstance(v, types.ModuleType) else ("value", v)
-            for k, v in python.globals.items()
+    def __init__(self, source: str, values: dict[str, Any], modules: dict[str, str]) -> None:
+        self.source, self.values, self.modules = source, values, modules
+        scope = values | {k: importlib.import_module(name) for k, name in modules.items()}
+        exec(compile(source, "<gpdfx teacher>", "exec"), scope)
+        self.function: Callable[..., Any] = scope["forward"]
+
+    @staticmethod
+    def of(graph: fx.Graph) -> _Code:
+        """``modules``: those among the global names of the source, which do not pickle."""
+        code = graph.python_code("self")
+        modules = {
+            k: v.__name__ for k, v in code.globals.items() if isinstance(v, types.ModuleType)
         }
-        self.function = self._compile()
+        values = {k: v for k, v in code.globals.items() if k not in modules}
+        return _Code(code.src, values, modules)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"source": self.source, "globals": self.globals}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.function = self._compile()
-
-    def __call__(self, net: nn.Module, flat: list[Any]) -> Any:
-        return self.function(net, *flat)
-
-    def _compile(self) -> Callable[..., Any]:
-        scope: dict[str, Any] = {
-            k: importlib.import_module(v) if kind == "module" else v
-            for k, (kind, v) in self.globals.items()
-        }
-        exec(compile(self.source, "<gpdfx teacher>", "exec"), scope)
-        function: Callable[..., Any] = scope["forward"]
-        return function
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Code, (self.source, self.values, self.modules)

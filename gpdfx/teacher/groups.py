@@ -57,19 +57,15 @@ def param_groups(
     for name, p in teacher.named_parameters():
         if not p.requires_grad:
             continue
-        decayed = 0.0 if _plain(name, p) or covers_any(no_decay, name) else weight_decay
+        kept = _plain(name, p) or any(covers(pattern, [name]) for pattern in no_decay)
         r = copies.get(name, 1)
-        key = decayed * r**decay, r
+        key = 0.0 if kept else weight_decay * r**decay, r
         group = groups.setdefault(key, {"params": [], "param_names": [], "weight_decay": key[0]})
         group["params"].append(p)
         group["param_names"].append(name)
         if lr is not None:
             group["lr"] = lr * r**rate
     return list(groups.values())
-
-
-def covers_any(patterns: Sequence[str], name: str) -> bool:
-    return any(covers(pattern, [name]) for pattern in patterns)
 
 
 def _plain(name: str, p: nn.Parameter) -> bool:

@@ -19,7 +19,7 @@ from ..algebra.frozen import Frozen
 from ..algebra.gather import gather
 from ..passes.capture.submodules import slow_attention
 from ..passes.folded import Folded, merged, module_of, students
-from ..passes.program import Mode, duplicate
+from ..passes.program import Mode, duplicate, unused
 from ..passes.widen import Widened
 from .captured import Part, Section
 from .compiled import Compiled, Facts
@@ -117,17 +117,12 @@ class Teacher(nn.Module):
     def _register(self, program: Widened) -> None:
         tensors = {n: self._initial(n, t, program.maps[n]) for n, t in program.tensors.items()}
         tensors |= {name: tensors[first] for name, first in program.alias.items()}
-        lasting = set(program.student.state_dict(keep_vars=True))
+        tensors |= program.shares | program.constants
+        lasting = {*program.student.state_dict(keep_vars=True), *program.shares}
         for name, tensor in tensors.items():
             attach(self, name, tensor, persistent=name in lasting)
-        for name, table in program.shares.items():
-            attach(self, name, table, persistent=True)
-        for name, index in program.constants.items():
-            attach(self, name, index, persistent=False)
         self._modules.update(program.children)
-        self._buffers_name = "student_buffers"
-        while self._buffers_name in self._modules:
-            self._buffers_name += "_"
+        self._buffers_name = unused("student_buffers", self._modules)
         self._modules[self._buffers_name] = nn.Module()
         for name, buffer in program.student.named_buffers():
             own = buffer.detach().clone()
@@ -306,14 +301,13 @@ class Teacher(nn.Module):
 
 # --------------------------------------------------------------------------- tensors by name
 def _add_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    *parents, leaf = path.split(".")
-    _parent(root, parents)._modules[leaf] = module
+    parent, leaf = _parent(root, path)
+    parent._modules[leaf] = module
 
 
 def attach(root: nn.Module, name: str, tensor: Tensor, persistent: bool) -> None:
     """Register a parameter or buffer under a dotted name."""
-    *parents, leaf = name.split(".")
-    module = _parent(root, parents)
+    module, leaf = _parent(root, name)
     if isinstance(tensor, nn.Parameter):
         module._parameters[leaf] = tensor
     else:
@@ -322,7 +316,9 @@ def attach(root: nn.Module, name: str, tensor: Tensor, persistent: bool) -> None
             module._non_persistent_buffers_set.add(leaf)
 
 
-def _parent(root: nn.Module, path: list[str]) -> nn.Module:
-    for part in path:
+def _parent(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module, made where there is none, that has the last part of a dotted name."""
+    *parents, leaf = name.split(".")
+    for part in parents:
         root = root._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
-    return root
+    return root, leaf

@@ -37,7 +37,7 @@ def to_student(state: State, teacher: Teacher, *, strict: bool = True) -> dict[s
     if _of_optimizer(state):
         return _optimizer(state, teacher, strict, back=True)
     prefix, own, rest = _unwrap(state)
-    twin = _reading(teacher, own)
+    twin = _loaded(copy.deepcopy(teacher), own, "the teacher")
     return _wrap(prefix, collapse(twin).state_dict(), rest)
 
 
@@ -50,20 +50,17 @@ def to_teacher(state: State, teacher: Teacher, *, strict: bool = True) -> dict[s
     if _of_optimizer(state):
         return _optimizer(state, teacher, strict, back=False)
     prefix, own, rest = _unwrap(state)
-    student = to_dtype(collapse(teacher), own)
-    check_keys(own, student.state_dict(), "the student")
-    student.load_state_dict(own)
+    student = _loaded(collapse(teacher), own, "the student")
     twin = to_dtype(copy.deepcopy(teacher), own)
     twin.load_student(student)
     return _wrap(prefix, twin.state_dict(), rest)
 
 
-def _reading(teacher: Teacher, state: State) -> Teacher:
-    """A copy of the teacher with another one's state."""
-    twin: Teacher = to_dtype(copy.deepcopy(teacher), state)
-    check_keys(state, twin.state_dict(), "the teacher")
-    twin.load_state_dict(state)
-    return twin
+def _loaded(module: Any, state: State, whose: str) -> Any:
+    """A module with another one's state, in its dtype."""
+    check_keys(state, module.state_dict(), whose)
+    to_dtype(module, state).load_state_dict(state)
+    return module
 
 
 def to_dtype(module: Any, state: State) -> Any:
