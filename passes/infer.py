@@ -150,7 +150,8 @@ def _infer_node(
             static[node] = any(static[n] for n in tensors)
         kind = value(node)
         if isinstance(kind, torch.Tensor | list | tuple):
-            op = result.ops[node] = Op(node, solver, result.axes, static)
+            rule = rule_of(node.target)
+            op = result.ops[node] = Op(node, solver, result.axes, static, rule)
             result.axes[node] = _infer_op(result, op)
             _mark_known(solver, kind, result.axes[node])
 
@@ -174,7 +175,7 @@ def _is_number(node: fx.Node) -> bool:
 
 
 def _infer_op(result: Inference, op: Op) -> Any:
-    rule, point = rule_of(op.node.target), result.solver.checkpoint()
+    rule, point = op.rule, result.solver.checkpoint()
     if rule is None:
         return bridge(result, op, BridgeReason("no rule", "no rule for this op"))
     why, kind = "", "conflict"
