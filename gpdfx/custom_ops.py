@@ -15,16 +15,9 @@ from .errors import InputError
 from .passes.infer import Inferred
 from .passes.program import is_tensor, module_path, source, value
 from .passes.rules import CUSTOM, rule_of
-from .passes.rules.signature import Signature, SignatureError, parse, sig
+from .passes.rules.signature import Signature, SignatureError, parse, sig, tensor_arguments
 from .passes.rules.writer import Rule
-from .torch_private import (
-    custom_overload,
-    hint,
-    is_overload,
-    is_packet,
-    tree_leaves,
-    tree_map,
-)
+from .torch_private import custom_overload, hint, is_overload, is_packet, tree_leaves, tree_map
 
 
 @dataclass(frozen=True)
@@ -71,15 +64,9 @@ def rule(op: Any, signature: str, example: Sequence[Any] | None = None, **sizes:
             f"example is a {type(example).__name__}",
             remedy="pass a tuple of positional arguments: example=(x, weight)",
         )
-    before = dict(CUSTOM)
-    CUSTOM[overload] = new  # the code that writes teachers looks it up here
-    try:
-        if example is not None:
-            _check(new, tuple(example), {}, ())
-    except BaseException:
-        CUSTOM.clear()
-        CUSTOM.update(before)
-        raise
+    if example is not None:
+        _check(new, tuple(example), {}, ())
+    CUSTOM[overload] = new
 
 
 def unrule(op: Any) -> None:
@@ -92,12 +79,11 @@ def unrule(op: Any) -> None:
 def check_rules(program: Inferred) -> None:
     """Check the user's rules on the shapes and arguments of every node that has one."""
     for node, op in program.inference.ops.items():
-        custom = rule_of(node.target)
-        if isinstance(custom, Custom):
+        if isinstance(op.rule, Custom):
             given = tree_leaves((node.args, node.kwargs))
             static = [op.is_static(x) for x in given if is_tensor(x)]
             args, kwargs = tree_map(_number, (tuple(node.args), dict(node.kwargs)))
-            _check(custom, args, kwargs, static, node)
+            _check(op.rule, args, kwargs, static, node)
 
 
 def _number(x: Any) -> Any:
@@ -141,7 +127,7 @@ def _custom(op: Any, text: str, sizes: dict[str, str]) -> Custom:
         signature = parse(text)
     except SignatureError as error:
         raise InputError(str(error), remedy="see help(gpdfx.rule)") from error
-    tensors = [a.name for a in schema.arguments if "Tensor" in str(a.type)]
+    tensors = tensor_arguments(op)
     lists = [a.name for a in schema.arguments if "List[" in str(a.type) and a.name in tensors]
     results = [str(r.type) for r in schema.returns]
     if lists or set(results) != {"Tensor"}:

@@ -149,7 +149,8 @@ def _infer_node(
         if all(n in static for n in tensors) and not draws(node):
             static[node] = any(static[n] for n in tensors)
         if isinstance(value(node), torch.Tensor | list | tuple):
-            op = result.ops[node] = Op(node, solver, result.axes, static)
+            rule = rule_of(node.target)
+            op = result.ops[node] = Op(node, solver, result.axes, static, rule)
             result.axes[node] = _infer_op(result, op)
             _mark_known(solver, node, result.axes[node])
 
@@ -169,7 +170,7 @@ def _is_number(node: fx.Node) -> bool:
 
 
 def _infer_op(result: Inference, op: Op) -> Any:
-    rule, point = rule_of(op.node.target), result.solver.checkpoint()
+    rule, point = op.rule, result.solver.checkpoint()
     if rule is None:
         return bridge(result, op, BridgeReason("no rule", "no rule for this op"))
     why, kind = "", "conflict"
@@ -251,7 +252,7 @@ def bridge(result: Inference, op: Op, why: BridgeReason) -> Any:
             ]
             alike = alike or [a for n in inputs for a in result.axes[n]]
             fixed = all(map(stays, alike)) and bool(alike or not inputs)
-            axes.append(op.measured(raw) if fixed else op.made(raw))
+            axes.append(op.fixed(raw) if fixed else op.free(raw))
         return tuple(axes)
 
     made = fresh(value(op.node))

@@ -23,7 +23,6 @@ from .assign import Assigned
 from .folded import Branched, Lowered
 from .infer import BridgeReason, Inference
 from .program import check_graph, extended, has_effect, is_tensor, mutated, origin, unused
-from .rules import rule_of
 from .rules.op import Axes, Op, parts
 from .rules.writer import DynamicAxis, Target, Writer, student_size
 from .shares import Shares, shares_of_weights
@@ -151,12 +150,10 @@ class GraphWriter:
         if node.target is operator.getitem and isinstance(self.env[node.args[0]], list):  # type: ignore[index]
             return self.env[node.args[0]][node.args[1]]  # type: ignore[index]
         if node not in bridges:
-            rule = rule_of(node.target)
-            assert rule is not None
             narrowed = sorted(op.narrowed, key=lambda pair: (pair[0].name, pair[1]))
             why = BridgeReason("conflict" if op.renewed else "positions", op.why)
             try:
-                return self._write(op, rule.widen, op.renewed, narrowed, sorted(op.spread), why)
+                return self._write(op, op.rule.widen, op.renewed, narrowed, sorted(op.spread), why)
             except DynamicAxis:
                 raise
             except Exception as error:  # a form the rule was not written for: bridged, reported

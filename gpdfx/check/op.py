@@ -143,7 +143,7 @@ class _OpCheck:
     def __init__(
         self, rule: Rule, op: Any, args: Any, kwargs: Any, result: Any, static: Sequence[bool]
     ) -> None:
-        self.rule, self.results, self.solver = rule, tree_leaves(result), Solver()
+        self.results, self.solver = tree_leaves(result), Solver()
         graph, self.inputs = fx.Graph(), list[fx.Node]()
         self.axes: dict[fx.Node, Any] = {}
         flat, spec = tree_flatten((args, kwargs))
@@ -156,12 +156,12 @@ class _OpCheck:
         self.node = graph.call_function(op, *tree_unflatten(flat, spec))
         self.node.meta["val"] = result
         weights = {x: True for x, yes in zip(self.inputs, static, strict=False) if yes}
-        self.op = Op(self.node, self.solver, self.axes, weights)
+        self.op = Op(self.node, self.solver, self.axes, weights, rule)
 
     def run(self, strict: bool) -> None:
         """Raise the first fault."""
         try:
-            self.axes[self.node] = self.rule.infer(self.op)
+            self.axes[self.node] = self.op.rule.infer(self.op)
         except Exception as error:  # axes that conflict, or a rank that no pattern has
             raise Fault(f"it does not fit these shapes: {error}", _SHAPES) from error
         have = [list(y.shape) for y in self.results]

@@ -1,6 +1,6 @@
 """The rule tables: ATen overload -> how it treats axes. ``tables/`` has one file a family.
 
-Of the 302 rows 126 are signatures (``signature.py``): a line that is read like einops. Pointwise
+Of the 302 rows 128 are signatures (``signature.py``): a line that is read like einops. Pointwise
 ops have one rule by their tag, a signature too.
 """
 

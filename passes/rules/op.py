@@ -33,14 +33,21 @@ class Op:
     """One node as ``infer`` sees it.
 
     ``args``: arguments by schema name. ``env``: axes that ``widen`` will need, by name.
+    ``rule``: its row of the table, if it has one.
     ``narrowed``: (input node, dimension) pairs along which the op must see the student's width.
     ``renewed``: inputs whose axes conflict: narrowed, then spread along these fresh axes instead.
     """
 
     def __init__(
-        self, node: fx.Node, solver: Solver, axes: dict[fx.Node, Any], static: dict[fx.Node, bool]
+        self,
+        node: fx.Node,
+        solver: Solver,
+        axes: dict[fx.Node, Any],
+        static: dict[fx.Node, bool],
+        rule: Any = None,
     ) -> None:
-        self.node, self.solver, self._axes, self._static = node, solver, axes, static
+        self.node, self.solver, self.rule = node, solver, rule
+        self._axes, self._static = axes, static
         has_schema = hasattr(node.target, "_schema")
         self.args: dict[str, Any] = bind(node) if has_schema else {}
         self.reset({}, "")
@@ -48,6 +55,7 @@ class Op:
     def reset(self, renewed: dict[fx.Node, Axes], why: str) -> None:
         """Begin to infer, some inputs seen through fresh axes."""
         self.env: dict[str, Axis] = {}
+        self.match: Any = None  # of a signature
         self.renewed = renewed
         self.narrowed: set[tuple[fx.Node, int]] = set()
         self.spread: set[int] = set()  # output dimensions that come out at the student's width
@@ -83,25 +91,18 @@ class Op:
         """True if a tensor depends on constants only."""
         return self._static.get(x) is False
 
-    def fixed(self, size: int, kind: str = "spatial") -> Axis:
-        return self.solver.leaf(size, Reason(kind, self.where))
-
-    def measured(self, raw: Any) -> Axis:
-        """A fixed axis of a size that may be known at run time only."""
-        axis = self.fixed(size_hint(raw))
+    def free(self, raw: Any) -> Axis:
+        """A fresh axis, free to widen, of a size that may be known at run time only."""
+        axis = self.solver.leaf(size_hint(raw))
         if is_free(raw):
             self.solver.mark(self.solver.symbolic, axis)
         return axis
 
-    def made(self, raw: Any) -> Axis:
-        """As ``measured``, but free to widen."""
-        axis = self.free(size_hint(raw))
-        if is_free(raw):
-            self.solver.mark(self.solver.symbolic, axis)
+    def fixed(self, raw: Any, kind: str = "spatial") -> Axis:
+        """As ``free``, but it does not widen."""
+        axis = self.free(raw)
+        self.fix(axis, kind)
         return axis
-
-    def free(self, size: int) -> Axis:
-        return self.solver.leaf(size)
 
     def fix(self, axis: Axis, kind: str) -> None:
         self.solver.fix(axis, Reason(kind, self.where))
@@ -151,6 +152,14 @@ def dims_of(op: Op, dims: Any, x: str = "self") -> list[int]:
     if dims is None or dims == []:
         return list(range(rank))
     return sorted(dim_of(op, d, x) for d in ([dims] if isinstance(dims, int) else dims))
+
+
+def agree(op: Op, axes: Axes, dim: int, why: str = "") -> Axes:
+    """The axes of ``self``, which are those of another operand but for ``dim``."""
+    for d, (a, b) in enumerate(zip(op.axes("self"), axes, strict=True)):
+        if d != dim:
+            op.unify(a, b) if a.size == b.size else op.conflict(why)
+    return op.axes("self")
 
 
 def memory_order(x: fx.Node) -> list[int]:

@@ -23,7 +23,7 @@ the operands' ranks.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from ...algebra.axes import Axis, product
+from ...algebra.axes import Axis, Leaf, product
 from ...algebra.frozen import share_table
 from ...calls.sizes import is_free
 from ...errors import AxisConflict
@@ -124,15 +124,18 @@ def parse(text: str) -> Signature:
 def sig(text: str, names: str = "", **bound: str) -> Rule:
     """A rule from a signature. ``names``: the schema names of its operands (by default the
     tensor arguments in order); ``bound``: axis name -> integer argument with its size."""
-    several = tuple(map(parse, text.split("|")))
-    operands = tuple(names.split())
-    return replace(by(partial(_of_ranks, several, operands), names, **bound), text=text)
+    several = [parse(one) for one in text.split("|")]
+
+    def choose(op: Op) -> Signature:
+        fitting = (signature for signature in several[:-1] if _fits(op, signature, names.split()))
+        return next(fitting, several[-1])
+
+    return replace(by(choose, names, **bound), text=text)
 
 
 def by(choose: Callable[[Op], Signature], names: str = "", **bound: str) -> Rule:
     """As ``sig``, where the signature follows from the node."""
-    rest = tuple(names.split()), tuple(bound.items())
-    return Rule(lambda op: infer(choose(op), *rest, op), lambda w: widen(choose(w.op), *rest, w))
+    return Rule(lambda op: infer(op, choose(op), names.split(), bound), partial(widen, bound=bound))
 
 
 def rows(table: dict[str, Rule | str]) -> dict[Any, Rule]:
@@ -146,84 +149,20 @@ def rows(table: dict[str, Rule | str]) -> dict[Any, Rule]:
     return found
 
 
-def _of_ranks(several: tuple[Signature, ...], names: tuple[str, ...], op: Op) -> Signature:
-    def fits(signature: Signature) -> bool:
-        try:
-            given = _operands(op, signature, names).values()
-            return all(_layout(dims, len(op.axes(x))) is not None for x, dims in given)
-        except AxisConflict:
-            return False
-
-    return next(filter(fits, several[:-1]), several[-1])
+# --------------------------------------------------------------------------- operands
+Layout = Sequence[tuple[Dim, int]]
+"""For every dimension of a tensor its pattern, and its place under it from the right."""
 
 
-def _operands(
-    op: Op, signature: Signature, names: tuple[str, ...]
-) -> dict[str, tuple[fx.Node, Pattern]]:
-    """The tensors that are given, by schema name, with their patterns."""
-    if not names:
-        schema = op.node.target._schema.arguments  # type: ignore[union-attr]
-        names = tuple(a.name for a in schema if "Tensor" in str(a.type))
-    given = {}
-    for name, dims, optional in zip(names, signature.inputs, signature.optional, strict=False):
-        if is_tensor(op[name]):
-            given[name] = op[name], dims
-        elif not optional:
-            op.conflict("a tensor argument is missing")
-    return given
+def _fits(op: Op, signature: Signature, names: list[str]) -> bool:
+    try:
+        Match(op, signature, names)
+    except AxisConflict:
+        return False
+    return True
 
 
-# --------------------------------------------------------------------------- to infer
-Stretch = dict[tuple[str, int], Axis]
-"""What ``...`` and ``*name`` stand for: name and place from the right -> axis."""
-
-
-def infer(
-    signature: Signature, names: tuple[str, ...], bound: tuple[tuple[str, str], ...], op: Op
-) -> Any:
-    many: Stretch = {}
-    for name, argument in bound:
-        argument, _, place = argument.partition(".")
-        size = op[argument][int(place)] if place else op[argument]
-        if isinstance(size, fx.Node):
-            op.conflict(f"{argument} is computed by the network")
-        op.env[name] = _new(op, signature, name, int(size))
-        if name not in signature.stays:
-            op.solver.mark(op.solver.outer, op.env[name])
-    moving: set[int] = set()  # which starred dimensions may widen, counted from the right
-    given = _operands(op, signature, names).values()
-    free = {n for x, dims in given if not op.is_static(x) for dim in dims for n in dim}
-    for x, dims in given:  # a weight's own axis under ! stays, the one that it meets need not
-        apart = free & signature.fixed if op.is_static(x) else set()
-        _match(op, signature, x, dims, many, moving, apart)
-        _hold(op, signature, x, dims)
-    for marks, marked in (
-        (op.solver.contracted, signature.contracted),
-        (op.solver.outer, signature.outer),
-    ):
-        for name in marked:
-            for axis in [op.env[name]] if name in op.env else _stretch(many, name):
-                op.solver.mark(marks, axis)
-    shapes = map(shape, outputs(op.node))
-    results = [
-        _output(op, signature, dims, many, list(sizes), moving)
-        for dims, sizes in zip(signature.outputs, shapes, strict=False)
-    ]
-    return results if isinstance(value(op.node), tuple | list) else results[0]
-
-
-def _new(op: Op, signature: Signature, name: str, size: int, fresh: str = "") -> Axis:
-    kind = signature.stays.get(name, fresh)
-    return op.fixed(size, kind) if kind else op.free(size)
-
-
-def _stretch(many: Stretch, name: str) -> Axes:
-    places = sorted((right for n, right in many if n == name), reverse=True)
-    return tuple(many[name, right] for right in places)
-
-
-def _layout(dims: Pattern, rank: int) -> list[tuple[Dim, int]]:
-    """For every dimension of a tensor its pattern, and its place under it from the right."""
+def layout(dims: Pattern, rank: int) -> Layout:
     stars = [dim[0][0] == "*" for dim in dims]
     at = dims.index(("...",)) if ("...",) in dims else stars.index(True) if any(stars) else None
     extra = rank - len(dims) + 1
@@ -235,101 +174,148 @@ def _layout(dims: Pattern, rank: int) -> list[tuple[Dim, int]]:
     return single
 
 
-def _hold(op: Op, signature: Signature, x: fx.Node, dims: Pattern) -> None:
-    """Names with ``!``: see the axis at the student's width, spread the output's again."""
-    result = _layout(signature.outputs[0], len(op.out_shape)) if signature.fixed else []
-    for d, place in enumerate(_layout(dims, len(op.axes(x)))):
-        if place[0][0] in signature.fixed:
-            out = result.index(place) if place in result else None
-            op.hold(x, d, "statistics along it are contracted", out)
+class Match:
+    """A signature laid on the operands of an op.
+
+    ``given``: schema name -> the tensor and its layout; ``many``: what ``...`` and ``*name`` stand
+    for, by name and place from the right; ``moving``: starred dimensions that may widen.
+    """
+
+    def __init__(self, op: Op, signature: Signature, names: Sequence[str]) -> None:
+        self.op, self.signature, self.env = op, signature, op.env
+        self.given: dict[str, tuple[fx.Node, Layout]] = {}
+        self.many: dict[tuple[str, int], Axis] = {}
+        self.moving: set[int] = set()
+        names = names or tensor_arguments(op.node.target)
+        for name, dims, optional in zip(names, signature.inputs, signature.optional, strict=False):
+            if is_tensor(op[name]):
+                self.given[name] = op[name], layout(dims, len(op.axes(name)))
+            elif not optional:
+                op.conflict("a tensor argument is missing")
+
+    def new(self, name: str, size: int, fresh: str = "") -> Axis:
+        kind = self.signature.stays.get(name, fresh)
+        return self.op.fixed(size, kind) if kind else self.op.free(size)
+
+    def stretch(self, name: str) -> Axes:
+        places = sorted((right for n, right in self.many if n == name), reverse=True)
+        return tuple(self.many[name, right] for right in places)
+
+    def mark(self, marks: dict[Leaf, bool], names: Iterable[str]) -> None:
+        for name in names:
+            for axis in [self.env[name]] if name in self.env else self.stretch(name):
+                self.op.solver.mark(marks, axis)
+
+    def bind(self, x: fx.Node, places: Layout, apart: set[str]) -> None:
+        """Bind the names of one operand, but for those that it has ``apart`` from the others."""
+        op, axes = self.op, self.op.axes(x)
+        dotted = tuple(a for a, (dim, _) in zip(axes, places, strict=True) if dim[0] == "...")
+        dotted = broadcast(op, self.stretch("..."), dotted)
+        self.many.update({("...", right): axis for right, axis in enumerate(reversed(dotted))})
+        for d, (dim, right) in enumerate(places):
+            if dim[0][0] == "*":
+                self.many[dim[0], right] = axes[d]
+                if op.is_static(x):
+                    op.fix(axes[d], "kernel")
+                elif op.hold(x, d, "the op slides along it"):
+                    self.moving.add(right)
+        for axis, (dim, _) in zip(axes, places, strict=True):
+            if dim[0][0] not in "*." and not apart.intersection(dim):
+                self.bind_product(axis, dim)
+
+    def bind_product(self, axis: Axis, dim: Dim) -> None:
+        env = self.env
+        unknown = [n for n in dim if n not in env]
+        known = product(*(env[n] for n in dim if n in env)).size
+        if len(dim) == 1 and (unknown or known == 1):
+            env[dim[0]] = axis
+        elif axis.size == 1 and not unknown:
+            return  # broadcasts
+        elif len(unknown) > 1 or (known and axis.size % known):
+            self.op.conflict(f"a dimension of size {axis.size} does not read as ({' '.join(dim)})")
+        else:
+            for n in unknown:
+                env[n] = self.new(n, axis.size // known)
+            self.op.unify(axis, product(*(env[n] for n in dim)))
+
+    def hold(self, x: fx.Node, places: Layout) -> None:
+        """Names with ``!``: see the axis at the student's width, spread the output's again."""
+        fixed = self.signature.fixed
+        result = layout(self.signature.outputs[0], len(self.op.out_shape)) if fixed else []
+        for d, place in enumerate(places):
+            if place[0][0] in fixed:
+                out = result.index(place) if place in result else None
+                self.op.hold(x, d, "statistics along it are contracted", out)
+
+    def result(self, dims: Pattern, sizes: tuple[int, ...]) -> Axes:
+        axes: list[Axis] = []
+        for d, (dim, right) in enumerate(layout(dims, len(sizes))):
+            if dim[0][0] == "*":
+                make = self.op.free if right in self.moving else self.op.fixed
+                if (dim[0], right) not in self.many:
+                    self.many[dim[0], right] = make(sizes[d])
+                self.op.spread |= {d} if right in self.moving else set()
+            if dim[0][0] in "*.":
+                axes.append(self.many[dim[0], right])
+                continue
+            for n in dim:
+                if n not in self.env:
+                    self.env[n] = self.new(n, sizes[d], "fresh")
+            axes.append(product(*(self.env[n] for n in dim)))
+        return tuple(axes)
 
 
-def _match(
-    op: Op,
-    signature: Signature,
-    x: fx.Node,
-    dims: Pattern,
-    many: Stretch,
-    moving: set[int],
-    apart: set[str],
-) -> None:
-    """Bind the names of one operand, but for those that it has ``apart`` from the others."""
-    axes = op.axes(x)
-    layout = _layout(dims, len(axes))
-    dotted = tuple(a for a, (dim, _) in zip(axes, layout, strict=True) if dim[0] == "...")
-    dotted = broadcast(op, _stretch(many, "..."), dotted)
-    many.update({("...", right): axis for right, axis in enumerate(reversed(dotted))})
-    for d, (dim, right) in enumerate(layout):
-        if dim[0][0] == "*":
-            many[dim[0], right] = axes[d]
-            if op.is_static(x):
-                op.fix(axes[d], "kernel")
-            elif op.hold(x, d, "the op slides along it"):
-                moving.add(right)
-    for axis, (dim, _) in zip(axes, layout, strict=True):
-        if dim[0][0] not in "*." and not apart.intersection(dim):
-            _bind_product(op, signature, axis, dim)
+def tensor_arguments(op: Any) -> list[str]:
+    """Their schema names."""
+    return [a.name for a in op._schema.arguments if "Tensor" in str(a.type)]
 
 
-def _bind_product(op: Op, signature: Signature, axis: Axis, dim: Dim) -> None:
-    unknown = [n for n in dim if n not in op.env]
-    known = product(*(op.env[n] for n in dim if n in op.env)).size
-    if len(dim) == 1 and (unknown or known == 1):
-        op.env[dim[0]] = axis
-    elif axis.size == 1 and not unknown:
-        return  # broadcasts
-    elif len(unknown) > 1 or (known and axis.size % known):
-        op.conflict(f"a dimension of size {axis.size} does not read as ({' '.join(dim)})")
-    else:
-        for n in unknown:
-            op.env[n] = _new(op, signature, n, axis.size // known)
-        op.unify(axis, product(*(op.env[n] for n in dim)))
-
-
-def _output(
-    op: Op, signature: Signature, dims: Pattern, many: Stretch, sizes: list[int], moving: set[int]
-) -> Axes:
-    result: list[Axis] = []
-    for d, (dim, right) in enumerate(_layout(dims, len(sizes))):
-        name = dim[0]
-        if name[0] == "*":
-            if (name, right) not in many:
-                many[name, right] = op.free(sizes[d]) if right in moving else op.fixed(sizes[d])
-            op.spread |= {d} if right in moving else set()
-        if name[0] in "*.":
-            result.append(many[name, right])
-            continue
-        for n in dim:
-            if n not in op.env:
-                op.env[n] = _new(op, signature, n, sizes[d], "fresh")
-        result.append(product(*(op.env[n] for n in dim)))
-    return tuple(result)
+# --------------------------------------------------------------------------- to infer
+def infer(op: Op, signature: Signature, names: Sequence[str], bound: dict[str, str]) -> Any:
+    op.match = match = Match(op, signature, names)
+    for name, argument in bound.items():
+        argument, _, place = argument.partition(".")
+        size = op[argument][int(place)] if place else op[argument]
+        if isinstance(size, fx.Node):
+            op.conflict(f"{argument} is computed by the network")
+        op.env[name] = match.new(name, int(size))
+        if name not in signature.stays:
+            op.solver.mark(op.solver.outer, op.env[name])
+    given = match.given.values()
+    free = {n for x, places in given if not op.is_static(x) for dim, _ in places for n in dim}
+    for x, places in given:  # a weight's own axis under ! stays, the one that it meets need not
+        match.bind(x, places, free & signature.fixed if op.is_static(x) else set())
+        match.hold(x, places)
+    match.mark(op.solver.contracted, signature.contracted)
+    match.mark(op.solver.outer, signature.outer)
+    shapes = map(shape, outputs(op.node))
+    results = [match.result(*one) for one in zip(signature.outputs, shapes, strict=False)]
+    return results if isinstance(value(op.node), tuple | list) else results[0]
 
 
 # --------------------------------------------------------------------------- to widen
-def widen(
-    signature: Signature, names: tuple[str, ...], bound: tuple[tuple[str, str], ...], w: Writer
-) -> fx.Node:
-    sizes = {a: w.frozen(w.op.env[n]).teacher for n, a in bound if w.wide(w.op.env[n])}
-    return w.copy(**sizes, **shared(signature, names, w))
+def widen(w: Writer, bound: dict[str, str]) -> fx.Node:
+    sizes = {a: w.frozen(w.op.env[n]).teacher for n, a in bound.items() if w.wide(w.op.env[n])}
+    return w.copy(**sizes, **shared(w))
 
 
-def shared(signature: Signature, names: tuple[str, ...], w: Writer) -> dict[str, fx.Node]:
+def shared(w: Writer) -> dict[str, fx.Node]:
     """The operands that are multiplied by shares, by schema name."""
     changes: dict[str, fx.Node] = {}
-    given = _operands(w.op, signature, names)
+    given, signature = w.op.match.given, w.op.match.signature
     for name in signature.contracted:
         if name in w.op.env and w.wide(w.op.env[name]):
-            holders = [k for k, (_, dims) in given.items() if any(name in dim for dim in dims)]
+            holders = [k for k, (_, places) in given.items() if any(name in d for d, _ in places)]
             weights = [k for k in holders if w.op.is_static(given[k][0])]
             k = (weights or holders)[-1]
+            x, places = given[k]
             rows = signature.results if weights else set()
-            changes[k] = apply_share(w, changes.get(k, w[k]), *given[k], name, rows)
+            changes[k] = apply_share(w, changes.get(k, w[k]), x, places, name, rows)
     return changes
 
 
 def apply_share(
-    w: Writer, operand: Any, student: fx.Node, dims: tuple[Dim, ...], name: str, rows: set[str]
+    w: Writer, operand: Any, student: fx.Node, places: Layout, name: str, rows: set[str]
 ) -> fx.Node:
     """``operand * shares`` along the axis ``name``, one set of shares per index of ``rows``, but
     for those along a size that is known at run time (a parameter expanded to the batch)."""
@@ -337,7 +323,7 @@ def apply_share(
     sizes: list[int] = []  # of the table, before its class dimension is expanded
     at = place = 0
     split = None
-    for d, (dim, _) in enumerate(_layout(dims, len(axes))):
+    for d, (dim, _) in enumerate(places):
         if name in dim:
             place, at = d, len(sizes) + dim.index(name)
             split = [w.frozen(env[n]).teacher for n in dim] if len(dim) > 1 else None

@@ -6,6 +6,7 @@ the teacher's node is written once widths are known (``widen``; most ops are cop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,24 +55,20 @@ class Writer:
         return node
 
     def copy(self, /, **changes: Any) -> fx.Node:
-        """The op itself on the teacher's tensors, some arguments replaced (by schema name)."""
-        node = self.op.node
+        """The op itself on the teacher's tensors, some arguments replaced (by schema name);
+        defaults are left out then."""
+        target: Any = self.op.node.target
         if not changes:
-            return self.call(node.target, *self.map(node.args), **self.map(node.kwargs))  # type: ignore[arg-type]
-        return self.recall(node.target, **changes)
-
-    def recall(self, function: Any, /, **changes: Any) -> fx.Node:
-        """Call an overload with this op's arguments, some replaced; defaults are left out."""
+            return self.call(target, *self.map(self.op.node.args), **self.map(self.op.node.kwargs))
         positional: list[Any] = []
         keyword: dict[str, Any] = {}
-        for a in function._schema.arguments:
-            given = changes.get(a.name, self.map(self.op.args.get(a.name, a.default_value)))
-            if a.kwarg_only:
-                if given is not None and given != a.default_value:
-                    keyword[a.name] = given
-            else:
+        for a in target._schema.arguments:
+            given = changes.get(a.name, self[a.name])
+            if not a.kwarg_only:
                 positional.append(given)
-        return self.call(function, *positional, **keyword)
+            elif given is not None and given != a.default_value:
+                keyword[a.name] = given
+        return self.call(target, *positional, **keyword)
 
     def size(self, axis: Axis, given: Any) -> Any:
         """An integer argument that states the size of an axis, at the teacher's width."""
@@ -91,30 +88,24 @@ class Writer:
     # ---- copies
     def spread(self, x: fx.Node, axes: Axes, dims: Sequence[int] | None = None) -> fx.Node:
         """Widen a student-wide tensor along ``dims`` (all that are wide)."""
-        return self._along(x, axes, dims, self._spread)
+        return self._along(x, axes, dims, copies.spread)
 
     def narrow(self, x: fx.Node, axes: Axes, dims: Sequence[int] | None = None) -> fx.Node:
         """Merge the copies of a teacher-wide tensor along ``dims``."""
-        return self._along(x, axes, dims, self._narrow)
-
-    def _spread(self, x: fx.Node, dim: int, frozen: Frozen) -> fx.Node:
-        return self.call(copies.spread, x, dim, self.constant(frozen.map))
-
-    def _narrow(self, x: fx.Node, dim: int, frozen: Frozen) -> fx.Node:
-        return self.call(copies.narrow, x, dim, *map(self.constant, frozen.merging.values()))
+        return self._along(x, axes, dims, copies.narrow)
 
     def _along(
-        self, x: fx.Node, axes: Axes, dims: Sequence[int] | None, step: Callable[..., fx.Node]
+        self, x: fx.Node, axes: Axes, dims: Sequence[int] | None, step: Callable[..., Any]
     ) -> fx.Node:
         for d in range(len(axes)) if dims is None else dims:
             if self.wide(axes[d]):
-                split, core = self.split(axes[d], step == self._narrow)
-                if len(split) > 1:
-                    x = self.call(aten.unflatten.int, x, d, split)
-                    x = step(x, d + 1, self.frozen(core))
-                    x = self.call(aten.flatten.using_ints, x, d, d + 2)
-                else:
-                    x = step(x, d, self.frozen(core))
+                split, core = self.split(axes[d], step is copies.narrow)
+                apart = len(split) > 1
+                x = self.call(aten.unflatten.int, x, d, split) if apart else x
+                frozen = self.frozen(core)
+                maps = frozen.merging.values() if step is copies.narrow else [frozen.map]
+                x = self.call(step, x, d + apart, *map(self.constant, maps))
+                x = self.call(aten.flatten.using_ints, x, d, d + 2) if apart else x
         return x
 
     def split(self, axis: Axis, teacher: bool) -> tuple[list[int], Axis]:
@@ -124,17 +115,16 @@ class Writer:
         axis = solver.resolve(axis)
         if not solver.is_symbolic(axis):
             return [axis.size], axis
-        wide = [f for f in axis.factors if self.wide(f)] if isinstance(axis, Product) else []
-        if len(wide) == 1 and isinstance(axis, Product):
-            k = axis.factors.index(wide[0])
-            sizes = []
-            for part in (axis.factors[:k], axis.factors[k + 1 :]):
-                unknown = any(map(solver.is_symbolic, part))
-                sizes.append(-1 if unknown else int(np.prod([f.size for f in part], dtype=int)))
-            frozen = self.frozen(wide[0])
-            if sizes.count(-1) == 1:
-                core = frozen.teacher if teacher else frozen.student
-                return [sizes[0], core, sizes[1]], wide[0]
+        factors = axis.factors if isinstance(axis, Product) else ()
+        wide = [k for k, factor in enumerate(factors) if self.wide(factor)]
+        if len(wide) == 1:
+            k, core = wide[0], self.frozen(factors[wide[0]])
+            outer, inner = (
+                -1 if any(map(solver.is_symbolic, part)) else math.prod(f.size for f in part)
+                for part in (factors[:k], factors[k + 1 :])
+            )
+            if (outer, inner).count(-1) == 1:
+                return [outer, core.teacher if teacher else core.student, inner], factors[k]
         raise DynamicAxis(f"{axis} widens and has a size known only at run time")
 
     def static(self, axis: Axis) -> Frozen:
@@ -246,16 +236,11 @@ class Target:
         return self.attribute(mode, key)
 
 
-def copy_op(w: Writer) -> fx.Node:
-    """Most ops: the same call on the teacher's tensors."""
-    return w.copy()
-
-
 @dataclass(frozen=True)
 class Rule:
     """How one op treats axes. ``widen`` returns the teacher's node; ``text``: the signature from
     which the axes follow, if there is one."""
 
     infer: Callable[[Op], Any]
-    widen: Callable[[Writer], Any] = copy_op
+    widen: Callable[[Writer], Any] = Writer.copy
     text: str = ""

@@ -13,7 +13,7 @@ from ....algebra.solver import Reason
 from ....kernels import copies
 from ...program import shape, value
 from ..op import Axes, Op, broadcast
-from ..signature import Signature, apply_share, by, infer, parse, rows, shared, sig
+from ..signature import Signature, apply_share, by, infer, layout, parse, rows, shared, sig
 from ..writer import Rule, Writer, student_sizes
 
 
@@ -45,7 +45,7 @@ def _moves(op: Op, d: int) -> bool:
 
 
 # --------------------------------------------------------------------------- sums of products
-def _einsum_signature(op: Op) -> Signature:
+def _einsum(op: Op) -> Any:
     equation = op["equation"].replace(" ", "")
     left, arrow, right = equation.partition("->")
     if not arrow:
@@ -55,28 +55,20 @@ def _einsum_signature(op: Op) -> Signature:
     if any(len(set(p)) < len(p.replace("...", ".")) for p in operands):
         op.conflict("einsum takes a diagonal")
     everywhere = set.intersection(*map(set, operands)) - {"."}  # batched: heads
-    op.args |= {f"operand{k}": x for k, x in enumerate(op["tensors"])}
+    tensors = {f"operand{k}": x for k, x in enumerate(op["tensors"])}
+    op.args |= tensors
 
     def spaced(part: str) -> str:
         words = " ".join(part.replace("...", ".")).split()
         return " ".join("..." if n == "." else n + "^" * (n in everywhere) for n in words)
 
-    return parse(", ".join(map(spaced, operands)) + " -> " + spaced(right))
-
-
-def _einsum(op: Op) -> Any:
-    signature = _einsum_signature(op)
-    return infer(signature, _numbered(op), (), op)
-
-
-def _numbered(op: Op) -> tuple[str, ...]:
-    return tuple(f"operand{k}" for k in range(len(op["tensors"])))
+    signature = parse(", ".join(map(spaced, operands)) + " -> " + spaced(right))
+    return infer(op, signature, list(tensors), {})
 
 
 def _widen_einsum(w: Writer) -> fx.Node:
-    names = _numbered(w.op)
-    changes = shared(_einsum_signature(w.op), names, w)
-    return w.copy(tensors=[changes.get(name, w[name]) for name in names])
+    changes = shared(w)
+    return w.copy(tensors=[changes.get(name, w[name]) for name in w.op.match.given])
 
 
 def _added(operands: str, result: str, names: str) -> Rule:
@@ -122,7 +114,8 @@ def _widen_attention(w: Writer) -> fx.Node:
     op = w.op
     changes: dict[str, Any] = {}
     if w.wide(op.env["e"]):
-        changes["query"] = apply_share(w, w["query"], op["query"], _ATTENTION.inputs[0], "e", set())
+        places = layout(_ATTENTION.inputs[0], len(op.axes("query")))
+        changes["query"] = apply_share(w, w["query"], op["query"], places, "e", set())
         if op["scale"] is None:
             changes["scale"] = 1.0 / math.sqrt(w.frozen(op.env["e"]).student)
     if not w.frozen(op.env["k"]).even:  # uneven copies of a key would get uneven attention

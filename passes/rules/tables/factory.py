@@ -13,15 +13,12 @@ from .movement import widen_sized
 
 def _made(op: Op) -> Axes:
     """Constant along every axis, so each may widen with what it meets."""
-    return tuple(map(op.made, value(op.node).shape))
+    return tuple(map(op.free, value(op.node).shape))
 
 
 def _counted(op: Op) -> Axes:
     """``arange`` and friends: positions; only a dimension of one can widen."""
-    axes = _made(op)
-    for axis in axes:
-        op.fix(axis, "positions")
-    return axes
+    return tuple(op.fixed(size, "positions") for size in value(op.node).shape)
 
 
 TABLE: dict[Any, Rule] = rows(

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ...program import is_tensor, shape, value
-from ..op import Axes, Op, broadcast, dim_of, outputs
+from ..op import Axes, Op, agree, broadcast, dim_of, outputs
 from ..signature import rows
 from ..writer import Rule
 
@@ -47,18 +47,11 @@ def _index_select(op: Op) -> Axes:
     return tuple(axes)
 
 
-def _agree(op: Op, name: str, dim: int, why: str) -> None:
-    """The dimensions of an operand but for ``dim`` are those of ``self``."""
-    for d, (a, b) in enumerate(zip(op.axes("self"), op.axes(name), strict=True)):
-        if d != dim:
-            op.unify(a, b) if a.size == b.size else op.conflict(why)
-
-
 def _gather(op: Op) -> Axes:
     """Along ``dim`` positions are taken; the other dimensions of input and index agree."""
     dim = dim_of(op, op["dim"])
     op.hold(op["self"], dim, "it is indexed")
-    _agree(op, "index", dim, "gather takes a part of an axis")
+    agree(op, op.axes("index"), dim, "gather takes a part of an axis")
     return op.axes("index")
 
 
@@ -70,8 +63,8 @@ def _embedding_bag(op: Op) -> list[Axes]:
         for d in range(len(op.axes(name)) if op[name] is not None else 0):
             op.hold(op[name], d, "bags are stretches of it")
     bags, *others = outputs(op.node)
-    result = (op.measured(bags.shape[0]), weight[1])
-    return [result] + [result if v.ndim == 2 else tuple(map(op.measured, v.shape)) for v in others]
+    result = (op.fixed(bags.shape[0]), weight[1])
+    return [result] + [result if v.ndim == 2 else tuple(map(op.fixed, v.shape)) for v in others]
 
 
 def _scatter(op: Op, operands: tuple[str, ...]) -> Axes:
@@ -80,7 +73,7 @@ def _scatter(op: Op, operands: tuple[str, ...]) -> Axes:
     for name in operands:
         if is_tensor(op[name]):
             op.take(op[name], dim, "positions along it are written", out=dim)
-            _agree(op, name, dim, "scatter takes a part")
+            agree(op, op.axes(name), dim, "scatter takes a part")
     return op.axes("self")
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from ....calls.sizes import is_free
 from ....errors import AxisConflict
 from ....kernels import copies
 from ...program import number, shape, size_hint, value
-from ..op import Axes, Op, broadcast, dim_of, dims_of, memory_order
+from ..op import Axes, Op, agree, broadcast, dim_of, memory_order
 from ..signature import rows, sig
 from ..writer import Rule, Writer
 from .reduction import along
@@ -32,35 +34,24 @@ aten = torch.ops.aten
 # --------------------------------------------------------------------------- reshape
 def _reshape(op: Op) -> Axes:
     """Block by block: the shortest runs of dimensions whose products match."""
-    source = [a for a in op.axes("self") if a.size != 1]
+    source, raw = [a for a in op.axes("self") if a.size != 1], value(op.node).shape
+    ends = [list(accumulate(x, mul)) for x in ([a.size for a in source], op.out_shape)]
+    common = {end for end in ends[0] if end in ends[1]}
+    taken, made = ([sum(c <= end for c in common) for end in (1, *x[:-1])] for x in ends)
     result: list[Axis] = []
-    sizes, raw = list(op.out_shape), list(value(op.node).shape)
-    k = 0
-    while k < len(sizes):
-        if sizes[k] == 1:
-            result.append(ONE)
-            k += 1
-            continue
-        block, start = [source.pop(0)], k
-        have, want = block[0].size, sizes[k]
-        k += 1
-        while have != want:
-            if have < want:
-                block.append(source.pop(0))
-                have *= block[-1].size
-            else:
-                want *= sizes[k]
-                k += 1
-        result += _split(op, product(*block), sizes[start:k], raw[start:k])
+    for block in dict.fromkeys(made if raw else ()):
+        axis = product(*(a for a, k in zip(source, taken, strict=False) if k == block))
+        result += _split(op, axis, [s for s, k in zip(raw, made, strict=True) if k == block])
     return tuple(result)
 
 
-def _split(op: Op, axis: Axis, sizes: Sequence[int], raw: Sequence[Any]) -> list[Axis]:
+def _split(op: Op, axis: Axis, raw: Sequence[Any]) -> list[Axis]:
+    sizes = list(map(size_hint, raw))
     if sum(s != 1 for s in sizes) == 1:
         return [axis if s != 1 else ONE for s in sizes]
     if op.solver.is_fixed(axis):  # nothing to follow: do not tie 8 x 7 to 28 x 2
-        return [op.measured(s) for s in raw]
-    parts = [op.made(s) for s in raw]
+        return [op.fixed(s) for s in raw]
+    parts = [op.free(s) for s in raw]
     op.unify(axis, product(*parts))
     return [op.solver.resolve(p) for p in parts]
 
@@ -93,24 +84,13 @@ def _unflatten(w: Writer) -> fx.Node:
 
 
 # --------------------------------------------------------------------------- permutations
-def _permute(op: Op) -> Axes:
+def _view(op: Op) -> Axes:
+    """Ops that order, drop or add dimensions: run on strides that number them."""
     axes = op.axes("self")
-    return tuple(axes[int(d)] for d in op["dims"])
-
-
-def _swap(op: Op) -> Axes:
-    axes = list(op.axes("self"))
-    i, j = (dim_of(op, x) for x in list(op.args.values())[1:])
-    axes[i], axes[j] = axes[j], axes[i]
-    return tuple(axes)
-
-
-def _movedim(op: Op) -> Axes:
-    axes = op.axes("self")
-    moved = [[d] if isinstance(d, int) else d for d in (op["source"], op["destination"])]
-    place = {t % len(axes): s % len(axes) for s, t in zip(*moved, strict=True)}
-    others = iter(d for d in range(len(axes)) if d not in place.values())
-    return tuple(axes[place[d]] if d in place else axes[next(others)] for d in range(len(axes)))
+    probe = torch.empty_strided([a.size for a in axes], list(range(len(axes))), device="meta")
+    view = op.node.target(**op.args | {"self": probe})  # type: ignore[operator]
+    pairs = zip(view.shape, view.stride(), strict=True)
+    return tuple(axes[stride] if size != 1 else ONE for size, stride in pairs)
 
 
 def _reversed(op: Op) -> Axes:
@@ -125,22 +105,11 @@ def _rot90(op: Op) -> Axes:
     return tuple(axes)
 
 
-def _squeeze(op: Op) -> Axes:
-    gone = dims_of(op, op["dim"])
-    return tuple(a for d, a in enumerate(op.axes("self")) if not (d in gone and a.size == 1))
-
-
-def _unsqueeze(op: Op) -> Axes:
-    axes = list(op.axes("self"))
-    axes.insert(op["dim"] % (len(axes) + 1), ONE)
-    return tuple(axes)
-
-
 # --------------------------------------------------------------------------- expansion
 def _expand(op: Op) -> Axes:
     raw = value(op.node).shape
     axes = (ONE,) * (len(raw) - len(op.axes("self"))) + op.axes("self")
-    return tuple(op.made(s) if a.size == 1 else a for a, s in zip(axes, raw, strict=True))
+    return tuple(op.free(s) if a.size == 1 else a for a, s in zip(axes, raw, strict=True))
 
 
 def _repeat(op: Op) -> Axes:
@@ -149,23 +118,18 @@ def _repeat(op: Op) -> Axes:
     counts = list(op.args.get("repeats", op["dims"]))
     axes = (ONE,) * (len(counts) - len(axes)) + axes
     counts = [1] * (len(axes) - len(counts)) + counts
-    result = []
-    for a, c, size in zip(axes, counts, value(op.node).shape, strict=True):
-        outer = op.fixed(number(c), "repeated") if number(c) != 1 else ONE
-        if is_free(size) and isinstance(c, fx.Node):
-            op.solver.mark(op.solver.symbolic, outer)
-        result.append(product(outer, a))
-    return tuple(result)
+    outer = (op.fixed(value(c), "repeated") for c in counts)
+    return tuple(map(product, outer, axes))
 
 
 def _repeat_interleave(op: Op) -> Axes:
     """``repeat_interleave(3)`` of an axis n is n x 3 (grouped-query attention)."""
-    axes = list(op.axes("self"))
+    axes = op.axes("self")
     if op["dim"] is None:
         op.conflict("repeat_interleave flattens")
     dim = dim_of(op, op["dim"])
-    axes[dim] = product(axes[dim], op.fixed(number(op["repeats"]), "repeated"))
-    return tuple(axes)
+    times = op.fixed(number(op["repeats"]), "repeated")
+    return _with(axes, dim, product(axes[dim], times))
 
 
 # --------------------------------------------------------------------------- joining
@@ -233,7 +197,7 @@ def _slice(op: Op) -> Axes:
     raw = value(op.node).shape[dim]
     if op.solver.is_fixed(axes[dim]) or op["step"] != 1 or _moving(op) or is_free(raw):
         op.hold(op["self"], dim, "a slice with a step, or to a computed size, takes positions")
-        return _with(axes, dim, op.measured(raw))
+        return _with(axes, dim, op.fixed(raw))
     return _piece(op, dim, out)
 
 
@@ -274,7 +238,7 @@ def _widen_slice(w: Writer, out: str = "") -> fx.Node:
 def _as_strided(op: Op) -> Axes:
     for d in range(len(op.axes("self"))):
         op.hold(op["self"], d, "positions in memory are taken")
-    return tuple(op.measured(s) for s in value(op.node).shape)
+    return tuple(op.fixed(s) for s in value(op.node).shape)
 
 
 def _widen_as_strided(w: Writer) -> fx.Node:
@@ -304,21 +268,14 @@ def _slice_scatter(op: Op) -> Axes:
         op.take(op["src"], dim, "it is written over a part of another")
     else:
         op.unify(piece, source[dim])
-    return _written(op, dim, _with(source, dim, ONE))
+    return agree(op, source, dim)
 
 
 def _select_scatter(op: Op) -> Axes:
     """``self`` with ``src`` written over one position of a dimension."""
     dim, source = dim_of(op, op["dim"]), op.axes("src")
     op.take(op["self"], dim, "one position of this axis is written over", out=dim)
-    return _written(op, dim, (*source[:dim], ONE, *source[dim:]))
-
-
-def _written(op: Op, dim: int, source: Axes) -> Axes:
-    for d, a in enumerate(op.axes("self")):
-        if d != dim:
-            op.unify(a, source[d])
-    return op.axes("self")
+    return agree(op, (*source[:dim], ONE, *source[dim:]), dim)
 
 
 # --------------------------------------------------------------------------- the others
@@ -352,14 +309,11 @@ TABLE: dict[Any, Rule] = {operator.getitem: Rule(_getitem)} | rows(
         "view_as reshape_as": Rule(_reshape_as),
         "flatten.using_ints ravel": Rule(_reshape),
         "unflatten.int": Rule(_reshape, _unflatten),
-        "permute": Rule(_permute),
-        "transpose.int swapaxes swapdims": Rule(_swap),
-        "movedim.int movedim.intlist": Rule(_movedim),
-        "t matrix_H": "n -> n | m n -> n m",
+        "permute transpose.int swapaxes swapdims movedim.int movedim.intlist squeeze squeeze.dim "
+        "squeeze.dims unsqueeze": Rule(_view),
         "numpy_T": Rule(_reversed),
+        "t matrix_H": "n -> n | m n -> n m",
         "rot90": Rule(_rot90),
-        "squeeze squeeze.dim squeeze.dims": Rule(_squeeze),
-        "unsqueeze": Rule(_unsqueeze),
         "expand broadcast_to": Rule(_expand, widen_sized),
         "expand_as": "..., ... -> ...",
         "repeat tile": Rule(_repeat),

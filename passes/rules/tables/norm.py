@@ -12,7 +12,7 @@ from torch import fx
 
 from ....kernels import copies
 from ...program import shape
-from ..op import Axes, Op, outputs
+from ..op import Op, outputs
 from ..signature import rows, sig
 from ..writer import Rule, Writer
 
@@ -28,19 +28,13 @@ def _functional_batch_norm(op: Op) -> Any:
     """Several results: the output, then statistics per channel."""
     x, *others = outputs(op.node)
     axes = _BATCH.infer(op)[0]
-    axes = tuple(op.measured(x.shape[d]) if d in op.spread else a for d, a in enumerate(axes))
+    axes = tuple(op.fixed(x.shape[d]) if d in op.spread else a for d, a in enumerate(axes))
     op.spread = set()  # of the output only
     return [axes] + [(axes[1],) if v.numel() else tuple(map(op.fixed, shape(v))) for v in others]
 
 
 # --------------------------------------------------------------------------- layer and RMS norm
-def _layer_norm(op: Op) -> Axes:
-    x, count = op.axes("input"), len(op["normalized_shape"])
-    for name in ("weight", "bias"):
-        if op[name] is not None:
-            for a, b in zip(x[len(x) - count :], op.axes(name), strict=True):
-                op.unify(a, b)
-    return x
+_LAYER = sig("..., ...?, ...? -> ...", "input weight bias")
 
 
 def _widen_layer_norm(w: Writer, center: bool) -> fx.Node:
@@ -97,8 +91,8 @@ TABLE: dict[Any, Rule] = rows(
             _functional_batch_norm
         ),
         "instance_norm": _INSTANCE,
-        "layer_norm": Rule(_layer_norm, partial(_widen_layer_norm, center=True)),
-        "rms_norm": Rule(_layer_norm, partial(_widen_layer_norm, center=False)),
+        "layer_norm": replace(_LAYER, widen=partial(_widen_layer_norm, center=True)),
+        "rms_norm": replace(_LAYER, widen=partial(_widen_layer_norm, center=False)),
         "group_norm": replace(_GROUP, widen=_widen_group_norm),
         "_weight_norm": replace(sig("..., ... -> ..."), widen=_widen_weight_norm),
     }

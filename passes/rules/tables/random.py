@@ -28,20 +28,16 @@ def _dropout(w: Writer) -> fx.Node:
     return w.call(torch.ops.aten.mul.Tensor, x, w.spread(mask, axes))
 
 
-def _input(op: Op) -> str:
-    return "input" if "input" in op.args else "self"
-
-
 def _draw(op: Op) -> Axes:
     """A number is drawn for every element of the student's, in its memory order."""
-    axes = op.axes(_input(op))
-    for d in range(len(axes)):
-        op.narrow(op[_input(op)], d, "", out=d)
-    return axes
+    x = next(iter(op.args.values()))
+    for d in range(len(op.axes(x))):
+        op.narrow(x, d, "", out=d)
+    return op.axes(x)
 
 
 def _widen_draw(w: Writer) -> fx.Node:
-    name = _input(w.op)
+    name = next(iter(w.op.args))
     if not any(map(w.wide, w.op.axes(name))):
         return w.copy()
     return w.copy(**{name: w.call(copies.in_order, w[name], memory_order(w.op[name]))})

@@ -83,8 +83,8 @@ def _shared(w: Writer, weight: fx.Node) -> Any:
     axis = w.op.env.get(weight.name)
     if axis is None or not w.wide(axis):
         return w.map(weight)
-    rows = ("rows",)
-    return apply_share(w, w.map(weight), weight, (rows, (weight.name,)), weight.name, set(rows))
+    places = [(("rows",), 0), ((weight.name,), 0)]
+    return apply_share(w, w.map(weight), weight, places, weight.name, {"rows"})
 
 
 def _widen_layers(w: Writer) -> Any:

@@ -43,10 +43,8 @@ def alike(op: Op, axes: Axes) -> Any:
 # --------------------------------------------------------------------------- sums and means
 def _widen_sum(w: Writer) -> fx.Node:
     axes, x = w.op.axes("self"), w["self"]
-    for d in _dims(w.op):
-        if w.wide(axes[d]):
-            sizes = [1] * len(axes)
-            x = share_along(w, x, w.op["self"], axes[d], sizes, d, d)
+    for d in _wide(w):
+        x = share_along(w, x, w.op["self"], axes[d], [1] * len(axes), d, d)
     return w.copy(self=x)
 
 
@@ -73,12 +71,16 @@ def _correction(op: Op) -> float:
     return 1.0 if op["correction"] is None else float(op["correction"])
 
 
-def _widen_variance(w: Writer, root: bool = False, mean: bool = False) -> fx.Node:
+def _variance(root: bool, mean: bool) -> Rule:
     """The student's variance: the biased one, rescaled by n / (n - c) with the student's n."""
-    if not _wide(w):
-        return w.copy()
-    rest = _correction(w.op), bool(w.op["keepdim"]), root, mean
-    return w.call(copies.variance, w["self"], *_counts(w), *rest)
+
+    def widen(w: Writer) -> fx.Node:
+        if not _wide(w):
+            return w.copy()
+        rest = _correction(w.op), bool(w.op["keepdim"]), root, mean
+        return w.call(copies.variance, w["self"], *_counts(w), *rest)
+
+    return Rule(reduce, widen)
 
 
 def _order(op: Op) -> float:
@@ -140,14 +142,10 @@ TABLE: dict[Any, Rule] = rows(
         "linalg_vector_norm norm.ScalarOpt_dim norm.Scalar norm.ScalarOpt_dim_dtype": Rule(
             _norm, _widen_norm
         ),
-        "var var.dim var.correction": Rule(reduce, _widen_variance),
-        "std std.dim std.correction": Rule(reduce, partial(_widen_variance, root=True)),
-        "var_mean var_mean.dim var_mean.correction": Rule(
-            reduce, partial(_widen_variance, mean=True)
-        ),
-        "std_mean std_mean.dim std_mean.correction": Rule(
-            reduce, partial(_widen_variance, root=True, mean=True)
-        ),
+        "var var.dim var.correction": _variance(root=False, mean=False),
+        "std std.dim std.correction": _variance(root=True, mean=False),
+        "var_mean var_mean.dim var_mean.correction": _variance(root=False, mean=True),
+        "std_mean std_mean.dim std_mean.correction": _variance(root=True, mean=True),
         "prod prod.dim_int": Rule(partial(reduce, narrow="copies would multiply")),
         "argmax argmin max.dim min.dim median.dim mode kthvalue": Rule(
             partial(reduce, narrow=_POSITION)

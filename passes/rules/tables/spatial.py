@@ -22,9 +22,8 @@ def _mixed(op: Op, dims: Iterable[int], why: str) -> Axes:
 
 def _pad(op: Op) -> Axes:
     rank, pads = len(op.axes("self")), list(op["pad"])
-    padded = [
-        rank - 1 - k for k in range(len(pads) // 2) if pads[2 * k] != 0 or pads[2 * k + 1] != 0
-    ]
+    pairs = enumerate(zip(pads[::2], pads[1::2], strict=True))  # from the last dimension on
+    padded = (rank - 1 - k for k, pair in pairs if pair != (0, 0))
     return _mixed(op, padded, "padding adds positions")
 
 
