@@ -76,9 +76,8 @@ class Widened(Assigned):
 def widen(program: Assigned) -> Widened:
     """Write the teacher's graphs."""
     options = program.options
-    # a rule that fails here is bridged: one of several reasons that inference knows the others of
-    found = program.inference
-    inference = replace(found, bridges=dict(found.bridges))
+    # rules that fail while they write are bridged, too: noted in a copy, inference stays as it was
+    inference = replace(program.inference, bridges=dict(program.inference.bridges))
     solver, freeze_once = inference.solver, cache(partial(freeze, width=program.widths))
     refined = solver.checkpoint()
 
