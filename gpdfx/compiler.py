@@ -131,7 +131,7 @@ def expand(
             clock.lap("transform")
             _make_room(model)
             check = laws.verify(_to_check(compiled), seed=seed)
-            compiled = compiled.pinned(check.free)
+            compiled = replace(compiled, sizes=check.sizes)
             _make_room(model)
             clock.lap("verify")
 

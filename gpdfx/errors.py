@@ -44,7 +44,13 @@ class CaptureError(GpdfxError):
 
 
 class LossyError(GpdfxError):
-    """The teacher does not compute the student's function: a bug in a rule, never the user's."""
+    """The teacher does not compute the student's function: a bug in a rule, or Python in forward
+    that no graph does. ``apart``: the module that would have to stay the user's Python, if it is
+    known (empty for the whole network)."""
+
+    def __init__(self, message: str, *, apart: str | None = None, **where: str | None) -> None:
+        super().__init__(message, **where)
+        self.apart = apart
 
 
 class TrainingError(GpdfxError):

@@ -17,9 +17,9 @@ import gpdfx
 from gpdfx.algebra.frozen import Frozen
 from gpdfx.calls.sizes import resized
 from gpdfx.check import laws, streaming
-from gpdfx.check.compare import WrittenError
-from gpdfx.check.observe import Fact, Kind, difference
+from gpdfx.check.facts import Fact, Law, difference
 from gpdfx.check.probe import randomize, settle_statistics
+from gpdfx.check.visit import WrittenError
 from gpdfx.errors import LossyError
 from gpdfx.kernels import copies
 from gpdfx.passes.program import is_mutable
@@ -319,6 +319,17 @@ def test_not_a_number_fails() -> None:
         verify(widened, call)
 
 
+class Casts(nn.Module):
+    """Rounds to float32 on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x).to(torch.float64).relu().to(torch.float32)
+
+
 def test_what_follows_an_attempt_depends_on_its_error() -> None:
     """Copies for a student that writes to its parameters, its own casts, then another probe."""
     errors: list[Exception] = [
@@ -327,7 +338,8 @@ def test_what_follows_an_attempt_depends_on_its_error() -> None:
         laws._UndecidedError("rounding decides"),
         laws._StaleError("a cache"),
     ]
-    attempts = laws._attempts(nn.Linear(4, 4), ((torch.randn(2, 4),), {}), 7, True)
+    program = program_of(Casts(), ((torch.randn(2, 4),), {}))
+    attempts = laws._attempts(program, [((torch.randn(2, 4),), {})], 7)
     seen = [next(attempts), *(attempts.send(error) for error in errors[:-1])]
     assert [a.borrow for a in seen] == [True, False, True, True]
     assert [a.precision.lifted for a in seen] == [True, True, False, True]
@@ -339,18 +351,18 @@ def test_what_follows_an_attempt_depends_on_its_error() -> None:
 
 def test_facts_read_as_words() -> None:
     facts = [
-        Fact(Kind.OUTPUT, 0),
-        Fact(Kind.OUTPUT, 3, "stem.1"),
-        Fact(Kind.INPUT_GRADIENT, 1),
-        Fact(Kind.PARAMETER_GRADIENT, "fc.weight"),
-        Fact(Kind.BUFFER, "norm.running_mean"),
+        Fact(Law.OUTPUTS, 0),
+        Fact(Law.OUTPUTS, 3, "stem.1"),
+        Fact(Law.INPUTS, 1),
+        Fact(Law.PARAMETERS, "fc.weight"),
+        Fact(Law.BUFFERS, "norm.running_mean", call=1),
     ]
     assert list(map(str, facts)) == [
         "output 0",
         "output 3 (stem.1)",
         "gradient of input 1",
         "gradient of fc.weight",
-        "buffer norm.running_mean",
+        "buffer norm.running_mean of call 2",
     ]
 
 

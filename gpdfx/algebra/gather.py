@@ -35,6 +35,24 @@ def gather(tensor: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
     return wide
 
 
+def scatter(wide: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
+    """The adjoint of ``gather``: the sum over all copies of every student index."""
+    if not any(frozen.wide for frozen in maps):
+        return wide
+    if math.prod(len(frozen.runs) for frozen in maps) * BLOCK > wide.numel():
+        for dim, frozen in enumerate(maps):
+            if frozen.wide:
+                index = torch.from_numpy(frozen.map).to(wide.device)
+                shape = [*wide.shape[:dim], frozen.student, *wide.shape[dim + 1 :]]
+                wide = wide.new_zeros(shape).index_add(dim, index, wide)
+        return wide
+    total = wide.new_zeros([frozen.student for frozen in maps])
+    for block in itertools.product(*(frozen.runs for frozen in maps)):
+        copy = tuple(slice(to, to + n) for to, _, n in block)
+        total[tuple(slice(at, at + n) for _, at, n in block)] += wide[copy]
+    return total
+
+
 def _memory_format(tensor: Tensor) -> torch.memory_format:
     plain = torch.contiguous_format
     kind = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim, plain)

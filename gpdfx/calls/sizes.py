@@ -2,8 +2,8 @@
 
 Capture leaves a size free (a symbol), bakes it (a number), or ties it to another; on its way it
 takes branches, and each leaves a condition on the symbols. A size for which the graph does not
-hold is refused by name. Conditions that only exclude sizes of zero and one are dropped: capture
-assumes them everywhere, and the operations do not need them.
+hold is refused by name. Conditions that may only come from what an operation's shape function took
+for granted (no size of zero or one, as a rule) are set apart: the check tries them.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ class Symbol:
 class Sizes:
     """``inputs``: per input the size of each dimension: a number, or an expression in symbols;
     ``symbols``: by name; ``conditions``: expressions that hold for every size the graph is right
-    for."""
+    for; ``assumed``: others that capture met, of which it is not known whether they need to."""
 
     inputs: tuple[tuple[int | str, ...], ...]
     symbols: dict[str, Symbol]
     conditions: tuple[str, ...]
+    assumed: tuple[str, ...] = ()
 
     def check(self, flat: Sequence[Any], names: list[str]) -> None:
         """Raise ``InputError`` unless the inputs have sizes that the graph holds for."""
@@ -78,12 +79,12 @@ class Sizes:
                 raise _refusal(names[at.input], flat[at.input], at.dim, why)
         for name, x, sizes in zip(names, flat, self.inputs, strict=True):
             for d, want in enumerate(sizes):
-                if isinstance(want, str) and _evaluate(want, values) != x.shape[d]:
+                if isinstance(want, str) and evaluate(want, values) != x.shape[d]:
                     place = self._readable(want, names)
                     why = f"; the network was captured with the size of {place} there"
                     raise _refusal(name, x, d, why)
         for condition in self.conditions:
-            if not _evaluate(condition, values):
+            if not evaluate(condition, values):
                 needed = self._readable(condition, names)
                 why = f"the network was captured on a path that needs {needed}"
                 raise InputError(why, remedy=_REMEDY)
@@ -102,35 +103,61 @@ class Sizes:
         places = self.symbols.items()
         return {n for n, at in places if at.dim == 0 and shapes[at.input][0] == size}
 
+    def read(self, flat: Sequence[Any]) -> dict[str, int]:
+        """The symbols' values for these inputs."""
+        return {name: at.read(flat)[0] for name, at in self.symbols.items()}
+
+    def moved(
+        self, flat: Sequence[Any], values: dict[str, int], names: list[str]
+    ) -> list[Any] | None:
+        """These inputs repeated or cut to other values of the symbols; ``None`` if the graph does
+        not claim to hold there."""
+        moved = list(flat)
+        for k, sizes in enumerate(self.inputs):
+            for d, want in enumerate(sizes):
+                size = int(evaluate(want, values)) if isinstance(want, str) else want
+                if size != flat[k].shape[d]:
+                    moved[k] = resized(moved[k], d, max(size, 0))
+        with contextlib.suppress(InputError):
+            self.check(moved, names)
+            return moved
+        return None
+
     def elsewhere(self, flat: Sequence[Any], level: str, names: list[str]) -> Iterator[list[Any]]:
         """The example's values, repeated to other sizes that the graph claims to hold for: one
         sample more, and lengths that differ more, but equal ones equally."""
         shapes = [tuple(x.shape) for x in flat]
         free, batch = self.free(level, shapes), self.free("batch", shapes)
         for step in (32, 28, 24, 16, 12, 8, 4, 2, 1, 0):  # 0: twice the size
-            values = {name: at.read(flat)[0] for name, at in self.symbols.items()}
+            values = self.read(flat)
             for name in free:
                 more = max(step // self.symbols[name].scale, 1) if step else values[name]
                 values[name] += 1 if name in batch else more
-            moved = list(flat)
-            for k, sizes in enumerate(self.inputs):
-                for d, want in enumerate(sizes):
-                    if isinstance(want, str):
-                        moved[k] = resized(moved[k], d, int(_evaluate(want, values)))
-            with contextlib.suppress(InputError):
-                self.check(moved, names)
+            if (moved := self.moved(flat, values, names)) is not None:
                 yield moved
+
+    def smaller(self, flat: Sequence[Any], size: int, names: list[str]) -> list[Any] | None:
+        """The example's values, cut where a size that is free, and not the batch, is larger."""
+        shapes = [tuple(x.shape) for x in flat]
+        values, batch = self.read(flat), self.free("batch", shapes)
+        for name in self.free("sizes", shapes) - batch:
+            at = self.symbols[name]
+            values[name] = min(values[name], (size - at.offset) // at.scale)
+        return self.moved(flat, values, names)
 
     def pinned(self, shapes: list[tuple[int, ...]], level: str) -> Sizes:
         """As this, but only the symbols of a lower level are free; all else is the example's."""
         free = self.free(level, shapes)
         inputs = tuple(
-            tuple(want if _names(want) <= free else s for s, want in zip(*both, strict=True))
+            tuple(want if names_in(want) <= free else s for s, want in zip(*both, strict=True))
             for both in zip(shapes, self.inputs, strict=True)
         )
         symbols = {name: at for name, at in self.symbols.items() if name in free}
-        conditions = tuple(c for c in self.conditions if _names(c) & set(self.symbols) <= free)
-        return Sizes(inputs, symbols, conditions)
+        conditions, assumed = (
+            tuple(c for c in each if names_in(c) & set(self.symbols) <= free)
+            for each in (self.conditions, self.assumed)
+        )
+        return Sizes(inputs, symbols, conditions, assumed)
 
     def describe(self, names: list[str]) -> dict[str, str]:
         """Input -> its sizes, for people: ``batch x 3 x any x any``."""
@@ -158,7 +185,8 @@ def resized(x: Tensor, dim: int, size: int) -> Tensor:
     return x.index_select(dim, (torch.arange(size) % x.shape[dim]).to(x.device))
 
 
-def _evaluate(text: str, values: dict[str, int]) -> Any:
+def evaluate(text: str, values: dict[str, int]) -> Any:
+    """An expression or a condition, for values of its symbols."""
     try:
         return eval(_compiled(text), {"math": math}, values)
     except ZeroDivisionError:  # a size of nothing
@@ -170,7 +198,8 @@ def _compiled(text: str) -> CodeType:
     return compile(text, "<sizes>", "eval")
 
 
-def _names(size: int | str) -> set[str]:
+def names_in(size: int | str) -> set[str]:
+    """The symbols of an expression."""
     used = _compiled(size).co_names if isinstance(size, str) else ()
     return set(used) - {"math", "max", "min"}
 
@@ -199,10 +228,10 @@ def input_sizes(graph: fx.Graph) -> Sizes:
             conditions = conditions or guards(size)
             _bind(symbols, expression(size), k, d)
         inputs.append(tuple(sizes))
-    known = (
-        c for c in conditions if _matters(c) and {str(s) for s in c.free_symbols} <= set(symbols)
-    )
-    return Sizes(tuple(inputs), symbols, tuple(dict.fromkeys(map(python_text, known))))
+    known = [c for c in conditions if {str(s) for s in c.free_symbols} <= set(symbols)]
+    needed = dict.fromkeys(python_text(c) for c in known if _matters(c))
+    assumed = dict.fromkeys(python_text(c) for c in known if not _matters(c))
+    return Sizes(tuple(inputs), symbols, tuple(needed), tuple(assumed))
 
 
 def _bind(symbols: dict[str, Symbol], size: Any, k: int, d: int) -> None:
@@ -219,7 +248,7 @@ def _bind(symbols: dict[str, Symbol], size: Any, k: int, d: int) -> None:
 
 
 def _matters(condition: Any) -> bool:
-    """Equations, and bounds that the user set; not that a size is neither zero nor one."""
+    """Equations, and bounds that the user set; not what may say that no size is zero or one."""
     relation = getattr(condition, "rel_op", "!=")
     bounds = (side for side in condition.args if side.is_Integer and abs(int(side)) > 2)
     return relation == "==" or (relation != "!=" and any(True for _ in bounds))

@@ -1,60 +1,151 @@
-"""Free sizes: at which other input sizes than the example's the teacher is still the student."""
+"""The law of sizes: at which other input sizes than the example's the teacher is still the student.
+
+Capture says which sizes are free, and on which conditions. Each graph is run, beside the module
+that it came from, at other sizes, with one sample, and across every condition that may be an
+operation's and not the model's: where both agree the condition is none, where they do not it holds
+from then on.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from ..calls.sizes import Sizes, evaluate, names_in
 from ..passes.capture.limits import LEVELS
 from ..teacher.captured import Section
-from .compare import Pair
+from .facts import Law, difference
 from .locate import call_of, calls_of
-from .observe import difference, keep_rng, observe
+from .observe import keep_rng, observe
+from .visit import Pair
+
+VISITS = 8
+"""Sizes at which one graph is tried across its conditions."""
+FAR = 1e-6
+"""A graph that does not hold at a size is wrong by far."""
 
 
-def free_levels(pair: Pair, limit: float) -> dict[str, str]:
-    """At which level the parts of the teacher, in eval mode, follow the student to other sizes."""
-    student, parts = pair.copy().eval(), pair.teacher._parts
-    pair.teacher.eval()
-    calls = calls_of(student, list(parts), pair.inputs)
-    free = {}
-    for path, part in parts.items():
-        module, called = student.get_submodule(path), calls.get(path, [])
-        sections = [s for s in part.sections if not s.training] or part.sections
-        levels = [_level(pair, module, s, call_of(s, called), 100 * limit) for s in sections]
-        free[path] = max(levels, key=LEVELS.index)
-    return free
+def free_sizes(pair: Pair) -> dict[str, tuple[Sizes, str]]:
+    """Graph -> the sizes that it holds for, and their level of ``LEVELS``: what one mode of a
+    module refuses, the other one does, too."""
+    teacher, found = pair.teacher, dict[str, tuple[Sizes, str]]()
+    for training in (False, True):
+        student = pair.copy().train(training)
+        teacher.train(training)
+        calls = calls_of(pair.copy().train(training), list(teacher._parts), pair.inputs)
+        for key, section in teacher.sections.items():
+            if section.training == training:
+                path = teacher.sites[key].path
+                visits = _Visits(pair, student, student.get_submodule(path), section)
+                found[key] = visits.of(call_of(section, calls.get(path, [])))
+    pair.reload()
+    lowest: dict[str, str] = {}
+    for key, (_, level) in found.items():
+        path = teacher.sites[key].path
+        lowest[path] = max(lowest.get(path, level), level, key=LEVELS.index)
+    return {
+        key: (sizes.pinned(site.call.shapes, lowest[site.path]), lowest[site.path])
+        for key, (sizes, _) in found.items()
+        if (site := teacher.sites[key])
+    }
 
 
-def _level(pair: Pair, module: nn.Module, section: Section, flat: Any, limit: float) -> str:
-    """The first level at which both agree in the first size that the student can have."""
-    for level in LEVELS[:-1] if flat else ():
-        sizes = section.sizes.elsewhere(flat, level, section.call.names)
-        verdicts = (_agree(pair, module, section, moved, limit) for moved in sizes)
-        if next((agree for agree in verdicts if agree is not None), False):
-            return level
-    return LEVELS[-1]
+@dataclass(frozen=True)
+class _Visits:
+    """One graph beside its module, at other sizes."""
+
+    pair: Pair
+    student: nn.Module
+    module: nn.Module
+    section: Section
+
+    def of(self, flat: Any) -> tuple[Sizes, str]:
+        """The sizes that were seen to hold, and the level of ``LEVELS`` that was."""
+        sizes, level = self.section.sizes, self._level(flat)
+        if level == LEVELS[-1]:
+            return replace(sizes, assumed=()), level
+        ones = (f"{name} != 1" for name in sizes.symbols)
+        sizes = replace(sizes, assumed=tuple(dict.fromkeys((*sizes.assumed, *ones))))
+        needed = self._across(flat, sizes)
+        return replace(sizes, conditions=(*sizes.conditions, *needed), assumed=()), level
+
+    def _level(self, flat: Any) -> str:
+        """The first level at which both agree in the first size that the student can have."""
+        sizes, names = self.section.sizes, self.section.call.names
+        for level in LEVELS[:-1] if flat else ():
+            verdicts = map(self._agree, sizes.elsewhere(flat, level, names))
+            if next((agree for agree in verdicts if agree is not None), False):
+                return level
+        return LEVELS[-1]
+
+    def _across(self, flat: Any, sizes: Sizes) -> list[str]:
+        """The conditions across which they do not agree."""
+        innocent, suspect = set[str](), set[str]()
+        seen, tries = set[frozenset[str]](), 0
+        for values, degenerate in _candidates(flat, sizes):
+            open_ = set(sizes.assumed) - innocent
+            broken = frozenset(c for c in open_ if not evaluate(c, values))
+            broken -= frozenset(c for c in broken if degenerate and not _unit(c))
+            if broken in seen or tries == VISITS:
+                continue
+            moved = sizes.moved(flat, values, self.section.call.names)
+            if not broken or moved is None:
+                continue
+            seen.add(broken)
+            tries += 1
+            verdict = self._agree(moved)
+            if verdict is not None:
+                (innocent if verdict else suspect).update(broken)
+        return [c for c in sizes.assumed if c in suspect - innocent]
+
+    def _agree(self, flat: list[Any]) -> bool | None:
+        """Whether the teacher follows; ``None`` if the student does not run on these tensors."""
+        section, pair = self.section, self.pair
+        inputs, teacher = section.call.unflatten(flat), pair.teacher
+        folded = teacher._folding.for_call()
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return section(teacher._net, folded, section.flatten(args, kwargs))
+
+        pair.reload()
+        with torch.no_grad(), keep_rng():
+            for buffer, before in zip(self.student.buffers(), pair.student.buffers(), strict=True):
+                buffer.copy_(before)
+            try:
+                expected = observe(self.module, inputs, pair.seed)
+            except Exception:  # a size that the student cannot have: try another
+                return None
+            try:
+                got = observe(run, inputs, pair.seed)
+            except Exception:  # the graph is not free in this size, whatever capture said
+                return False
+        outputs = (fact for fact in expected if fact.law is Law.OUTPUTS)
+        return all(difference(expected[f], got.get(f)) <= FAR for f in outputs)
 
 
-def _agree(
-    pair: Pair, module: nn.Module, section: Section, flat: list[Any], limit: float
-) -> bool | None:
-    """Whether the teacher follows; ``None`` if the student does not run on these tensors."""
-    inputs, teacher = section.call.unflatten(flat), pair.teacher
-    folded = teacher._fold()
+def _candidates(flat: Any, sizes: Sizes) -> Iterator[tuple[dict[str, int], bool]]:
+    """Values of the symbols across conditions, and whether they are so small that much is the same
+    by chance: one sample; all small; one symbol alone at the numbers that conditions name."""
+    now = sizes.read(flat)
+    batch = sizes.free("batch", [tuple(x.shape) for x in flat])
+    named = {int(n) for c in sizes.assumed for n in re.findall(r"\d+", re.sub(r"\bs\d+", "", c))}
+    yield now | dict.fromkeys(batch, 1), True
+    for size in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
+        yield {n: v if n in batch else min(v, size) for n, v in now.items()}, True
+    near = sorted({n + d for n in (*named, *now.values()) for d in (-1, 0, 1) if n + d > 0})
+    for name in now:
+        for size in near:
+            yield now | {name: size}, False
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return section(teacher._net, folded, section.flatten(args, kwargs))
 
-    with torch.no_grad(), keep_rng():
-        try:
-            expected = observe(module, inputs, pair.seed)
-        except Exception:  # a size that the student cannot have: try another
-            return None
-        try:
-            got = observe(run, inputs, pair.seed)
-        except Exception:  # the graph is not free in this size, whatever capture said
-            return False
-    return all(difference(x, got.get(fact)) <= limit for fact, x in expected.items())
+def _unit(condition: str) -> bool:
+    """True for a condition that all large sizes fulfil."""
+    draw, names = np.random.default_rng(0), sorted(names_in(condition))
+    sizes = draw.integers(64, 512, (16, len(names))).tolist()
+    return all(evaluate(condition, dict(zip(names, row, strict=True))) for row in sizes)

@@ -1,40 +1,52 @@
-"""The one equality check: do two networks compute the same function?
+"""The one equality check: do two networks compute the same function, and train alike?
 
-Observed are outputs of any structure, the gradient with respect to every floating input, and all
-buffers after the call, in eval and in train mode, with equal seeds. A check on fresh weights is
-often vacuous (a zero-initialised last norm hides what stands before it), so ``verify`` runs on a
-*probe*: a copy with generic parameters, in float64; then once more on the real weights.
+The laws are those of ``facts.Law``, and that they hold call after call, at other sizes
+(``free_sizes``), and for what branches fold to (``folds``). Each is looked at in eval and in train
+mode, on a *probe* (a copy with generic parameters, in float64: fresh weights hide much, a
+zero-initialised last norm all that stands before it) and on the real weights; outputs once more in
+the dtype that the user has.
 """
 
 from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ..algebra.gather import gather
-from ..errors import LossyError
-from ..passes.follow import casts_on_purpose
-from ..passes.program import duplicate
+from ..calls import tree
+from ..calls.sizes import Sizes
+from ..errors import InputError, LossyError
+from ..passes.follow import bakes_constants, casts_on_purpose
+from ..passes.program import Program, duplicate
 from ..passes.widen import Widened
 from ..teacher.collapse import filled
 from ..teacher.compiled import Compiled
 from ..teacher.module import Teacher
-from .compare import BUG, Comparison, Pair, WrittenError, compare, rounding
-from .free_sizes import free_levels
+from . import blame
+from .facts import Errors, Fact, Inputs, Law, difference, identical
+from .folds import fold_errors, norm_error
+from .free_sizes import free_sizes
 from .locate import first_difference
-from .observe import GRADIENTS, Inputs, difference, identical, keep_rng, observe
+from .observe import GRADIENTS, keep_rng, observe
 from .probe import Precision, precisions, randomize, settle_statistics
 from .streaming import StreamingTeacher
+from .visit import BUG, Pair, Visit, WrittenError, rounding, visit
 
 TOLERANCE = 1e-10
 CEILING = 1e-7  # where rounding itself is amplified
 PROBES = 3
 SINGLE = 1e-5  # where the network computes in float32 whatever its parameters are
+NARROW = 100  # of the user's own dtype: how many of its last bits outputs may differ by
+STEPS = 1e-2  # of a derivative that is measured by differences
+CALLS = 3
+"""In a row, in train mode, on different inputs."""
+SMALL = (64, 96, 128)
+"""Free sizes are cut to one of these: the fewer pixels, the sooner the check is over."""
 _NOISY = (
     "rounding alone changes this network's result as much on this example (batch norm over very "
     "few values, as a rule): pass example_inputs with a larger batch or a larger image"
@@ -43,23 +55,55 @@ _ZERO = (
     "with random weights this network answers nothing on this example: pass example_inputs that "
     "reach its output, or verify=False"
 )
+_PYTHON = (
+    "expand keeps modules that do so as your Python where it can take the network apart; else let "
+    "forward depend on nothing but its inputs, parameters and buffers"
+)
+SEQUENCE = "sequence of calls"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One law at one visit (``"probe/eval"``): the worst relative error, of which fact, and how
+    much was allowed."""
+
+    law: str
+    where: str
+    error: float
+    fact: str
+    allowed: float
 
 
 @dataclass(frozen=True)
 class Check:
-    """A passed comparison. ``error``: ``{"probe/eval": 1e-15, ...}``, relative, the largest over
-    everything observed; ``vacuous``: outputs that are zero, or in part not numbers; ``dead``:
-    parameters that move no output; ``tolerance``: the largest that was used; ``free``: the input
-    sizes, part by part (a level of ``LEVELS``), that were seen to hold at other values than the
-    example's; ``unseen``: mode -> which gradients the student itself does not have."""
+    """A passed check: the certificate. ``findings``: what each law showed at each visit;
+    ``left_out``: what could not be looked at, and why; ``dead``: parameters that move no output;
+    ``vacuous``: outputs that are zero, or in part not numbers; ``dtype``: of the probe;
+    ``sizes``: graph -> the input sizes at which it was seen to hold; ``unseen``: mode -> which
+    gradients the student itself does not have."""
 
-    error: dict[str, float]
-    tolerance: float
+    findings: tuple[Finding, ...]
+    left_out: tuple[str, ...]
     dead: tuple[str, ...]
     vacuous: tuple[str, ...]
     dtype: torch.dtype
-    free: dict[str, str]
+    sizes: Mapping[str, Sizes]
     unseen: dict[str, str]
+
+    @property
+    def error(self) -> dict[str, float]:
+        """The largest of each visit in float64: ``{"probe/eval": 1e-15, ...}``."""
+        found: dict[str, float] = {}
+        for one in self.findings:
+            if one.where.startswith(("probe/", "real/")):
+                found[one.where] = max(found.get(one.where, 0.0), one.error)
+        return found
+
+    @property
+    def tolerance(self) -> float:
+        """The largest that was used for them."""
+        used = (f.allowed for f in self.findings if f.where in self.error)
+        return max(used, default=TOLERANCE)
 
 
 class _StaleError(LossyError):
@@ -72,7 +116,7 @@ class _UndecidedError(LossyError):
 
 def verify(compiled: Compiled, *, seed: int = 0) -> Check:
     """Raise ``LossyError``, naming the first node that differs, unless student and teacher agree
-    on a probe and on the real weights, in eval and train mode.
+    under all laws.
 
     The tolerance is 1e-10 in float64. Where rounding itself is amplified it is 50 times the
     change that a change in the last bit of the weights makes, never above 1e-7. Casts to a narrow
@@ -81,30 +125,91 @@ def verify(compiled: Compiled, *, seed: int = 0) -> Check:
     makes more of a difference (an activation that lies at zero), or every output is zero, decides
     nothing: another one is drawn, with settled statistics, up to ``PROBES``.
     """
+    with keep_rng():
+        try:
+            return _verify(compiled, seed)
+        except LossyError as error:
+            student, example, caches = compiled.program.student, compiled.example, compiled.caches
+            found = blame.blame(student, example, seed, caches)
+            if found is None or isinstance(error, _UndecidedError | _StaleError):
+                raise
+            text = f"{found.text}, which no graph does: {str(error).splitlines()[0]}"
+            raise LossyError(text, source=found.source, remedy=_PYTHON, apart=found.path) from error
+
+
+def _verify(compiled: Compiled, seed: int) -> Check:
     program, teacher = compiled.program, StreamingTeacher(compiled)
-    single = casts_on_purpose(program)
-    attempts = _attempts(program.student, compiled.example, seed, single)
+    narrow, left_out = _in_own_dtype(compiled, teacher, seed)
+    _keeps_state(compiled, seed)
+    attempts = _attempts(program, _inputs(program, teacher, compiled.example), seed)
     attempt = next(attempts)
     while True:
         try:
             with attempt.precision():
-                return _check(program, teacher, attempt)
+                check = _check(program, teacher, attempt)
+            break
         except (LossyError, WrittenError) as error:
             attempt = attempts.send(error)
             traceback.clear_frames(error.__traceback__)  # they hold the student that was tried
+    for finding in narrow:
+        if not finding.error <= finding.allowed:
+            raise _lossy(finding)
+    findings = (*check.findings, *narrow)
+    return replace(check, findings=findings, left_out=(*check.left_out, *left_out))
+
+
+def _lossy(finding: Finding, **where: str | None) -> LossyError:
+    mode = finding.where.replace("/", ", ")
+    text = f"{mode} mode: {finding.fact} differs by {finding.error:.2e}"
+    return LossyError(f"{text} (allowed {finding.allowed:.0e})", remedy=BUG, **where)
+
+
+# --------------------------------------------------------------------------- inputs
+def _inputs(program: Widened, teacher: StreamingTeacher, example: Inputs) -> list[Inputs]:
+    """What the laws are looked at with: the example cut to a small size if capture left sizes
+    free and the model runs there; the example itself."""
+    small = _smaller(program, teacher, example) if program.parts == [""] else None
+    return [example] if small is None else [small, example]
+
+
+def _smaller(program: Widened, teacher: StreamingTeacher, example: Inputs) -> Inputs | None:
+    sections = list(teacher.sections.values())
+    call = sections[0].call
+    flat = call.flatten(*example)
+    for size in SMALL:
+        cut = [section.sizes.smaller(flat, size, call.names) for section in sections]
+        if cut[0] is None or any(moved is None for moved in cut):
+            continue
+        shapes = [[x.shape for x in moved or ()] for moved in (flat, *cut)]
+        if shapes[0] == shapes[1]:
+            return None
+        inputs: Inputs = call.unflatten(cut[0])
+        runs = (_runs(program.student, inputs, training) for training in (True, False))
+        if all(shape == shapes[1] for shape in shapes[2:]) and all(runs):
+            return inputs
+    return None
+
+
+def _runs(student: nn.Module, inputs: Inputs, training: bool) -> bool:
+    try:
+        observe(duplicate(student).train(training), inputs, 0)
+    except Exception:  # not one of the model's sizes
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------- attempts
 @dataclass(frozen=True)
 class Attempt:
     """How the laws are tried: on which probe (``settled``: with its batch's own statistics), in
-    which precision, with float32's tolerance or not (``loose``), and whether copies of the student
-    may ``borrow`` its parameters."""
+    which precision, with float32's tolerance or not (``loose``), on inputs that were ``cut`` or
+    not, and whether copies of the student may ``borrow`` its parameters."""
 
     seed: int
     precision: Precision
     settled: bool
     loose: bool
+    cut: bool = False
     borrow: bool = True
 
     def student(self, original: nn.Module, *, probe: bool) -> nn.Module:
@@ -119,98 +224,149 @@ class Attempt:
 
 
 def _attempts(
-    student: nn.Module, inputs: Inputs, seed: int, single: bool
+    program: Program, inputs: Sequence[Inputs], seed: int
 ) -> Generator[Attempt, Exception]:
-    """Every attempt is answered by the error that it ended with, which is raised if no other
-    attempt can follow it. A student that writes to its parameters gets copies; where a lifted
-    cast makes a difference (baked constants of a dtype do not follow it), casts stay what they are;
-    what a probe leaves undecided, another one may decide."""
+    """Every attempt is answered by the error that it ended with; if no other attempt can follow it,
+    the first is raised that decided anything. A student that writes to its parameters gets copies;
+    where a lifted cast makes a difference (baked constants of a dtype do not follow it), casts
+    stay what they are; what a small size shows has to show at the example's; what a probe leaves
+    undecided, another one may decide."""
+    single, lift = casts_on_purpose(program), bakes_constants(program) or bool(program.apart)
+    errors: list[Exception] = []
     for probe in range(PROBES):
-        for precision in precisions(student, inputs):
-            loose = precision.dtype is None or (single and not precision.lifted)
-            attempt = Attempt(seed + probe, precision, settled=probe > 0, loose=loose)
-            error = yield attempt
-            if isinstance(error, WrittenError):
-                error = yield replace(attempt, borrow=False)
-            if not precision.lifted or isinstance(error, _StaleError):
-                break
+        for given in inputs:
+            tried: list[Exception] = []
+            for precision in precisions(program.student, given, lift=lift):
+                loose = precision.dtype is None or (single and not precision.lifted)
+                cut = given is not inputs[-1]
+                attempt = Attempt(seed + probe, precision, probe > 0, loose, cut)
+                error = yield attempt
+                if isinstance(error, WrittenError):
+                    error = yield replace(attempt, borrow=False)
+                tried.append(error)
+                if not precision.lifted or isinstance(error, _StaleError):
+                    break
+            errors.append(tried[-1] if isinstance(tried[-1], _UndecidedError) else tried[0])
         if not isinstance(error, _UndecidedError):
             break
-    raise error
+    decided = [e for e in errors if not isinstance(e, _UndecidedError)]
+    raise (decided or errors)[0]
 
 
 def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Check:
-    """Try all laws, on the probe and on the real weights."""
-    precision, original = attempt.precision, program.student
-    precision.convert(teacher).requires_grad_(False)
+    """Look at all laws, on the probe and on the real weights."""
+    precision = attempt.precision
+    precision.convert(teacher)
     teacher.noise = None
-    tolerance, error, moved = TOLERANCE, dict[str, float](), set[str]()
+    findings, moved = list[Finding](), set[str]()
     vacuous, unseen = list[str](), dict[str, str]()
+    left_out: dict[str, None] = {}
     for weights in ("probe", "real"):
         teacher.forget_student()  # the last student is forgotten before the next is made
-        student = attempt.student(original, probe=weights == "probe")
+        student = attempt.student(program.student, probe=weights == "probe")
         pair = Pair(student, teacher, precision.inputs, attempt.seed, attempt.borrow)
         pair.load()
         with teacher._folded_once():
+            if weights == "probe":
+                free = free_sizes(pair)
+                if attempt.cut and any(free[k][1] != m.level for k, m in program.modes.items()):
+                    raise _UndecidedError("it is not free in its sizes")
             for mode in ("eval", "train"):
-                seen, used = _same_function(program, pair, attempt, weights, mode)
-                tolerance = max(tolerance, used)
-                error[f"{weights}/{mode}"] = seen.worst[1]
+                seen, found = _same_function(program, pair, attempt, weights, mode)
+                findings += found
                 zero = ("every output",) if seen.silent else seen.vacuous
                 vacuous += [f"{weights}/{mode}: {fact}" for fact in zero]
                 moved |= seen.moved
                 if missing := GRADIENTS[seen.gradients]:
                     unseen[mode] = missing
+                if mode == "train" and seen.calls < CALLS:
+                    left_out[f"{SEQUENCE}: the model takes {seen.calls} in a row"] = None
             if weights == "probe":
-                free = free_levels(pair, tolerance)
+                findings.append(_norms(pair, unseen.get("train", "")))
+        if weights == "probe":
+            findings.append(_finding("fold", fold_errors(teacher, attempt.seed), Law.FOLD.title))
+            _raise_worst(findings[-2:])
         del student, pair
-    _student_follows(teacher, precision.inputs, attempt.seed, tolerance)
-    parameters = original.named_parameters()
+    findings.append(_student_follows(teacher, precision.inputs, attempt.seed))
+    parameters = program.student.named_parameters()
     dead = tuple(n for n, p in parameters if n not in moved and p.is_floating_point())
     dtype = precision.dtype or torch.get_default_dtype()
-    return Check(error, tolerance, dead, tuple(vacuous), dtype, free, unseen)
+    sizes = {key: found for key, (found, _) in free.items()}
+    return Check(tuple(findings), tuple(left_out), dead, tuple(vacuous), dtype, sizes, unseen)
+
+
+def _finding(where: str, errors: Errors, law: str, allowed: float = TOLERANCE) -> Finding:
+    """The worst of some facts."""
+    fact = max(errors, key=lambda f: errors[f], default=None)
+    return Finding(law, where, errors[fact] if fact else 0.0, str(fact or ""), allowed)
+
+
+def _raise_worst(findings: Sequence[Finding]) -> None:
+    for finding in findings:
+        if not finding.error <= finding.allowed:
+            raise _lossy(finding)
 
 
 # --------------------------------------------------------------------------- laws
 def _same_function(
     program: Widened, pair: Pair, attempt: Attempt, weights: str, mode: str
-) -> tuple[Comparison, float]:
-    """All that is observed in a mode is the same, up to a tolerance, which is returned, too."""
-    seen = compare(pair, mode, dead=weights == "probe")
-    pair.reload()
-    fact, error = seen.worst
-    limit, noise = TOLERANCE, 0.0
-    if error > limit:
-        noise = 50 * rounding(pair, mode, seen.gradients)
-        limit = max(limit, min(noise, CEILING), SINGLE if attempt.loose else 0.0)
+) -> tuple[Visit, list[Finding]]:
+    """All that is observed in a mode is the same, call after call."""
+    seen = visit(pair, mode, differentiate=True, calls=CALLS if mode == "train" else 1)
+    where = f"{weights}/{mode}"
     if seen.silent and weights == "probe":
         raise _UndecidedError(f"every output is zero or nan in {mode} mode", remedy=_ZERO)
-    if not error <= limit:
-        where = first_difference(program, pair, mode)
-        text = f"{weights}, {mode} mode: {fact} differs by {error:.2e} (allowed {limit:.0e})"
-        if math.isfinite(error) and error <= noise:
-            raise _UndecidedError(text, remedy=_NOISY, **where)
-        raise LossyError(text, remedy=BUG, **where)
-    return seen, limit
+    noise: Errors = {}
+    if not seen.worst[1] <= TOLERANCE:
+        noise = {f: 50 * x for f, x in rounding(pair, mode, seen).items()}
+    floor = SINGLE if attempt.loose else TOLERANCE
+    allowed = {f: max(floor, min(noise.get(f, 0.0), CEILING)) for f in seen.errors}
+    over = {f: x / allowed[f] for f, x in seen.errors.items() if not x <= allowed[f]}
+    findings = []
+    for law in dict.fromkeys(map(_law, seen.errors)):
+        of = {f: x for f, x in seen.errors.items() if _law(f) == law}
+        findings.append(_finding(where, of, law, max(allowed[f] for f in of)))
+    if not over:
+        return seen, findings
+    fact = max(over, key=lambda f: over[f])
+    place = first_difference(program, pair, mode)
+    error = _lossy(Finding("", where, seen.errors[fact], str(fact), allowed[fact]), **place)
+    error.apart = fact.part or ("" if program.parts == [""] else None)
+    if all(seen.errors[f] <= noise.get(f, 0.0) for f in over):
+        raise _UndecidedError(str(error).splitlines()[0], remedy=_NOISY, **place)
+    raise error
 
 
-def _student_follows(teacher: StreamingTeacher, inputs: Inputs, seed: int, limit: float) -> None:
-    """The student's view follows every derived parameter, as a fresh module does. Changes the
-    teacher."""
+def _law(fact: Fact) -> str:
+    return SEQUENCE if fact.call else fact.law.title
+
+
+def _norms(pair: Pair, missing: str) -> Finding:
+    error = norm_error(pair, "none" if missing else "all")
+    pair.reload()
+    return Finding(Law.FOLD.title, "train", error, "gradients of norms of branches", STEPS)
+
+
+def _student_follows(teacher: StreamingTeacher, inputs: Inputs, seed: int) -> Finding:
+    """The student's view follows every derived parameter, as a fresh module does, and gives it
+    the gradient. Changes the teacher."""
     args, kwargs = inputs
     fresh = duplicate(teacher.eval()._student)  # before it caches anything
-    with torch.no_grad(), keep_rng():
+    with torch.no_grad():
         teacher.student(*args, **kwargs)  # whatever it caches, it caches now
         _perturb(teacher, seed)
-        got = observe(teacher.student, inputs, seed)
         expected = observe(filled(teacher, fresh), inputs, seed)
-    for fact, x in expected.items():
-        if not difference(x, got.get(fact)) <= limit:
-            raise _StaleError(
-                f"teacher.student ignores a changed parameter: {fact} is not the collapsed one's",
-                remedy="the model caches tensors outside its parameters; clear the cache in "
-                "forward, or in train()",
-            )
+        got = observe(teacher.student, inputs, seed)
+    errors = {f: difference(x, got.get(f)) for f, x in expected.items()}
+    finding = _finding("eval", errors, Law.STUDENT.title, SINGLE)
+    if not finding.error <= finding.allowed:
+        raise _StaleError(
+            f"teacher.student ignores a changed parameter: {finding.fact} is not the collapsed "
+            "one's",
+            remedy="the model caches tensors outside its parameters; clear the cache in "
+            "forward, or in train()",
+        )
+    return finding
 
 
 def _perturb(teacher: StreamingTeacher, seed: int) -> None:
@@ -221,6 +377,49 @@ def _perturb(teacher: StreamingTeacher, seed: int) -> None:
         if p.is_floating_point() and not p.is_meta:
             noise = torch.rand(p.shape[-1:], generator=draw, dtype=torch.float64)
             p.mul_(1 + 0.1 * noise.to(p))
+
+
+def _keeps_state(compiled: Compiled, seed: int) -> None:
+    """No graph stands for a module that keeps state in plain attributes."""
+    program = compiled.program
+    found = blame.state(program.student, compiled.example, seed, compiled.caches)
+    if found and any(blame.owners(program.parts, found.path)):
+        text = f"{found.text}, which no graph does"
+        raise LossyError(text, source=found.source, remedy=_PYTHON, apart=found.path)
+
+
+# --------------------------------------------------------------------------- the own dtype
+def _in_own_dtype(
+    compiled: Compiled, teacher: StreamingTeacher, seed: int
+) -> tuple[list[Finding], list[str]]:
+    """Outputs on the example, in the dtypes that the user has: casts are lifted elsewhere. What
+    the student or rounding makes of them there is left out."""
+    findings, left_out = list[Finding](), list[str]()
+    student = duplicate(compiled.program.student)
+    floats = [x for x in tree.leaves(compiled.example) if isinstance(x, torch.Tensor)]
+    kinds = {t.dtype for t in (*student.parameters(), *floats) if t.is_floating_point()}
+    exact = NARROW * max((torch.finfo(kind).eps for kind in kinds), default=0.0)
+    pair = Pair(student.requires_grad_(False), teacher, compiled.example, seed, borrow=False)
+    for mode in ("eval", "train"):
+        try:
+            pair.load()
+            with teacher._folded_once():
+                seen = visit(pair, mode, differentiate=False)
+                errors = {f: x for f, x in seen.errors.items() if f.law is Law.OUTPUTS}
+                noise: Errors = {}
+                if not max(errors.values(), default=0.0) <= exact:
+                    noise = rounding(pair, mode, seen)
+        except InputError as error:
+            left_out.append(f"own dtype, {mode} mode: {str(error).splitlines()[0]}")
+            continue
+        chaotic = [f for f in errors if not math.isfinite(noise.get(f, 0.0))]
+        if chaotic:
+            left_out.append(f"own dtype, {mode} mode: {chaotic[0]} depends on rounding")
+        steady = {f: x for f, x in errors.items() if f not in chaotic}
+        allowed = max(exact, 50 * max((noise.get(f, 0.0) for f in steady), default=0.0))
+        findings.append(_finding(f"own/{mode}", steady, Law.OUTPUTS.title, allowed))
+    teacher.forget_student()
+    return findings, left_out
 
 
 def check_values(program: Widened, teacher: Teacher) -> None:

@@ -16,8 +16,9 @@ from ..passes.folded import reads
 from ..passes.program import CallSite, module_path, source
 from ..passes.widen import Widened
 from ..teacher.captured import Section
-from .compare import Pair
-from .observe import Inputs, difference, keep_rng
+from .facts import Inputs, difference
+from .observe import keep_rng
+from .visit import Pair
 
 NOTICED = 1e-9  # where student and teacher part
 

@@ -29,7 +29,8 @@ from ..passes.rules.op import Axes, Op, parts
 from ..passes.rules.writer import Rule, Target
 from ..passes.widen import GraphWriter
 from ..torch_private import is_fake, tree_flatten, tree_leaves, tree_map, tree_unflatten
-from .observe import difference, keep_rng
+from .facts import difference
+from .observe import keep_rng
 
 
 @dataclass

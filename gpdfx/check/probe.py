@@ -14,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..calls import tree
 from ..passes.program import duplicate
-from ..torch_private import BATCH_NORMS, NORMS
-from .observe import Inputs, floating, keep_rng
+from ..torch_private import BATCH_NORMS, NORMS, tree_leaves
+from .facts import Inputs, floating
+from .observe import keep_rng
 
 _NORMS = (*NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _STATISTICS = {"running_mean": (-0.5, 0.5), "running_var": (0.5, 1.5)}
@@ -62,9 +63,15 @@ def settle_statistics(student: nn.Module, inputs: Inputs) -> None:
 
 
 # --------------------------------------------------------------------------- precision
+_ALWAYS = frozenset(("zeros", "ones", "empty", "rand", "randn", "eye", "linspace", "logspace"))
+_PERHAPS = frozenset(("full", "tensor", "as_tensor", "scalar_tensor", "arange", "normal"))
+"""What makes tensors of none: of the default dtype, or if their arguments are floating numbers."""
+
+
 class _Lifted(TorchFunctionMode):
-    """Casts to a narrow floating dtype go to float64: they must not hide a difference by their
-    rounding, nor make one."""
+    """Casts to a narrow floating dtype go to float64, and so does what has the default dtype: they
+    must not hide a difference by their rounding, nor make one. (No other thread sees that, as it
+    would see another default dtype.)"""
 
     _METHODS: ClassVar = dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double)
 
@@ -73,7 +80,17 @@ class _Lifted(TorchFunctionMode):
     ) -> Any:
         args = tuple(map(self._lift, args))
         kwargs = {k: self._lift(v) for k, v in (kwargs or {}).items()}
-        return self._METHODS.get(func, func)(*args, **kwargs)
+        name = getattr(func, "__name__", "").partition(".")[0]
+        if name in _ALWAYS and kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float64
+        result = self._METHODS.get(func, func)(*args, **kwargs)
+        if type(result) is not Tensor or result.dtype is not torch.get_default_dtype():
+            return result
+        if any(floating(x) for x in tree_leaves((args, kwargs))):
+            return result
+        if name in _PERHAPS and "dtype" not in kwargs:
+            return func(*args, **kwargs, dtype=torch.float64)
+        return result.double() if result.is_floating_point() else result  # of integers
 
     @staticmethod
     def _lift(x: Any) -> Any:
@@ -89,35 +106,34 @@ class Precision:
     lifted: bool
     inputs: Inputs
 
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __call__(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in it; if lifted, whatever a network asks for."""
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64 if self.lifted else before)
-        try:
-            with _Lifted() if self.lifted else contextlib.nullcontext():
-                yield
-        finally:
-            torch.set_default_dtype(before)
+        return _Lifted() if self.lifted else contextlib.nullcontext()
 
     def convert(self, module: nn.Module) -> nn.Module:
         """A module's parameters to it, in place."""
         return module.to(self.dtype) if self.dtype else module
 
 
-def precisions(student: nn.Module, inputs: Inputs) -> Iterator[Precision]:
+def precisions(student: nn.Module, inputs: Inputs, *, lift: bool) -> Iterator[Precision]:
     """The precisions in which a network runs, the most exact first: all of it in float64, its
     parameters in float64, or in its own dtype. Some refuse an input in another dtype than theirs:
-    that one stays. What is finite in its own dtype has to be in float64."""
+    that one stays. What is finite in its own dtype has to be in float64. ``lift``: it asks for
+    dtypes, or may."""
     own = Precision(None, False, inputs)
-    accepted = (True, _finite(student, own) is True)
+    finite: bool | None = None
     found = False
-    for lifted in (True, False):
-        tried = (Precision(torch.float64, lifted, fitting) for fitting in _castings(inputs))
-        for precision in (p for p in tried if _finite(student, p) in accepted):
-            found = True
-            yield precision
-            break
+    for lifted in (True, False) if lift else (False,):
+        for fitting in _castings(inputs):
+            precision = Precision(torch.float64, lifted, fitting)
+            good = _finite(student, precision)
+            if good is False:
+                finite = _finite(student, own) is True if finite is None else finite
+                good = not finite
+            if good:
+                found = True
+                yield precision
+                break
     if not found:
         yield own
 

@@ -19,13 +19,14 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..algebra.frozen import Frozen
+from ..algebra.gather import scatter
 from ..kernels import copies
-from ..kernels.fold import each, reference
-from ..passes.folded import Folded, Make, teachers
-from ..passes.program import Mode, copied, mutated
+from ..passes.folded import Folded, Lowered, Make, merged, plain, students, teachers
+from ..passes.program import CallSite, Mode, copied, mutated
 from ..teacher.captured import Section
 from ..teacher.compiled import Compiled
-from ..teacher.folding import Chunk, Lazy
+from ..teacher.fold import Fold
+from ..teacher.folding import Lazy
 from ..teacher.module import Teacher
 from ..torch_private import StorageReference, storage_key, storage_reference, version
 
@@ -34,48 +35,62 @@ KEEP = 2**30
 
 
 class _Made(NamedTuple):
-    """A storage whose tensor can be made again; ``name``: of the parameter that it is."""
+    """A storage whose tensor can be made again."""
 
     storage: StorageReference  # keeps the address from being used again
     version: int
     make: Make
-    name: str | None
+
+
+class _Gathered(torch.autograd.Function):
+    """``wide``, which was gathered from ``own``, with the gradient of that."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, wide: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
+        ctx.maps = maps
+        return wide.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return scatter(grads[0], ctx.maps), None, None
 
 
 class StreamingTeacher(Teacher):
-    """A teacher whose wide parameters follow from those of the student that it was given last.
+    """A teacher whose parameters follow from those of the student that it was given last, its
+    gradients too: by the chain rule those of the student, summed over copies.
 
     ``names``: those that are gathered; one that a graph writes to is a real one. ``graphs``: as
-    they run. ``noise``: a seed; every copy of a number then differs from the others, by a tenth at
-    most.
+    they run; ``sections``: made of them; ``sites``: what they are graphs of. ``noise``: a seed;
+    every copy of a number then differs from the others, by a tenth at most.
     """
 
     def __init__(self, compiled: Compiled) -> None:
         program = compiled.program
-        written, once = _written(program.graphs), _once_shared(program.graphs)
+        written = {x.target for _, n in program.each() for _, x in mutated(n) if x.op == "get_attr"}
         self.__dict__.update(
             names=frozenset(
                 name
-                for name, maps in program.maps.items()
-                if isinstance(program.tensors[name], nn.Parameter)
-                and any(m.wide for m in maps)
-                and name not in written
+                for name, tensor in program.tensors.items()
+                if isinstance(tensor, nn.Parameter) and name not in written
             ),
             graphs={},
+            sections={},
+            sites={},
             noise=None,
-            _once=once,
             _given={},
             _kept={},
             _made={},
         )
         super().__init__(compiled)
         self._size = sum(8 * self._net.get_parameter(name).numel() for name in self.names)
+        self._lowered = program.lowered
         self._folding.read_with(self._tensor)
 
     names: frozenset[str]
     graphs: dict[str, fx.Graph]
+    sections: dict[str, Section]
+    sites: dict[str, CallSite]
     noise: int | None
-    _once: set[str]
     _given: dict[str, Tensor]
     _kept: dict[str, Tensor]
     _made: dict[int, _Made]
@@ -89,25 +104,45 @@ class StreamingTeacher(Teacher):
                 graph.erase_node(node)
         for node in graph.find_nodes(op="call_function", target=copies.share):
             node.target = self.share
-        return super()._section(key, mode, graph, compiled)
+        self.sites[key] = mode.site
+        self.sections[key] = section = super()._section(key, mode, graph, compiled)
+        return section
 
     def _initial(self, name: str, tensor: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
         if name not in self.names:
             return super()._initial(name, tensor, maps)
-        empty = tensor.detach().to("meta")
-        return super()._initial(name, nn.Parameter(empty, tensor.requires_grad), maps)
+        empty = torch.empty([m.teacher for m in maps], dtype=tensor.dtype, device="meta")
+        return nn.Parameter(empty, tensor.requires_grad)
 
     # ---- the student's values
     def load_student(self, student: nn.Module) -> None:
         """Gather from this one's parameters from now on; they must not change."""
         self.forget_student()
-        self._given.update({name: p.detach() for name, p in student.named_parameters()})
+        for name, p in student.named_parameters():
+            self._given[name] = p.detach().requires_grad_(p.is_floating_point())
         super().load_student(student)
 
     def forget_student(self) -> None:
         """Hold no tensors of a student any more."""
         self._kept.clear()
         self._given.clear()
+
+    def forget_calls(self) -> None:
+        """Let the user's Python between the parts have the state of the first call again."""
+        if self._python_shell is not None:
+            object.__setattr__(self, "_python_shell", self._make_python_shell())
+
+    @property
+    def sources(self) -> dict[str, Tensor]:
+        """The leaves that gradients of the parameters come to, by name: the student's own, or,
+        where a graph writes to it, the teacher's."""
+        given = {n: p for n, p in self._given.items() if n in self.names and p.requires_grad}
+        real = {n for n, p in self._given.items() if n not in given and p.requires_grad}
+        return given | {n: self._net.get_parameter(n).requires_grad_() for n in sorted(real)}
+
+    def own_gradient(self, name: str, gradient: Tensor) -> Tensor:
+        """The gradient of one of ``sources`` as that of the student's parameter."""
+        return gradient if name in self.names else scatter(gradient, self._facts.maps[name])
 
     def _load(self, name: str, tensor: Tensor) -> None:
         if name not in self.names:
@@ -117,60 +152,76 @@ class StreamingTeacher(Teacher):
         first = self._facts.alias.get(name, name)
         return self.gather(first) if first in self.names else super()._tensor(name)
 
-    def narrow(self, name: str, wide: Tensor) -> Tensor:
-        return super().narrow(name, wide).clone()  # a view would hold all of it
-
     def gather(self, name: str) -> Tensor:
-        """One wide parameter."""
-        if name in self._kept:
-            return self._kept[name]
-        wide = self.widen(name, self._given[name])
+        """One of the teacher's parameters."""
+        own, maps = self._given[name], self._facts.maps[name]
+        if self.noise is None and not any(m.wide for m in maps):
+            return own
+        wide = self._kept.get(name)
+        if wide is None:
+            wide = self._gather(name)
+            if self._size <= KEEP:
+                self._kept[name] = wide
+            else:
+                self._know(wide, partial(self._gather, name))
+        if not (own.requires_grad and torch.is_grad_enabled()):
+            return wide
+        made: Tensor = _Gathered.apply(own, wide, maps)
+        return made
+
+    @torch.no_grad()
+    def _gather(self, name: str) -> Tensor:
+        wide = self.widen(name, self._given[name].detach())
         if self.noise is not None and wide.is_floating_point():
             draw = torch.Generator().manual_seed(self.noise + zlib.crc32(name.encode()))
             noise = torch.rand(wide.shape[-1:], generator=draw, dtype=torch.float64)
-            wide.mul_(1 + 0.1 * noise.to(wide))
-        if self._size <= KEEP:
-            self._kept[name] = wide
-        return self._know(wide, partial(self.gather, name), name)
+            wide = wide * (1 + 0.1 * noise.to(wide))
+        return wide
 
     def share(self, x: Tensor, *rest: Any) -> Tensor:
-        """``copies.share``; the result is made again where it is made of a parameter, and takes
-        the place of one that is used for nothing else."""
-        make, made = self._recipe(x), self._made.get(storage_key(x))
-        if make is None or made is None:
-            return copies.share(x, *rest)
-        fresh = made.name is not None and made.name not in self._kept
-
-        def again() -> Tensor:
-            x = make()
-            return copies.share(x, *rest, out=x if fresh else None)
-
-        y = copies.share(x, *rest, out=x if fresh and made.name in self._once else None)
-        return self._know(y, again)
+        """``copies.share``; the result is made again where it is made of a parameter."""
+        make, y = self._recipe(x), copies.share(x, *rest)
+        return y if make is None else self._know(y, lambda: copies.share(make(), *rest))
 
     # ---- folded weights
     def _folded_once(self) -> AbstractContextManager[None]:
-        return self._folding.once(self._fold_to_check)
+        """Branches add nothing at the start (``check.folds`` sees to that): weights are gathered,
+        and multiplied by their shares, without folding them."""
+        return self._folding.once(self._unfolded)
 
-    def _fold_to_check(self) -> Folded:
-        """``_fold`` for calls without a graph of the parameters; of a large teacher every weight is
-        made when it is read."""
-        if self._size <= KEEP:
-            return self._fold()
-        made: dict[str, Make] = dict(self._fold_lazily().made)
-        for chunk in self._folding.alone:
-            (name,) = chunk.sites
-            if name in self.names:
-                made[teachers(name)] = partial(self._in_place, chunk)
-        return Lazy({name: partial(self._known, make) for name, make in made.items()})
+    def _unfolded(self) -> Folded:
+        made: dict[str, Make] = {}
+        for name, one in self._lowered.items():
+            made[teachers(name)] = partial(self._shared, name, one)
+            own = self._own if one.site.cut is not None else self.gather
+            made[students(name)] = partial(own, name)
+        for name in self._folds.keys() - self._lowered.keys():
+            fold: Fold = self._net.get_submodule(self._folds[name])  # type: ignore[assignment]
+            bias = fold.branched.bias
+            made |= {
+                merged(name): partial(self.gather, name),
+                plain(name): partial(self.gather, name),
+            }
+            made |= {n: partial(self._of_branch, fold, n) for n in fold.names if n not in made}
+            made |= {} if bias is None else {merged(bias): partial(self.gather, bias)}
+        return Lazy(made)
 
-    @torch.no_grad()
-    def _in_place(self, chunk: Chunk) -> Tensor:
-        """The teacher's weight of a chunk of one, in the place of the parameter."""
-        ((site, tensors),) = each(chunk.key, chunk.index, chunk.tensors())
-        wide, _ = reference.forward(site, tensors, True, False, into=tensors[0])
-        assert wide is not None
-        return wide
+    def _own(self, name: str) -> Tensor:
+        return self._given[name]
+
+    def _shared(self, name: str, one: Lowered) -> Tensor:
+        """The teacher's weight in the fused fold."""
+        wide, how = self.gather(name), one.site.share
+        if how is None:
+            return wide
+        tables = map(super()._tensor, one.shares)
+        return self.share(wide, *tables, how.at, how.dim, list(how.split) if how.split else None)
+
+    def _of_branch(self, fold: Fold, name: str) -> Tensor:
+        """The weight of one normalized branch, which the student does not have."""
+        with torch.no_grad():
+            folded: Folded = fold(self.gather(fold.branched.weight), None)
+        return folded[name]
 
     # ---- what autograd saves
     @contextmanager
@@ -185,11 +236,8 @@ class StreamingTeacher(Teacher):
         finally:
             self._made.clear()
 
-    def _known(self, make: Make) -> Tensor:
-        return self._know(make(), make)
-
-    def _know(self, x: Tensor, make: Make, name: str | None = None) -> Tensor:
-        self._made[storage_key(x)] = _Made(storage_reference(x), version(x), make, name)
+    def _know(self, x: Tensor, make: Make) -> Tensor:
+        self._made[storage_key(x)] = _Made(storage_reference(x), version(x), make)
         return x
 
     def _recipe(self, x: Tensor) -> Make | None:
@@ -215,25 +263,3 @@ class StreamingTeacher(Teacher):
             )
         result: Tensor = x
         return result
-
-
-def _written(graphs: dict[str, fx.Graph]) -> set[str]:
-    """The tensors that graphs write to."""
-    return {
-        str(x.target)
-        for graph in graphs.values()
-        for node in graph.nodes
-        for _, x in mutated(node)
-        if x.op == "get_attr"
-    }
-
-
-def _once_shared(graphs: dict[str, fx.Graph]) -> set[str]:
-    """The tensors that graphs do nothing with but multiply by shares, once."""
-    nodes = [node for graph in graphs.values() for node in graph.find_nodes(op="get_attr")]
-    others = {
-        str(node.target)
-        for node in nodes
-        if len(node.users) > 1 or any(user.target is not copies.share for user in node.users)
-    }
-    return {str(node.target) for node in nodes} - others
