@@ -130,6 +130,15 @@ def test_what_needs_values_is_run(name: str, used: list[bool]) -> None:
     assert found == Cost(macs, real.fold_macs(), real.kept())
 
 
+@pytest.mark.parametrize("name", ["held", "cached", "experts"])
+def test_tensors_outside_of_registries_need_no_values(name: str, used: list[bool]) -> None:
+    parts = subjects((NETWORKS[name].model(), NETWORKS[name].inputs()), None)
+    found = cost(*parts)
+    assert used == [True]
+    real = Subject(*parts, False)
+    assert found == Cost((real.student_macs(), real.teacher_macs()), 0, real.kept())
+
+
 def test_costs_are_those_of_the_formulas(used: list[bool]) -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     found = cost(*subjects((net, (torch.randn(5, 4),)), None))
