@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,6 +111,7 @@ def expand(
         CaptureError: the model does not export; names the reason and the source line.
         LossyError: the check failed: a bug in gpdfx, with the first node that differs.
     """
+    clock = Clock()
     _check_arguments(model)
     for name, given, known in (
         ("scales", scales, ("preserve", "scratch")),
@@ -124,7 +126,7 @@ def expand(
         control, scales, shares, extract, tuple(features), randomness, dynamic, seed
     )
     with keep_rng():
-        example, clock = example_call(model, example_inputs, example_kwargs), Clock()
+        example = example_call(model, example_inputs, example_kwargs)
         program = compile_program(model, example, options, clock)
         compiled, check = Compiled.of(program, example), None
         if verify:  # before the teacher is made: both would not always fit
@@ -139,7 +141,9 @@ def expand(
             clock.lap("transform")
             if check:
                 laws.check_values(program, teacher)
-            return make_report(program, teacher, control, example, clock.laps, check, scales)
+                clock.lap("verify")
+            laps = partial(clock.lap, "report")
+            return make_report(program, teacher, control, example, laps, check, scales)
 
         with _gc_paused():
             teacher = Teacher(compiled, describe)
@@ -154,7 +158,6 @@ def compile_program(
     clock = clock or Clock()
     functional, dynamic = False, options.dynamic
     while True:
-        clock.skip()
         program = capture_model(model, example, functional, dynamic)
         program = replace(program, options=options, functional=functional)
         dynamic = min((mode.level for mode in program.modes.values()), key=LEVELS.index)
@@ -172,6 +175,8 @@ def compile_program(
             if dynamic == LEVELS[-1]:
                 raise
             dynamic = LEVELS[LEVELS.index(dynamic) + 1]
+        finally:
+            clock.lap("transform")
 
 
 def capture_model(model: nn.Module, example: Inputs, functional: bool, dynamic: str) -> Program:
@@ -217,19 +222,18 @@ def _make_room(model: nn.Module) -> None:
 
 
 class Clock:
-    """Seconds by stage."""
+    """Seconds by stage, none left out: a lap begins where the last one ended."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
-        self.skip()
-
-    def skip(self) -> None:
         self._start = time.perf_counter()
 
-    def lap(self, name: str) -> None:
+    def lap(self, name: str) -> dict[str, float]:
+        """End a lap; all so far."""
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._start
         self._start = now
+        return self.laps
 
 
 # --------------------------------------------------------------------------- bad input

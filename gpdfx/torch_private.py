@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
+
+aten = torch.ops.aten
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -110,6 +112,33 @@ def without_modes() -> AbstractContextManager[Any]:
     return _disable_current_modes()
 
 
+# --------------------------------------------------------------------------- tensors without data
+_OPAQUE = frozenset(
+    (aten.mkldnn_rnn_layer.default, aten._cudnn_rnn.default, aten.miopen_rnn.default)
+)
+"""Operators that keep a workspace for the backward whose size only their kernel knows."""
+
+
+class FakeMode(FakeTensorMode):
+    """A context in which calls compute sizes and types, and no values. ``from_tensor`` makes a
+    tensor without data, on a storage that says how many bytes it would have; real ones in a call
+    are taken for such. What asks for a value raises, and so do operators whose fake result has
+    another number of bytes than the real one."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _OPAQUE:
+            raise NotImplementedError(f"{func} has no fake result that is true to size")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def is_fake(x: Any) -> bool:
+    """True for a tensor without data, of a fake mode."""
+    return isinstance(x, FakeTensor)
+
+
 # --------------------------------------------------------------------------- memory
 def storage_key(x: Tensor) -> int:
     """The same number for all tensors on one storage, as long as that lives."""
@@ -143,11 +172,6 @@ def compile_error() -> type[Exception]:
     """What ``torch.compile`` raises for code that it cannot compile. Importing it takes seconds:
     asked for only once something was raised."""
     return torch._dynamo.exc.TorchDynamoException
-
-
-def is_fake(x: Any) -> bool:
-    """True for a tensor without data, of capture's fake mode."""
-    return isinstance(x, FakeTensor)
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import expand_time
 from benchmarks.tables import Table, read, write_readme
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,3 +65,17 @@ def test_a_table_is_written_between_its_marks(tmp_path: Path) -> None:
     readme.write_text("a\n<!-- t -->\nold\n<!-- end of t -->\nb\n")
     write_readme(readme, "new", "t")
     assert readme.read_text() == "a\n<!-- t -->\nnew\n<!-- end of t -->\nb\n"
+
+
+def test_the_time_of_expand_is_told_by_stage(tmp_path: Path) -> None:
+    setting = expand_time.Setting("transformers:GPT2LMHeadModel")
+    row = expand_time.measure(setting, torch.get_num_threads(), pairs=1)
+    stages = [row[stage] for stage in expand_time.STAGES]
+    assert sum(stages) == pytest.approx(row["total"], rel=0.05, abs=0.02)
+    assert row["verify_capture"] == pytest.approx(row["verify"] / row["capture"])
+    assert row["total_export"] == pytest.approx(row["total"] / row["export"])
+    table = Table(tmp_path / "a.csv", expand_time.COLUMNS, expand_time.COLUMNS[:3])
+    key = dict(zip(table.key, setting.key, strict=True))
+    table.append(key | row | {"peak": 3.0, "peak_unverified": 2.0})
+    assert setting.key in table.done()
+    assert f"verify / capture {row['verify_capture']:.2f}," in expand_time.summary(table)

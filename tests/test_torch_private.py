@@ -148,6 +148,45 @@ def test_modes_are_switched_off() -> None:
         assert counter.get_total_flops() == seen > 0
 
 
+# --------------------------------------------------------------------------- tensors without data
+def test_fake_tensors_are_known(graph: fx.Graph) -> None:
+    assert torch_private.is_fake(value(graph))
+    assert not torch_private.is_fake(torch.ones(1, device="meta"))
+
+
+def test_fake_tensors_are_true_to_size_and_have_no_values() -> None:
+    mode, p = torch_private.FakeMode(), nn.Parameter(torch.randn(4, 6))
+    fake, view = mode.from_tensor(p), mode.from_tensor(p.detach()[1:])
+    assert isinstance(fake, nn.Parameter)
+    assert (fake.shape, fake.dtype, fake.device) == (p.shape, p.dtype, p.device)
+    assert fake.requires_grad
+    assert fake.untyped_storage().nbytes() == p.untyped_storage().nbytes() == 96
+    assert torch_private.storage_key(fake) == torch_private.storage_key(view)
+    with mode:
+        y = fake @ torch.randn(6, 2) + torch.ones(2)
+        z = torch.ones(3).add_(p.sum())
+    assert torch_private.is_fake(y)
+    assert torch_private.is_fake(z)
+    assert y.shape == (4, 2)
+    assert y.grad_fn is not None
+    for ask in (Tensor.item, float, bool, Tensor.nonzero):
+        with pytest.raises(RuntimeError), mode:
+            ask(fake.detach().sum())
+
+
+def test_operators_with_a_workspace_are_refused_where_it_has_no_size() -> None:
+    lstm, x = nn.LSTM(4, 6), torch.randn(3, 2, 4)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        lstm(x)
+    workspaces = [t for t in saved if t.dtype is torch.uint8]
+    if not workspaces:
+        pytest.skip("no oneDNN here")
+    assert workspaces[0].numel() > 0
+    with pytest.raises(NotImplementedError, match="rnn"), torch_private.FakeMode():
+        lstm(x)
+
+
 # --------------------------------------------------------------------------- memory
 def test_storages_are_told_apart() -> None:
     x, y = torch.ones(4), torch.ones(4)
@@ -186,11 +225,6 @@ def test_norms_have_one_base() -> None:
     assert not issubclass(nn.InstanceNorm2d, torch_private.BATCH_NORMS)
     buffers = dict(nn.BatchNorm2d(3).named_buffers())
     assert list(buffers) == ["running_mean", "running_var", "num_batches_tracked"]
-
-
-def test_fake_tensors_are_known(graph: fx.Graph) -> None:
-    assert torch_private.is_fake(value(graph))
-    assert not torch_private.is_fake(torch.ones(1, device="meta"))
 
 
 def test_compiled_modules_and_errors_are_known() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,10 +14,19 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..calls import tree
-from ..passes.folded import Make
+from ..errors import InputError
+from ..passes.capture.submodules import slow_attention
+from ..passes.folded import Folded, Make
+from ..passes.program import Module, duplicate
 from ..teacher.folding import Lazy
 from ..teacher.module import Teacher
-from ..torch_private import StorageReference, storage_key, storage_reference, without_modes
+from ..torch_private import (
+    FakeMode,
+    StorageReference,
+    storage_key,
+    storage_reference,
+    without_modes,
+)
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -44,23 +53,111 @@ class Cost:
 
 
 def cost(teacher: Teacher, student: nn.Module, example: Example) -> Cost:
-    """Run student and teacher on the example, in eval mode, and count."""
-    args, kwargs = example
-    batch = max(_batch(example), 1)
-    with _undisturbed(teacher), _undisturbed(student), torch.no_grad():
-        folded = Lazy(
-            {n: partial(_unobserved, make) for n, make in teacher._fold_lazily().made.items()}
-        )
-        own = _count(lambda: student(*args, **kwargs))
-        wide = _count(lambda: teacher._run_teacher(folded, args, kwargs))
-        fold = _count(lambda: deque(teacher._fold_lazily(student=False).values(), maxlen=0))
-    macs = own // batch, wide // batch
-    with _undisturbed(teacher, freeze=False), _undisturbed(student, freeze=False):
+    """Run student and teacher on the example, in eval mode, and count: without data, as far as
+    their code does not ask for values."""
+    fake, real = (
+        cache(partial(Subject, teacher, student, example, fake)) for fake in (True, False)
+    )
+
+    def tell(measure: Callable[[Subject], Any]) -> Any:
         try:
-            kept = _per_sample(student, example), _per_sample(partial(_both, teacher), example)
-        except Exception:  # a batch of one may not do, eval mode overwrite what a gradient needs
-            return Cost(macs, fold, None)
-    return Cost(macs, fold, kept if min(kept) > 0 else None)
+            return measure(fake())
+        except InputError:  # a call that the teacher refuses, with data or without
+            raise
+        except Exception:  # whatever a network raises that has to know a value
+            return measure(real())
+
+    macs = tell(Subject.student_macs), tell(Subject.teacher_macs)
+    try:
+        kept = tell(Subject.kept)
+    except Exception:  # a batch of one may not do, eval mode overwrite what a gradient needs
+        kept = None
+    return Cost(macs, tell(Subject.fold_macs), kept)
+
+
+class Subject:
+    """Copies of teacher and student, in eval mode, to run and to forget: on parameters of the same
+    sizes without data (``fake``), or on the same ones. What Python keeps of a run ends with them.
+    """
+
+    def __init__(self, teacher: Teacher, student: nn.Module, example: Example, fake: bool) -> None:
+        self.mode = FakeMode() if fake else None
+        self.teacher, self.student = self._copy(teacher), self._copy(student)
+        self.example: Example = tree.map_leaves(self._stand_in, example)
+        self.batch = max(_batch(example), 1)
+
+    def _copy(self, module: Module) -> Module:
+        shared = chain(module.parameters(), module.buffers() if self.mode else ())
+        return duplicate(module, {id(x): self._stand_in(x) for x in shared}).eval()
+
+    def _stand_in(self, x: Any) -> Any:
+        return self.mode.from_tensor(x) if self.mode and isinstance(x, Tensor) else x
+
+    # ---- measures
+    def student_macs(self) -> int:
+        args, kwargs = self.example
+        return self._count(lambda: self.student(*args, **kwargs))[1] // self.batch
+
+    def teacher_macs(self) -> int:
+        folded = Lazy({name: partial(_unobserved, make) for name, make in self.made.items()})
+        call = partial(self.teacher._run_teacher, folded, *self.example)
+        return self._count(call)[1] // self.batch
+
+    def fold_macs(self) -> int:
+        return self.fold[1]
+
+    def kept(self) -> tuple[int, int] | None:
+        """Of the student, and of both."""
+        with self.mode or nullcontext():
+            kept = _per_sample(self.student, self.example), _per_sample(self._both, self.example)
+        return kept if min(kept) > 0 else None
+
+    # ---- their parts
+    @cached_property
+    def fold(self) -> tuple[Folded, int]:
+        return self._count(self.teacher._fold)
+
+    @property
+    def made(self) -> Mapping[str, Make]:
+        """Folded weights without gradients: one at a time, but for those that take no memory."""
+        if self.mode is None:
+            return self.teacher._fold_lazily().made
+        return {name: partial(self.fold[0].__getitem__, name) for name in self.fold[0]}
+
+    def _both(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """``Teacher.both`` up to gradients of branches, with one folded weight at a time: each
+        takes a gradient and is held by no graph, as a leaf would be."""
+        zero = torch.zeros((), requires_grad=True)
+
+        def plus_zero(make: Make) -> Tensor:
+            return make() + zero
+
+        folded = Lazy({name: partial(plus_zero, make) for name, make in self.made.items()})
+        run = self.teacher._run_teacher, self.teacher._run_student
+        return run[0](folded, args, kwargs), run[1](folded, args, kwargs)
+
+    def _count(self, call: Callable[[], Any]) -> tuple[Any, int]:
+        """A result, and the multiply-adds that it takes by PyTorch's formulas, which do not know
+        the fused inference path of attention."""
+        from torch.utils.flop_counter import FlopCounterMode  # imports triton: not at the start
+
+        counter = FlopCounterMode(display=False)
+        with self._frozen(), slow_attention(), torch.no_grad(), self.mode or nullcontext(), counter:
+            result = call()
+        return result, int(counter.get_total_flops()) // 2
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """The counter cannot hook a parameter that is passed on."""
+        parameters = chain(self.teacher.parameters(), self.student.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        for p in trained:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in trained:
+                p.requires_grad_()
 
 
 def _unobserved(make: Make) -> Tensor:
@@ -69,33 +166,10 @@ def _unobserved(make: Make) -> Tensor:
         return make()
 
 
-def _both(teacher: Teacher, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """``Teacher.both`` up to gradients of branches, with one folded weight at a time: each takes a
-    gradient and is held by no graph, as a leaf would be."""
-    zero = torch.zeros((), requires_grad=True)
-
-    def plus_zero(make: Make) -> Tensor:
-        return make() + zero
-
-    folded = Lazy(
-        {name: partial(plus_zero, make) for name, make in teacher._fold_lazily().made.items()}
-    )
-    return teacher._run_teacher(folded, args, kwargs), teacher._run_student(folded, args, kwargs)
-
-
 def _batch(example: Example) -> int:
     args, kwargs = example
     sizes = (x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim)
     return next(sizes, 1)
-
-
-def _count(call: Callable[[], Any]) -> int:
-    """Multiply-adds, by PyTorch's formulas."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton: not at the start
-
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return int(counter.get_total_flops()) // 2
 
 
 def _per_sample(call: Callable[..., Any], example: Example) -> int:
@@ -120,24 +194,3 @@ def _kept(call: Callable[..., Any], example: Example) -> int:
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda x: x):  # no backward comes
         call(*args, **kwargs)
     return sum(size for _, size in seen.values())
-
-
-@contextmanager
-def _undisturbed(module: nn.Module, *, freeze: bool = True) -> Iterator[None]:
-    """In eval mode, its buffers put back after. ``freeze``: the counter cannot hook a parameter
-    that is passed on."""
-    training, buffers = module.training, list(module.buffers())
-    before = [buffer.clone() for buffer in buffers]  # forward may write to them
-    trained = [p for p in module.parameters() if p.requires_grad and freeze]
-    module.eval()
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.train(training)
-        for p in trained:
-            p.requires_grad_()
-        with torch.no_grad():
-            for buffer, old in zip(buffers, before, strict=True):
-                buffer.copy_(old)

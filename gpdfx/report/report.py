@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -129,7 +129,7 @@ class Footprint:
 @dataclass(frozen=True, kw_only=True)
 class Report(Footprint, Branching, Capture, Widening):
     """Its four parts in one. Printed as a table; ``to_dict()`` for machines. ``seconds``: by
-    stage."""
+    stage, the wall time of ``expand`` in all."""
 
     name: str
     control: Control
@@ -253,10 +253,11 @@ def make_report(
     teacher: Teacher,
     control: Control,
     example: tuple[Any, Any],
-    seconds: dict[str, float],
+    seconds: Callable[[], dict[str, float]],
     check: Check | None,
     scales: str,
 ) -> Report:
+    """``seconds``: of all stages, this one, too: asked last."""
     parts = (
         _widening(widened, control.round_to),
         _capture(widened, teacher),
@@ -264,12 +265,13 @@ def make_report(
         _footprint(widened.student, teacher, example),
     )
     fields = {name: value for part in parts for name, value in vars(part).items()}
+    evidence = gather_evidence(widened)
     return Report(
         name=type(widened.student).__name__,
         control=control,
-        seconds=seconds,
+        seconds=seconds(),
         check=check,
-        evidence=gather_evidence(widened),
+        evidence=evidence,
         **fields,
     )
 

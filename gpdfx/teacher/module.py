@@ -216,7 +216,8 @@ class Teacher(nn.Module):
                 for leaf in part._buffers.keys() - before:
                     del part._buffers[leaf]
             for path, attribute, pristine in self._caches:
-                module.get_submodule(path).__dict__[attribute] = copy.copy(pristine)
+                again = pristine if isinstance(pristine, Tensor) else copy.copy(pristine)
+                module.get_submodule(path).__dict__[attribute] = again
 
     # ---- between student and teacher
     def student_parameters(self, folded: Folded | None = None) -> Iterator[tuple[str, Tensor]]:
