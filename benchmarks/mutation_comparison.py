@@ -32,8 +32,8 @@ from tests.helpers import facts, teacher_of
 
 EXACT, SINGLE = 1e-9, 1e-3
 FAINT = 1e-6
-"""Of the largest tensor of its kind: what is smaller than that is zero but for rounding (the gradient
-of a bias in front of a norm)."""
+"""Of the largest tensor of its kind: what is smaller than that is zero but for rounding (the
+gradient of a bias in front of a norm)."""
 Facts = dict[str, Tensor]
 
 
@@ -73,12 +73,13 @@ class Comparison:
         self.rest = self._points(draws)
 
     def difference(self, mutant: Widened) -> str:
-        """Where a mutant differs first; empty if it does not. Raises what its making raises."""
-        teacher = teacher_of(mutant, self.example)
+        """Where a mutant differs first; empty if it does not. What its branches learn depends on
+        the shares, so that nothing is expected of them where shares are others, but as right."""
+        teacher, own = teacher_of(mutant, self.example), mutant.shares is self.program.shares
         for point, expected in self._all():
             if point.begins:
                 teacher.double().load_student(self._generic(point.seed))
-            if found := _differs(teacher, point, expected):
+            if found := _differs(teacher, point, expected, branches=own):
                 return f"{point}: {found}"
         return ""
 
@@ -93,14 +94,16 @@ class Comparison:
         self.original.double()
         example = converted(self.example)
         others = [call for call in resized(example) if any(self._modes(call))]
-        turns = (call for other in itertools.cycle(others or [example]) for call in (example, other))
+        turns = (
+            call for other in itertools.cycle(others or [example]) for call in (example, other)
+        )
         for start, like in zip(range(0, draws, 3), turns, strict=False):
             self.student = self._generic(start)
             self.original.load_student(self.student)
             begins, modes = True, self._modes(like)
-            for seed, training in itertools.product(range(start, start + 3), (False, True)):
+            calls = itertools.product(range(start, start + 3), (False, True))
+            for seed, training in calls:
                 if modes[training]:
-                    # what begins is named by the parameters' seed
                     yield Point(seed, refreshed(like, seed), training, begins)
                     begins = False
 
@@ -130,16 +133,17 @@ class Comparison:
         buffers = {name: b.detach().clone() for name, b in student.named_buffers()}
         rounding = distances(mine | wide(self.original, buffers), theirs)
         limits = {name: max(limit, 100 * gap) for name, gap in rounding.items()}
-        return Expected(theirs, {name: limit for name in theirs} | limits, buffers)
+        return Expected(theirs, dict.fromkeys(theirs, limit) | limits, buffers)
 
 
-def _differs(teacher: Teacher, point: Point, expected: Expected) -> str:
+def _differs(teacher: Teacher, point: Point, expected: Expected, *, branches: bool) -> str:
     """The fact that differs most of those that are too far from what is expected."""
     try:
         got = shown(teacher, point)
     except Exception as error:  # whatever torch raises when widths do not fit
         return f"fails: {type(error).__name__}: {error}".splitlines()[0]
-    gaps = distances(expected.facts | wide(teacher, expected.buffers), got)
+    theirs = {n: x for n, x in expected.facts.items() if branches or "_branches." not in n}
+    gaps = distances(theirs | wide(teacher, expected.buffers), got)
     over = {name: gap for name, gap in gaps.items() if gap > expected.limits[name]}
     name = max(over, key=over.__getitem__, default="")
     return name and f"{name} by {over[name]:.1e}"
@@ -241,7 +245,9 @@ def distance(a: Tensor, b: Tensor | None, floor: float) -> float:
 
 def typical(x: Tensor) -> float:
     """The median of what is neither zero nor infinite, so that no mask counts."""
-    size = x.detach().abs()[x.isfinite() & (x != 0)] if x.is_floating_point() else x[:0]
+    if not x.is_floating_point():
+        return 0.0
+    size = x.detach().abs()[x.isfinite() & (x != 0)]
     return float(size.median()) if size.numel() else 0.0
 
 

@@ -139,8 +139,9 @@ def in_graph(program: Widened, key: str, node: fx.Node, edit: Edit, detail: str 
         graph.lint()
         return replace(program, graphs=program.graphs | {key: graph})
 
-    where = f"{node.name} {detail}".strip()
-    return Mutant(key, where, str(node.target), origin(node).source, make)
+    target = node.target
+    op = str(target) if hasattr(target, "_schema") else getattr(target, "__name__", str(target))
+    return Mutant(key, f"{node.name} {detail}".strip(), op, origin(node).source, make)
 
 
 def in_table(program: Widened, table: str, name: str, value: Any, detail: str = "") -> Mutant:
@@ -248,12 +249,12 @@ def swap_copies(subject: Subject) -> Mutants:
 
 # --------------------------------------------------------------------------- maps and shares
 def shift_map(subject: Subject) -> Mutants:
-    """The map of one dimension of a parameter or buffer, or an index that graphs name, is rolled
-    by one."""
+    """The map of a wide dimension of a parameter or buffer, or an index that graphs name, is
+    rolled by one."""
     program = subject.program
     for name, maps in program.maps.items():
         for dim, axis in enumerate(maps):
-            if axis.student > 1:
+            if axis.wide and axis.student > 1:
                 rolled = Frozen(axis.student, np.roll(axis.map, 1))
                 value = (*maps[:dim], rolled, *maps[dim + 1 :])
                 yield in_table(program, "maps", name, value, f"dim {dim}")
@@ -287,11 +288,16 @@ def swap_shares(subject: Subject) -> Mutants:
 
 
 def wrong_count(subject: Subject) -> Mutants:
-    """One number of a table is off: by one copy, by one index, by one unit of random shares."""
+    """One number of a table is off: by a copy or an index that others have, by one unit of random
+    shares."""
 
     def off(x: Tensor) -> Tensor:
         x = x.clone()
-        x.view(-1)[-1] += 1 / 256 if x.is_floating_point() else 1
+        last = x.view(-1)[-1]
+        if x.is_floating_point():
+            last += 1 / 256
+        elif x.max() > 0:
+            last += 1 if last < x.max() else -1
         return x
 
     yield from _tables(subject, "off by one", off)
@@ -309,9 +315,7 @@ def _tables(
 
 
 # --------------------------------------------------------------------------- arguments
-def argument(
-    names: set[str], other: Callable[[Any], Any], kinds: Any, subject: Subject
-) -> Mutants:
+def argument(names: set[str], other: Callable[[Any], Any], kinds: Any, subject: Subject) -> Mutants:
     """Another value of each argument of these names."""
     for key, node, given in subject.calls():
         for name in sorted(names & given.keys()):
@@ -323,19 +327,27 @@ def argument(
 
 def swap_operands(subject: Subject) -> Mutants:
     """An op whose operands are not to be exchanged, with exchanged ones."""
-    pairs = {("self", "other"), ("self", "mat2"), ("input", "mat2"), ("self", "exponent")}
     for key, node, given in subject.calls():
         name = getattr(node.target, "overloadpacket", node.target).__name__
-        if name in ("add", "mul", "maximum", "minimum", "eq", "ne"):
-            continue
-        for a, b in pairs:
+        for a, b in PAIRS if name not in COMMUTE else ():
             if isinstance(given.get(a), fx.Node) and isinstance(given.get(b), fx.Node):
-                edit = changed(**{a: given[b], b: given[a]})
-                yield in_graph(subject.program, key, node, edit)
+                yield in_graph(subject.program, key, node, partial(_exchanged, a, b))
         listed = given.get("tensors")
         if isinstance(listed, list | tuple) and len(listed) > 1:
-            edit = changed(tensors=list(reversed(listed)))
-            yield in_graph(subject.program, key, node, edit)
+            yield in_graph(subject.program, key, node, _reversed)
+
+
+PAIRS = (("self", "other"), ("self", "mat2"), ("self", "exponent"))
+COMMUTE = ("add", "add_", "mul", "mul_", "maximum", "minimum", "eq", "ne", "logical_and")
+
+
+def _exchanged(a: str, b: str, graph: fx.Graph, node: fx.Node) -> None:
+    given = arguments(node)
+    changed(**{a: given[b], b: given[a]})(graph, node)
+
+
+def _reversed(graph: fx.Graph, node: fx.Node) -> None:
+    changed(tensors=list(reversed(arguments(node)["tensors"])))(graph, node)
 
 
 def bake_size(subject: Subject) -> Mutants:
