@@ -87,7 +87,8 @@ class Comparison:
         teacher, own = teacher_of(mutant, self.example), mutant.shares is self.program.shares
         for point, expected in self._all():
             if point.begins:
-                teacher.double().load_student(self._generic(point.seed))
+                teacher = teacher_of(mutant, self.example).double()
+                teacher.load_student(self._generic(point.seed))
             if found := _differs(teacher, point, expected, branches=own):
                 return f"{point}: {found}"
         return ""
@@ -115,6 +116,7 @@ class Comparison:
         )
         for start, like in zip(range(0, draws, 3), turns, strict=False):
             self.student = self._generic(start)
+            self.original = teacher_of(self.program, self.example).double()
             self.original.load_student(self.student)
             begins, modes = True, self._modes(like)
             calls = itertools.product(range(start, start + 3), (False, True))
