@@ -272,8 +272,9 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
                 if attempt.cut and any(free[k][1] != m.level for k, m in program.modes.items()):
                     raise _UndecidedError("it is not free in its sizes")
             for mode in ("eval", "train"):
-                seen, found = _same_function(program, pair, attempt, weights, mode)
+                seen, found, noisy = _same_function(program, pair, attempt, weights, mode)
                 findings += found
+                left_out |= dict.fromkeys(noisy)
                 zero = ("every output",) if seen.silent else seen.vacuous
                 vacuous += [f"{weights}/{mode}: {fact}" for fact in zero]
                 moved |= seen.moved
@@ -310,8 +311,9 @@ def _raise_worst(findings: Sequence[Finding]) -> None:
 # --------------------------------------------------------------------------- laws
 def _same_function(
     program: Widened, pair: Pair, attempt: Attempt, weights: str, mode: str
-) -> tuple[Visit, list[Finding]]:
-    """All that is observed in a mode is the same, call after call."""
+) -> tuple[Visit, list[Finding], list[str]]:
+    """All that is observed in a mode is the same, call after call; what rounding decides on the
+    real weights is left out."""
     seen = visit(pair, mode, differentiate=True, calls=CALLS if mode == "train" else 1)
     where = f"{weights}/{mode}"
     if seen.silent and weights == "probe":
@@ -322,18 +324,24 @@ def _same_function(
     floor = SINGLE if attempt.loose else TOLERANCE
     allowed = {f: max(floor, min(noise.get(f, 0.0), CEILING)) for f in seen.errors}
     over = {f: x / allowed[f] for f, x in seen.errors.items() if not x <= allowed[f]}
+    noisy = [f for f in over if seen.errors[f] <= noise.get(f, 0.0) < math.inf]
     findings = []
     for law in dict.fromkeys(map(_law, seen.errors)):
-        of = {f: x for f, x in seen.errors.items() if _law(f) == law}
-        findings.append(_finding(where, of, law, max(allowed[f] for f in of)))
+        of = {f: x for f, x in seen.errors.items() if _law(f) == law and f not in noisy}
+        findings.append(_finding(where, of, law, max((allowed[f] for f in of), default=floor)))
+    if noisy and len(noisy) == len(over):
+        text = (
+            f"{where}: {noisy[0]} differs by {seen.errors[noisy[0]]:.2e}, rounding alone by as much"
+        )
+        if weights == "probe":
+            raise _UndecidedError(text, remedy=_NOISY)
+        return seen, findings, [text]
     if not over:
-        return seen, findings
+        return seen, findings, []
     fact = max(over, key=lambda f: over[f])
     place = first_difference(program, pair, mode)
     error = _lossy(Finding("", where, seen.errors[fact], str(fact), allowed[fact]), **place)
     error.apart = fact.part or ("" if program.parts == [""] else None)
-    if all(seen.errors[f] <= noise.get(f, 0.0) for f in over):
-        raise _UndecidedError(str(error).splitlines()[0], remedy=_NOISY, **place)
     raise error
 
 
