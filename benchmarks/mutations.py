@@ -110,7 +110,7 @@ class Trial:
 
 def _checked(program: Widened, call: Call) -> Any:
     """Which input sizes the check found to be free."""
-    return laws.verify(Compiled.of(program, call), seed=0).free
+    return laws.verify(Compiled.of(program, call), seed=0).sizes
 
 
 def _first_line(error: Exception) -> str:
