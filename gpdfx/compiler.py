@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import random
+import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import passes
 from .calls.examples import example_call
 from .check import laws
-from .check.observe import keep_rng
 from .control import ExpandOptions, make_control
 from .custom_ops import check_rules
 from .errors import CaptureError, InputError, check_choice
@@ -27,13 +28,13 @@ from .passes.capture.export import capture, whole
 from .passes.capture.limits import LEVELS
 from .passes.capture.submodules import capture_parts
 from .passes.infer import NeedsFunctional
-from .passes.program import Program, duplicate, source_line
+from .passes.program import Program, duplicate
 from .passes.rules.writer import DynamicAxis
 from .passes.widen import Widened
 from .report.report import Report, make_report
-from .teacher.compiled import Compiled, Inputs
+from .teacher.compiled import Compiled, Inputs, find_caches
 from .teacher.module import Teacher
-from .torch_private import is_compiled
+from .torch_private import is_compiled, is_fake, without_function_modes, without_modes
 
 LARGE = 2**28
 """Bytes of parameters from which on copies of them are looked for and freed."""
@@ -123,10 +124,12 @@ def expand(
     options = ExpandOptions(
         control, scales, shares, extract, tuple(features), randomness, dynamic, seed
     )
-    with keep_rng():
+    with _undisturbed(model):
         example, clock = example_call(model, example_inputs, example_kwargs), Clock()
+        caches = find_caches(model, example)  # first: what fails here is the user's to mend
+        clock.lap("capture")
         program = compile_program(model, example, options, clock)
-        compiled, check = Compiled.of(program, example), None
+        compiled, check = Compiled.of(program, example, caches), None
         if verify:  # before the teacher is made: both would not always fit
             clock.lap("transform")
             _make_room(model)
@@ -180,11 +183,7 @@ def capture_model(model: nn.Module, example: Inputs, functional: bool, dynamic: 
     try:
         return capture(student, whole(student, *example), functional, dynamic)
     except CaptureError as why:
-        try:
-            return capture_parts(student, *example, functional, dynamic, why)
-        except CaptureError as error:
-            _check_forward(model, example)
-            raise error
+        return capture_parts(student, *example, functional, dynamic, why)
 
 
 def _to_check(compiled: Compiled) -> Compiled:
@@ -248,17 +247,8 @@ def _check_arguments(model: Any) -> None:
             where = f"{path or '(root)'} ({type(module).__name__})"
             raise InputError(refused[0], module_path=where, remedy=refused[1])
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(
-            tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer
-        ):
-            raise InputError(
-                f"{name} is lazy: it has no shape yet", remedy="run the model once, then expand it"
-            )
-        if tensor.is_meta:
-            raise InputError(
-                f"{name} is on the meta device: it has no values",
-                remedy="load or initialise the weights first (model.to_empty, load_state_dict)",
-            )
+        if refused := _refused_tensor(tensor):
+            raise InputError(f"{name} {refused[0]}", remedy=refused[1])
 
 
 def _refusal(module: nn.Module) -> tuple[str, str] | None:
@@ -275,19 +265,47 @@ def _refusal(module: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def _check_forward(model: nn.Module, inputs: Inputs) -> None:
-    """A capture that failed because the model itself fails on the example is the user's to fix."""
-    args, kwargs = inputs
-    try:
-        with torch.no_grad():
-            duplicate(model).eval()(*args, **kwargs)
-    except Exception as error:  # whatever the user's forward raises
-        raise InputError(
-            f"{type(model).__name__} fails on the example inputs: {error}",
-            source=source_line(_trace(error)) or None,
-            remedy="pass example_inputs that the model accepts",
-        ) from error
+def _refused_tensor(x: Tensor) -> tuple[str, str] | None:
+    """The same for a parameter or buffer."""
+    if isinstance(x, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
+        return "is lazy: it has no shape yet", "run the model once, then expand it"
+    if x.is_meta or is_fake(x):
+        remedy = "load or initialise the weights first (model.to_empty, load_state_dict)"
+        return "is on the meta device: it has no values", remedy
+    if x.layout != torch.strided:
+        return f"is {x.layout}: only dense tensors widen", "hold it dense (x.to_dense())"
+    if x.is_quantized or (x.is_floating_point() and x.itemsize == 1):
+        return f"is quantized ({x.dtype})", "expand the float model, quantize the collapsed student"
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        remedy = "expand the model with plain tensors, then wrap, shard or quantize"
+        return f"is a {type(x).__name__}, which computes in its own way", remedy
+    return None
 
 
-def _trace(error: Exception) -> str:
-    return "".join(traceback.format_exception(error))
+# --------------------------------------------------------------------------- the process
+_ONE = threading.RLock()
+"""torch.export is not made for threads, and the random generators are everybody's."""
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """One ``expand`` at a time, whatever state the caller's thread is in (gradients, inference,
+    autocast, default device, modes), and all random generators as they were after it."""
+    devices = {x.device for x in (*model.parameters(), *model.buffers())}
+    kinds = {"cpu", *(d.type for d in devices)}
+    cuda = [d for d in devices if d.type == "cuda"]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ONE)
+        stack.enter_context(without_function_modes())
+        stack.enter_context(without_modes())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in sorted(kinds):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.random.fork_rng(cuda))
+        numpy, python = np.random.get_state(), random.getstate()
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy)
+            random.setstate(python)

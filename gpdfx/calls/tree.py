@@ -7,6 +7,7 @@ object that it does not know and that holds tensors in its attributes (a datacla
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import types
 from collections.abc import Callable, Iterable
@@ -148,6 +149,27 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """The same structure with ``function`` of every leaf."""
     flat, spec = flatten(tree)
     return unflatten(map(function, flat), spec)
+
+
+def fresh(tree: Any) -> Any:
+    """The same structure and values in tensors of its own, leaves of autograd; one that stands in
+    several places still does. What a call may change is not the caller's."""
+    flat, spec = flatten(tree)
+    made = {id(x): _own_tensor(x) for x in flat if isinstance(x, Tensor)}
+    return unflatten([made[id(x)] if id(x) in made else own(x) for x in flat], spec)
+
+
+def _own_tensor(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_(x.requires_grad)
+
+
+def own(constant: Any) -> Any:
+    """A copy of a leaf that is no tensor, if it has a state and can be copied."""
+    stateful = isinstance(constant, torch.Generator) or getattr(constant, "__dict__", None)
+    if stateful and not isinstance(constant, _CLOSED):
+        with contextlib.suppress(Exception):  # a lock, a process group: there is only one
+            return copy.deepcopy(constant)
+    return constant
 
 
 _CLOSED = (Tensor, nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)

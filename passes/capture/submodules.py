@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...calls import tree
 from ...calls.call import Call
 from ...calls.sizes import fits
 from ...errors import CaptureError
+from ...torch_private import FUSED
 from ..program import CallSite, Program, duplicate
 from .export import bare, first_line, with_module
 from .limits import LEVELS
@@ -117,8 +119,9 @@ def record(student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     calls: Calls = {}
     for training in (True, False):
         run = duplicate(student).train(training)
+        own_args, own_kwargs = tree.fresh((args, kwargs))
         with contextlib.suppress(Exception), recording(run, calls):
-            run(*args, **kwargs)
+            run(*own_args, **own_kwargs)
     return calls
 
 
@@ -152,7 +155,7 @@ def recording(run: nn.Module, calls: Calls, paths: Sequence[str] | None = None) 
                 note = partial(_note, calls, path)
                 handle = module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
                 stack.enter_context(handle)
-        stack.enter_context(slow_attention())
+        slow_attention(run)
         stack.enter_context(torch.enable_grad())
         yield
 
@@ -164,12 +167,10 @@ def _note(calls: Calls, path: str, module: nn.Module, args: Any, kwargs: Any) ->
         calls.setdefault(path, []).append(CallSite(path, module.training, call, tensors))
 
 
-@contextlib.contextmanager
-def slow_attention() -> Iterator[None]:
-    """Without the fused inference path of ``nn.TransformerEncoder``: it goes round its layers."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+def slow_attention(module: nn.Module) -> None:
+    """Rule out the fused inference path of ``nn.TransformerEncoder`` in a copy of the user's module
+    for good: it goes round its layers."""
+    for part in module.modules():
+        for kind, switch in FUSED.items():
+            if isinstance(part, kind):
+                setattr(part, switch, False)
