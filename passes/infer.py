@@ -139,9 +139,7 @@ def _infer_node(
                 solver.mark(solver.symbolic, axis)
     elif node.op == "get_attr" and node.target in program.tensors:
         assert isinstance(node.target, str)
-        tensor = program.tensors[node.target]
-        shares = tensor.is_floating_point() or tensor.is_complex()  # integers cannot be divided
-        static[node] = isinstance(tensor, nn.Parameter) and shares
+        static[node] = isinstance(program.tensors[node.target], nn.Parameter)
         if node.target not in result.tensors:
             axes = _tensor_axes(solver, program.tensors[node.target])
             result.tensors[node.target] = axes

@@ -127,6 +127,6 @@ def _failure(probe: nn.Module, why: str, error: Exception | None = None) -> Inpu
         f"the model itself fails in {mode} mode: {why}",
         module_path=type(probe).__name__,
         source=source_line(trace) or None,
-        remedy="if it only fails on the example inputs, pass others; else mend forward: it must run "
-        "and return tensors in train and in eval mode, since a teacher has both",
+        remedy="if only the example inputs are at fault, pass others; else mend forward: it must "
+        "run and return tensors in train and in eval mode, since a teacher has both",
     )
