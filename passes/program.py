@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dis
+import itertools
 import os
 import re
 import traceback
@@ -216,11 +217,20 @@ def _reached(structure: Any, depth: int) -> Iterator[Any]:
         elif isinstance(leaf, types.MethodType) and depth:
             yield from _reached(leaf.__self__, depth - 1)
         elif isinstance(leaf, types.FunctionType) and depth:
-            cells = [c.cell_contents for c in leaf.__closure__ or () if c != types.CellType()]
-            read = {i.argval for i in dis.get_instructions(leaf) if i.opname == "LOAD_GLOBAL"}
-            names = [leaf.__globals__.get(name) for name in read]
-            defaults = [leaf.__defaults__, leaf.__kwdefaults__]
-            yield from _reached([cells, names, defaults], depth - 1)
+            yield from _reached(list(_named(leaf)), depth - 1)
+
+
+_NAMED = (torch.Tensor, nn.Module, types.MethodType, types.FunctionType)
+
+
+def _named(function: types.FunctionType) -> Iterator[Any]:
+    """What a function closes over, has as defaults, or reads as a global; no containers, which it
+    may fill anew in every call."""
+    read = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}
+    cells = (c.cell_contents for c in function.__closure__ or () if c != types.CellType())
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    named = itertools.chain(cells, defaults, map(function.__globals__.get, read))
+    return (x for x in named if isinstance(x, _NAMED))
 
 
 # --------------------------------------------------------------------------- reading nodes
