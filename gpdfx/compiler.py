@@ -7,6 +7,7 @@ import gc
 import random
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from .calls.examples import example_call
 from .check import laws
 from .control import ExpandOptions, make_control
 from .custom_ops import check_rules
-from .errors import CaptureError, InputError, check_choice
+from .errors import CaptureError, GpdfxError, InputError, check_choice
 from .memory import give_back
 from .passes import PASSES
 from .passes.assign import assign
@@ -28,7 +29,7 @@ from .passes.capture.export import capture, whole
 from .passes.capture.limits import LEVELS
 from .passes.capture.submodules import capture_parts
 from .passes.infer import NeedsFunctional
-from .passes.program import Program, duplicate
+from .passes.program import Program, duplicate, source_line
 from .passes.rules.writer import DynamicAxis
 from .passes.widen import Widened
 from .report.report import Report, make_report
@@ -62,7 +63,8 @@ def expand(
 
     Every channel axis of the model's parameters gets ``round(size * ratio)`` indices (inverse
     reparameterization, arXiv 2410.04140, section 3.2); what must stay, stays, and the report says
-    why. The model itself is not changed.
+    why. The model itself is not changed, nor are the example inputs, which are copied first, and
+    the random generators. Of several threads one expands at a time.
 
     Args:
         model: the student, any ``nn.Module`` that ``torch.export`` can capture.
@@ -144,8 +146,7 @@ def expand(
                 laws.check_values(program, teacher)
             return make_report(program, teacher, control, example, clock.laps, check, scales)
 
-        with _gc_paused():
-            teacher = Teacher(compiled, describe)
+        teacher = Teacher(compiled, describe)
     return teacher.train(model.training)
 
 
@@ -163,10 +164,9 @@ def compile_program(
         dynamic = min((mode.level for mode in program.modes.values()), key=LEVELS.index)
         clock.lap("capture")
         try:
-            with _gc_paused():
-                widened: Widened = passes.run(program)
-                check_rules(widened)
-                return widened
+            widened: Widened = passes.run(program)
+            check_rules(widened)
+            return widened
         except NeedsFunctional:
             if functional:
                 raise
@@ -194,18 +194,6 @@ def _to_check(compiled: Compiled) -> Compiled:
         return compiled
     shared = replace(program, options=replace(program.options, randomness="shared"))
     return replace(compiled, program=passes.run(shared, PASSES[PASSES.index(assign) :]))
-
-
-@contextlib.contextmanager
-def _gc_paused() -> Iterator[None]:
-    """Passes make many objects and hardly any garbage, and looking for it takes their time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _make_room(model: nn.Module) -> None:
@@ -282,6 +270,25 @@ def _refused_tensor(x: Tensor) -> tuple[str, str] | None:
     return None
 
 
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What the user's own code raises when it is run once more, as the user's to mend."""
+    try:
+        yield
+    except (GpdfxError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        source = source_line("".join(traceback.format_tb(error.__traceback__)))
+        if not source:  # nothing of the user's was running
+            raise
+        raise InputError(
+            f"the model's code fails where expand runs it: {type(error).__name__}: {error}",
+            source=source,
+            remedy="let it run any number of times on copies of the model, in train and in eval "
+            "mode, with gradients and without",
+        ) from error
+
+
 # --------------------------------------------------------------------------- the process
 _ONE = threading.RLock()
 """torch.export is not made for threads, and the random generators are everybody's."""
@@ -300,9 +307,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(without_modes())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for kind in sorted(kinds):
+        for kind in filter(torch.amp.is_autocast_available, sorted(kinds)):
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.random.fork_rng(cuda))
+        stack.enter_context(_told())
         numpy, python = np.random.get_state(), random.getstate()
         try:
             yield

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -29,9 +30,10 @@ aten = torch.ops.aten
 
 Module = TypeVar("Module", bound=nn.Module)
 Kind = TypeVar("Kind", bound="Program")
-_FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[1], Path(__file__).resolve().parent)
-_NOT_THE_USERS = ("<", *(f"{folder}{os.sep}" for folder in _FOLDERS))
-"""How paths of code begin that is torch's, the package's (its passes are really elsewhere), or
+_LIBRARIES = [Path(str(library.__file__)).parent for library in (torch, np)]
+_FOLDERS = (*_LIBRARIES, Path(__file__).parents[1], Path(__file__).resolve().parent)
+_NOT_THE_USERS = ("<", copy.__file__, *(f"{folder}{os.sep}" for folder in _FOLDERS))
+"""How paths of code begin that is a library's, the package's (its passes are really elsewhere), or
 generated."""
 
 
@@ -174,7 +176,7 @@ def duplicate(module: Module, memo: dict[int, Any] | None = None) -> Module:
             remedy="expand works on copies: keep locks, files and the like out of the model's "
             "attributes, or give the class that holds them a __deepcopy__",
         ) from error
-    for _, held in _held(twin, functions=True):
+    for _, held in _held(twin, functions=True) if isinstance(twin, nn.Module) else [("", module)]:
         place, original = own.get(_identity(held), ("", None))
         if original is not None and _identity(held) not in shared:
             raise InputError(

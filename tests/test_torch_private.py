@@ -148,6 +148,14 @@ def test_modes_are_switched_off() -> None:
         assert counter.get_total_flops() == seen > 0
 
 
+def test_function_modes_are_switched_off_and_on_again() -> None:
+    with torch.device("meta"), torch.overrides.BaseTorchFunctionMode():
+        with torch_private.without_function_modes():
+            assert torch.ones(1).device.type == "cpu"
+        assert torch.ones(1).device.type == "meta"
+        assert torch._C._len_torch_function_stack() == 2
+
+
 # --------------------------------------------------------------------------- memory
 def test_storages_are_told_apart() -> None:
     x, y = torch.ones(4), torch.ones(4)
@@ -186,6 +194,28 @@ def test_norms_have_one_base() -> None:
     assert not issubclass(nn.InstanceNorm2d, torch_private.BATCH_NORMS)
     buffers = dict(nn.BatchNorm2d(3).named_buffers())
     assert list(buffers) == ["running_mean", "running_var", "num_batches_tracked"]
+
+
+def test_fused_attention_has_a_switch() -> None:
+    """With it on, an encoder in eval mode goes past its layers; the hook shows the difference."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net, x, seen = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 3, 8), list[int]()
+    mask = torch.tensor([[False, False, False], [False, False, True]])
+    net.layers[1].linear1.forward = lambda y: (
+        seen.append(1)
+        or nn.Linear.forward(  # type: ignore
+            net.layers[1].linear1, y
+        )
+    )
+    for fused in (True, False):
+        for part in net.modules() if not fused else ():
+            for kind, switch in torch_private.FUSED.items():
+                if isinstance(part, kind):
+                    assert getattr(part, switch)
+                    setattr(part, switch, False)
+        with torch.no_grad():
+            net(x, src_key_padding_mask=mask)
+        assert bool(seen) is not fused
 
 
 def test_fake_tensors_are_known(graph: fx.Graph) -> None:

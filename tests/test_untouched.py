@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import logging
 import random
 import sys
@@ -23,6 +22,7 @@ import gpdfx
 from gpdfx.calls import tree
 from gpdfx.passes.capture.limits import quiet
 from gpdfx.passes.program import duplicate
+from gpdfx.teacher.compiled import find_caches
 
 from .helpers import program_of, teacher_of
 
@@ -82,31 +82,42 @@ class Option:
 def test_inputs_are_copied(parts: bool) -> None:
     class InParts(Writes):
         def forward(self, x: Tensor, held: Any, *, box: Box, option: Any) -> Tensor:
-            if parts and not torch.compiler.is_exporting() and x.sum() > 1e9:
+            if parts and x.sum() > 1e9:
                 return x
             return super().forward(x, held, box=box, option=option)
 
     torch.manual_seed(0)
     tensors = [torch.randn(3, 8) for _ in range(3)]
     before, option = [x.clone() for x in tensors], Option()
-    option.calls = 5
     tensors[0].grad = torch.ones(3, 8)
     kwargs = {"box": Box(tensors[2]), "option": option}
     inputs = (tensors[0], {"y": [tensors[1]]})
-    gpdfx.expand(InParts(), example_inputs=inputs, example_kwargs=kwargs, dynamic="batch")
+    options: Any = {"example_inputs": inputs, "example_kwargs": kwargs, "dynamic": "batch"}
+    teacher = gpdfx.expand(InParts(), **options)
     for x, was in zip(tensors, before, strict=True):
         assert torch.equal(x, was)
         assert not x.requires_grad
     assert tensors[0].grad is not None
     assert torch.equal(tensors[0].grad, torch.ones(3, 8))
-    assert option.calls == 5
     assert kwargs["box"].x is tensors[2]
+    teacher(*inputs, **kwargs)  # the same option: another one would be another call
+
+
+def test_what_has_a_state_is_copied_for_every_run() -> None:
+    option = Option()
+    option.calls = 5
+    call = (torch.randn(3, 8), {"y": [torch.randn(3, 8)]}), {"box": Box(torch.randn(3, 8))}
+    call[1]["option"] = option
+    program_of(Writes(), call, dynamic="batch")
+    assert find_caches(Writes(), call) == ()
+    assert option.calls == 5
 
 
 def test_fresh_keeps_structure_ties_and_what_has_no_state() -> None:
     x, sentinel, draw = torch.ones(2, requires_grad=True), object(), torch.Generator()
     box = Box(x * 2)
     first, (second, third), same, other = tree.fresh((x, [x, box], sentinel, draw))
+    assert tree.copied(draw) is draw
     assert first is second
     assert first is not x
     assert first.is_leaf
@@ -121,6 +132,14 @@ def test_fresh_keeps_structure_ties_and_what_has_no_state() -> None:
 class Itself(nn.Linear):
     def __deepcopy__(self, memo: Any) -> Itself:
         return self
+
+
+class Lost(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
 
 
 class OwnWeight(nn.Parameter):
@@ -156,6 +175,7 @@ def locked() -> nn.Module:
         (lambda: wrapped(True), ["shares", "a (Linear)"]),
         (lambda: wrapped(False), ["shares", "a (Linear)"]),
         (locked, ["cannot be copied", "lock"]),
+        (Lost, ["shares", "(root) (Lost)"]),
     ],
 )
 @pytest.mark.parametrize("verify", [True, False])
@@ -265,7 +285,6 @@ def test_random_generators_and_other_state_of_the_process() -> None:
             np.random.get_state()[1].tolist(),  # type: ignore[index]
             torch.get_default_dtype(),
             torch.backends.mha.get_fastpath_enabled(),
-            gc.isenabled(),
             sys.stderr,
             list(warnings.filters),
             logging.root.manager.disable,
@@ -364,6 +383,21 @@ def test_a_forward_that_raises(modes: tuple[bool, ...], mode: str) -> None:
     assert "raise error" in e.value.source
     assert e.value.remedy
     assert isinstance(e.value.__cause__, ValueError)
+
+
+def test_a_forward_that_raises_later() -> None:
+    calls = []
+
+    def step(_: nn.Module, h: Tensor) -> Tensor:
+        calls.append(h)
+        if len(calls) > 7:
+            raise KeyError("a cache that is full")
+        return h
+
+    with pytest.raises(gpdfx.InputError, match="KeyError") as caught:
+        gpdfx.expand(Net(step), example_inputs=(example(),))
+    assert caught.value.source is not None
+    assert "raise KeyError" in caught.value.source
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])

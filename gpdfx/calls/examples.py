@@ -71,8 +71,8 @@ def _torchvision_size(model: nn.Module, kind: type) -> tuple[int, ...]:
 def example_call(
     model: nn.Module, inputs: Any, keywords: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A copy of the user's example, or a guess where there is none. Raises ``InputError`` if it is
-    not one of this model's calls."""
+    """The user's example on tensors of its own, or a guess where there is none. Raises
+    ``InputError`` if it is not one of this model's calls."""
     if inputs is None:
         inputs = () if keywords else infer_inputs(model)
     if not isinstance(inputs, tuple | list):
@@ -91,7 +91,7 @@ def example_call(
             remedy="pass what you would pass to the model: positional inputs as example_inputs, "
             "keyword inputs as example_kwargs",
         ) from error
-    args, kwargs = tree.fresh(two_samples(tuple(inputs), keywords))
+    args, kwargs = tree.copied(two_samples(tuple(inputs), keywords))
     return args, kwargs
 
 

@@ -152,20 +152,26 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def fresh(tree: Any) -> Any:
+    """``copied``, and copies of what else has a state: what a call may change."""
+    return map_leaves(own, copied(tree))
+
+
+def copied(tree: Any) -> Any:
     """The same structure and values in tensors of its own, leaves of autograd; one that stands in
-    several places still does. What a call may change is not the caller's."""
+    several places still does."""
     flat, spec = flatten(tree)
-    made = {id(x): _own_tensor(x) for x in flat if isinstance(x, Tensor)}
-    return unflatten([made[id(x)] if id(x) in made else own(x) for x in flat], spec)
-
-
-def _own_tensor(x: Tensor) -> Tensor:
-    return x.detach().clone().requires_grad_(x.requires_grad)
+    made = {
+        id(x): x.detach().clone().requires_grad_(x.requires_grad)
+        for x in flat
+        if isinstance(x, Tensor)
+    }
+    return unflatten([made.get(id(x), x) for x in flat], spec)
 
 
 def own(constant: Any) -> Any:
     """A copy of a leaf that is no tensor, if it has a state and can be copied."""
-    stateful = isinstance(constant, torch.Generator) or getattr(constant, "__dict__", None)
+    kept = (getattr(constant, name, None) for name in ("__dict__", "__slots__"))
+    stateful = isinstance(constant, torch.Generator) or any(kept)
     if stateful and not isinstance(constant, _CLOSED):
         with contextlib.suppress(Exception):  # a lock, a process group: there is only one
             return copy.deepcopy(constant)
