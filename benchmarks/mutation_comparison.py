@@ -151,6 +151,8 @@ class Comparison:
         buffers = {name: b.detach().clone() for name, b in student.named_buffers()}
         rounding = distances(mine | wide(self.original, buffers), theirs)
         limits = {name: max(limit, 100 * gap) for name, gap in rounding.items()}
+        if any(x > EXACT for name, x in limits.items() if name.startswith("output")):
+            limits = dict.fromkeys(limits, max(limits.values()))  # it casts: so do its gradients
         return Expected(theirs, dict.fromkeys(theirs, limit) | limits, buffers)
 
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import random
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import passes
 from .calls.examples import example_call
 from .check import laws
-from .check.observe import keep_rng
+from .check.laws import Check
 from .control import ExpandOptions, make_control
 from .custom_ops import check_rules
-from .errors import CaptureError, InputError, check_choice
+from .errors import CaptureError, GpdfxError, InputError, LossyError, check_choice
 from .memory import give_back
 from .passes import PASSES
 from .passes.assign import assign
@@ -32,12 +36,14 @@ from .passes.program import Program, duplicate, source_line
 from .passes.rules.writer import DynamicAxis
 from .passes.widen import Widened
 from .report.report import Report, make_report
-from .teacher.compiled import Compiled, Inputs
+from .teacher.compiled import Compiled, Inputs, find_caches
 from .teacher.module import Teacher
-from .torch_private import is_compiled
+from .torch_private import is_compiled, is_fake, without_function_modes, without_modes
 
 LARGE = 2**28
 """Bytes of parameters from which on copies of them are looked for and freed."""
+APART = 8
+"""Modules that are taken apart because of what the check found."""
 
 
 def expand(
@@ -62,7 +68,8 @@ def expand(
 
     Every channel axis of the model's parameters gets ``round(size * ratio)`` indices (inverse
     reparameterization, arXiv 2410.04140, section 3.2); what must stay, stays, and the report says
-    why. The model itself is not changed.
+    why. The model itself is not changed, nor are the example inputs, which are copied first, and
+    the random generators. Of several threads one expands at a time.
 
     Args:
         model: the student, any ``nn.Module`` that ``torch.export`` can capture.
@@ -125,17 +132,12 @@ def expand(
     options = ExpandOptions(
         control, scales, shares, extract, tuple(features), randomness, dynamic, seed
     )
-    with keep_rng():
+    with _undisturbed(model):
         example = example_call(model, example_inputs, example_kwargs)
-        program = compile_program(model, example, options, clock)
-        compiled, check = Compiled.of(program, example), None
-        if verify:  # before the teacher is made: both would not always fit
-            clock.lap("transform")
-            _make_room(model)
-            check = laws.verify(_to_check(compiled), seed=seed)
-            compiled = replace(compiled, sizes=check.sizes)
-            _make_room(model)
-            clock.lap("verify")
+        caches = find_caches(model, example)  # first: what fails here is the user's to mend
+        clock.lap("capture")
+        compiled, check = _checked(model, example, options, caches, clock, verify)
+        program = compiled.program
 
         def describe(teacher: Teacher) -> Report:
             clock.lap("transform")
@@ -145,28 +147,64 @@ def expand(
             laps = partial(clock.lap, "report")
             return make_report(program, teacher, control, example, laps, check, scales)
 
-        with _gc_paused():
-            teacher = Teacher(compiled, describe)
+        teacher = Teacher(compiled, describe)
     return teacher.train(model.training)
 
 
+def _checked(
+    model: nn.Module,
+    example: Inputs,
+    options: ExpandOptions,
+    caches: tuple[tuple[str, str], ...],
+    clock: Clock,
+    verify: bool,
+) -> tuple[Compiled, Check | None]:
+    """What the teacher is built from, and its certificate. A module of which the check finds that
+    its graph is not its function is taken apart; if that does not help, the first error counts."""
+    apart, first = dict[str, str](), None
+    while True:
+        try:
+            compiled = Compiled.of(
+                compile_program(model, example, options, clock, apart), example, caches
+            )
+        except CaptureError as error:
+            raise first or error from error
+        if not verify:
+            return compiled, None
+        _make_room(model)
+        try:
+            check = laws.verify(_to_check(compiled), seed=options.seed)
+            return replace(compiled, sizes=check.sizes), check
+        except LossyError as error:
+            first = first or error
+            if error.apart is None or error.apart in apart or len(apart) == APART:
+                raise first from error
+            apart = {**apart, error.apart: str(error).splitlines()[0]}
+        finally:  # before the teacher is made: both would not always fit
+            _make_room(model)
+            clock.lap("verify")
+
+
 def compile_program(
-    model: nn.Module, example: Inputs, options: ExpandOptions, clock: Clock | None = None
+    model: nn.Module,
+    example: Inputs,
+    options: ExpandOptions,
+    clock: Clock | None = None,
+    apart: Mapping[str, str] = MappingProxyType({}),
 ) -> Widened:
     """Capture and run the passes; captured again, functionally or with fewer free sizes, if a pass
-    asks."""
+    asks. ``apart``: modules that are not captured as one -> why."""
     clock = clock or Clock()
     functional, dynamic = False, options.dynamic
     while True:
-        program = capture_model(model, example, functional, dynamic)
+        program = capture_model(model, example, functional, dynamic, apart)
         program = replace(program, options=options, functional=functional)
         dynamic = min((mode.level for mode in program.modes.values()), key=LEVELS.index)
         clock.lap("capture")
         try:
-            with _gc_paused():
-                widened: Widened = passes.run(program)
-                check_rules(widened)
-                return widened
+            widened: Widened = passes.run(program)
+            check_rules(widened)
+            return widened
         except NeedsFunctional:
             if functional:
                 raise
@@ -179,17 +217,22 @@ def compile_program(
             clock.lap("transform")
 
 
-def capture_model(model: nn.Module, example: Inputs, functional: bool, dynamic: str) -> Program:
-    """The network as a program: in one piece if it exports, else in parts."""
+def capture_model(
+    model: nn.Module,
+    example: Inputs,
+    functional: bool,
+    dynamic: str,
+    apart: Mapping[str, str] = MappingProxyType({}),
+) -> Program:
+    """The network as a program: in one piece if it exports, else, or if some of it is to be taken
+    ``apart``, in parts."""
     student = duplicate(model)
     try:
+        if apart:
+            raise CaptureError(next(iter(apart.values())))
         return capture(student, whole(student, *example), functional, dynamic)
     except CaptureError as why:
-        try:
-            return capture_parts(student, *example, functional, dynamic, why)
-        except CaptureError as error:
-            _check_forward(model, example)
-            raise error
+        return capture_parts(student, *example, functional, dynamic, why, apart)
 
 
 def _to_check(compiled: Compiled) -> Compiled:
@@ -200,18 +243,6 @@ def _to_check(compiled: Compiled) -> Compiled:
         return compiled
     shared = replace(program, options=replace(program.options, randomness="shared"))
     return replace(compiled, program=passes.run(shared, PASSES[PASSES.index(assign) :]))
-
-
-@contextlib.contextmanager
-def _gc_paused() -> Iterator[None]:
-    """Passes make many objects and hardly any garbage, and looking for it takes their time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _make_room(model: nn.Module) -> None:
@@ -252,17 +283,8 @@ def _check_arguments(model: Any) -> None:
             where = f"{path or '(root)'} ({type(module).__name__})"
             raise InputError(refused[0], module_path=where, remedy=refused[1])
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(
-            tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer
-        ):
-            raise InputError(
-                f"{name} is lazy: it has no shape yet", remedy="run the model once, then expand it"
-            )
-        if tensor.is_meta:
-            raise InputError(
-                f"{name} is on the meta device: it has no values",
-                remedy="load or initialise the weights first (model.to_empty, load_state_dict)",
-            )
+        if refused := _refused_tensor(tensor):
+            raise InputError(f"{name} {refused[0]}", remedy=refused[1])
 
 
 def _refusal(module: nn.Module) -> tuple[str, str] | None:
@@ -279,19 +301,67 @@ def _refusal(module: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def _check_forward(model: nn.Module, inputs: Inputs) -> None:
-    """A capture that failed because the model itself fails on the example is the user's to fix."""
-    args, kwargs = inputs
+def _refused_tensor(x: Tensor) -> tuple[str, str] | None:
+    """The same for a parameter or buffer."""
+    if isinstance(x, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
+        return "is lazy: it has no shape yet", "run the model once, then expand it"
+    if x.is_meta or is_fake(x):
+        remedy = "load or initialise the weights first (model.to_empty, load_state_dict)"
+        return "is on the meta device: it has no values", remedy
+    if x.layout != torch.strided:
+        return f"is {x.layout}: only dense tensors widen", "hold it dense (x.to_dense())"
+    if x.is_quantized or (x.is_floating_point() and x.itemsize == 1):
+        return f"is quantized ({x.dtype})", "expand the float model, quantize the collapsed student"
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        remedy = "expand the model with plain tensors, then wrap, shard or quantize"
+        return f"is a {type(x).__name__}, which computes in its own way", remedy
+    return None
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What the user's own code raises when it is run once more, as the user's to mend."""
     try:
-        with torch.no_grad():
-            duplicate(model).eval()(*args, **kwargs)
-    except Exception as error:  # whatever the user's forward raises
+        yield
+    except (GpdfxError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        source = source_line("".join(traceback.format_tb(error.__traceback__)))
+        if not source:  # nothing of the user's was running
+            raise
         raise InputError(
-            f"{type(model).__name__} fails on the example inputs: {error}",
-            source=source_line(_trace(error)) or None,
-            remedy="pass example_inputs that the model accepts",
+            f"the model's code fails where expand runs it: {type(error).__name__}: {error}",
+            source=source,
+            remedy="let it run any number of times on copies of the model, in train and in eval "
+            "mode, with gradients and without",
         ) from error
 
 
-def _trace(error: Exception) -> str:
-    return "".join(traceback.format_exception(error))
+# --------------------------------------------------------------------------- the process
+_ONE = threading.RLock()
+"""torch.export is not made for threads, and the random generators are everybody's."""
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """One ``expand`` at a time, whatever state the caller's thread is in (gradients, inference,
+    autocast, default device, modes), and all random generators as they were after it."""
+    devices = {x.device for x in (*model.parameters(), *model.buffers())}
+    kinds = {"cpu", *(d.type for d in devices)}
+    cuda = [d for d in devices if d.type == "cuda"]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ONE)
+        stack.enter_context(without_function_modes())
+        stack.enter_context(without_modes())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in filter(torch.amp.is_autocast_available, sorted(kinds)):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.random.fork_rng(cuda))
+        stack.enter_context(_told())
+        numpy, python = np.random.get_state(), random.getstate()
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy)
+            random.setstate(python)

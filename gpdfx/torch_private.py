@@ -7,8 +7,8 @@ and the registries of a module (``_parameters``, ``_buffers``, ``_modules``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -107,6 +107,15 @@ def set_grad_enabled(enabled: bool) -> None:
     torch._C._set_grad_enabled(enabled)
 
 
+@contextmanager
+def without_function_modes() -> Iterator[None]:
+    """Switch off what sees the calls of functions in this thread, default devices included."""
+    with ExitStack() as stack:
+        for _ in range(torch._C._len_torch_function_stack()):
+            stack.enter_context(torch.overrides._pop_mode_temporarily())
+        yield
+
+
 def without_modes() -> AbstractContextManager[Any]:
     """Switch off all dispatch modes (counters, fake tensors) around what is not theirs to see."""
     return _disable_current_modes()
@@ -139,6 +148,28 @@ def is_fake(x: Any) -> bool:
     return isinstance(x, FakeTensor)
 
 
+# --------------------------------------------------------------------------- counting
+class _Untracked:
+    """In the place of a counter's tracker of modules, whose hooks keep a forward from
+    differentiating, and cannot be put on a parameter that is passed on."""
+
+    parents = frozenset(("Global",))
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+def flop_counter() -> Any:
+    """PyTorch's counter of multiply-adds (times two), without a table by module. Importing it
+    imports triton: asked for only when something is counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _Untracked()  # type: ignore[assignment]
+    return counter
+
+
 # --------------------------------------------------------------------------- memory
 def storage_key(x: Tensor) -> int:
     """The same number for all tensors on one storage, as long as that lives."""
@@ -166,6 +197,12 @@ BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm,)
 
 NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._NormBase,)
 """The base of all batch and instance norms."""
+
+FUSED: dict[type[nn.Module], str] = {
+    nn.TransformerEncoder: "use_nested_tensor",
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+}
+"""Layers that have a fused path for inference -> the attribute that, if false, rules it out."""
 
 
 def compile_error() -> type[Exception]:

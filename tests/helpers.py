@@ -11,7 +11,7 @@ from gpdfx.check import laws
 from gpdfx.compiler import compile_program
 from gpdfx.control import ExpandOptions, make_control
 from gpdfx.passes.widen import Widened
-from gpdfx.teacher.compiled import Compiled, Facts, Inputs
+from gpdfx.teacher.compiled import Compiled, Facts, Inputs, find_caches
 from gpdfx.teacher.folding import Folding
 from gpdfx.teacher.module import Teacher
 
@@ -38,12 +38,17 @@ def with_branches(program: Widened, branches: Any) -> Widened:
 
 def verify(program: Widened, call: Inputs) -> laws.Check:
     """The check that ``expand`` makes."""
-    return laws.verify(Compiled.of(program, call))
+    return laws.verify(compiled(program, call))
 
 
 def teacher_of(program: Widened, call: Inputs) -> Teacher:
     """A teacher without a report."""
-    return Teacher(Compiled.of(program, call))
+    return Teacher(compiled(program, call))
+
+
+def compiled(program: Widened, call: Inputs) -> Compiled:
+    """What a teacher is made from."""
+    return Compiled.of(program, call, find_caches(program.student, call))
 
 
 def facts(teacher: Teacher) -> Facts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -300,7 +299,7 @@ def test_a_stale_cache_in_the_student_is_cleared_or_caught() -> None:
     model = Cached().eval()
     widened, call = compiled(model, torch.randn(2, 5))
     with pytest.raises(LossyError, match=r"teacher\.student"):
-        laws.verify(replace(Compiled.of(widened, call), caches=()))
+        laws.verify(Compiled.of(widened, call, ()))
     verify(widened, call)
     assert not model.cache
 

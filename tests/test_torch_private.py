@@ -187,6 +187,14 @@ def test_operators_with_a_workspace_are_refused_where_it_has_no_size() -> None:
         lstm(x)
 
 
+def test_function_modes_are_switched_off_and_on_again() -> None:
+    with torch.device("meta"), torch.overrides.BaseTorchFunctionMode():
+        with torch_private.without_function_modes():
+            assert torch.ones(1).device.type == "cpu"
+        assert torch.ones(1).device.type == "meta"
+        assert torch._C._len_torch_function_stack() == 2
+
+
 # --------------------------------------------------------------------------- memory
 def test_storages_are_told_apart() -> None:
     x, y = torch.ones(4), torch.ones(4)
@@ -225,6 +233,28 @@ def test_norms_have_one_base() -> None:
     assert not issubclass(nn.InstanceNorm2d, torch_private.BATCH_NORMS)
     buffers = dict(nn.BatchNorm2d(3).named_buffers())
     assert list(buffers) == ["running_mean", "running_var", "num_batches_tracked"]
+
+
+def test_fused_attention_has_a_switch() -> None:
+    """With it on, an encoder in eval mode goes past its layers; the hook shows the difference."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net, x, seen = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 3, 8), list[int]()
+    mask = torch.tensor([[False, False, False], [False, False, True]])
+    net.layers[1].linear1.forward = lambda y: (
+        seen.append(1)
+        or nn.Linear.forward(  # type: ignore
+            net.layers[1].linear1, y
+        )
+    )
+    for fused in (True, False):
+        for part in net.modules() if not fused else ():
+            for kind, switch in torch_private.FUSED.items():
+                if isinstance(part, kind):
+                    assert getattr(part, switch)
+                    setattr(part, switch, False)
+        with torch.no_grad():
+            net(x, src_key_padding_mask=mask)
+        assert bool(seen) is not fused
 
 
 def test_compiled_modules_and_errors_are_known() -> None:
@@ -270,3 +300,12 @@ def test_a_constant_result_is_no_part_of_a_compiled_graph() -> None:
     made = torch_private.constant_result(lambda: torch.arange(3))
     marked = torch.compiler.assume_constant_result(lambda: torch.arange(3))
     assert vars(made) == vars(marked) == {"_dynamo_marked_constant": True}
+
+
+def test_a_counter_without_modules_counts_all_the_same() -> None:
+    net, x = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), torch.randn(3, 4)
+    counter = torch_private.flop_counter()
+    with counter:
+        y = net(x.requires_grad_())
+        torch.autograd.grad(y.sum(), x)
+    assert counter.get_total_flops() == 2 * 2 * 3 * (4 * 6 + 6 * 2)

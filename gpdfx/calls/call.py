@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,8 +45,9 @@ class Call:
         return tensors
 
     def unflatten(self, tensors: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call with these tensors, all else as in the example."""
-        args, kwargs = self.pattern.fill(tensors)
+        """The arguments of a call with these tensors, all else as in the example, but its own."""
+        held = tuple(map(tree.own, self.pattern.held))
+        args, kwargs = replace(self.pattern, held=held).fill(tensors)
         return args, kwargs
 
     def _normal(

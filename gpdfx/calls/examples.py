@@ -71,8 +71,8 @@ def _torchvision_size(model: nn.Module, kind: type) -> tuple[int, ...]:
 def example_call(
     model: nn.Module, inputs: Any, keywords: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The user's example, or a guess where there is none. Raises ``InputError`` if it is not one
-    of this model's calls."""
+    """The user's example on tensors of its own, or a guess where there is none. Raises
+    ``InputError`` if it is not one of this model's calls."""
     if inputs is None:
         inputs = () if keywords else infer_inputs(model)
     if not isinstance(inputs, tuple | list):
@@ -85,13 +85,14 @@ def example_call(
         raise InputError(f"example_kwargs is a {type(keywords).__name__}", remedy="pass a dict")
     try:
         Call(model, tuple(inputs), keywords)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(
             f"the example inputs do not fit {type(model).__name__}.forward: {error}",
             remedy="pass what you would pass to the model: positional inputs as example_inputs, "
             "keyword inputs as example_kwargs",
         ) from error
-    return two_samples(tuple(inputs), keywords)
+    args, kwargs = tree.copied(two_samples(tuple(inputs), keywords))
+    return args, kwargs
 
 
 def two_samples(

@@ -7,6 +7,7 @@ object that it does not know and that holds tensors in its attributes (a datacla
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import types
 from collections.abc import Callable, Iterable
@@ -148,6 +149,33 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """The same structure with ``function`` of every leaf."""
     flat, spec = flatten(tree)
     return unflatten(map(function, flat), spec)
+
+
+def fresh(tree: Any) -> Any:
+    """``copied``, and copies of what else has a state: what a call may change."""
+    return map_leaves(own, copied(tree))
+
+
+def copied(tree: Any) -> Any:
+    """The same structure and values in tensors of its own, leaves of autograd; one that stands in
+    several places still does."""
+    flat, spec = flatten(tree)
+    made = {
+        id(x): x.detach().clone().requires_grad_(x.requires_grad)
+        for x in flat
+        if isinstance(x, Tensor)
+    }
+    return unflatten([made.get(id(x), x) for x in flat], spec)
+
+
+def own(constant: Any) -> Any:
+    """A copy of a leaf that is no tensor, if it has a state and can be copied."""
+    kept = (getattr(constant, name, None) for name in ("__dict__", "__slots__"))
+    stateful = isinstance(constant, torch.Generator) or any(kept)
+    if stateful and not isinstance(constant, _CLOSED):
+        with contextlib.suppress(Exception):  # a lock, a process group: there is only one
+            return copy.deepcopy(constant)
+    return constant
 
 
 _CLOSED = (Tensor, nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)

@@ -8,19 +8,25 @@ change that comes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from ..kernels import copies
 from ..kernels.fold import fold
-from ..passes.folded import Folded, merged, plain, students, teachers
+from ..passes.branch import LAYERS
+from ..passes.folded import Folded, kernel, merged, module_of, plain, read, students, teachers
+from ..passes.program import bind
+from ..passes.widen import Widened
 from ..teacher.fold import Fold
 from ..teacher.folding import Chunk
-from .facts import Errors, Fact, Law, difference, floating
-from .observe import observe, projection
+from .facts import Errors, Fact, Law, difference
 from .streaming import StreamingTeacher
-from .visit import Pair
+
+aten = torch.ops.aten
 
 Tensors = Mapping[str, Tensor]
 Call = Callable[[Tensors], Folded]
@@ -97,45 +103,42 @@ def _errors(
 
 
 # --------------------------------------------------------------------------- normalized branches
-STEP = 1e-4
-
-
-def norm_error(pair: Pair, gradients: str) -> float:
-    """How far the gradients of the norms of branches, which the student has not, are from what a
-    small step along them does to the outputs in train mode; 0 where there are no such branches."""
-    teacher = pair.teacher.train()
-    norms = {
-        f"{path}.{name}": p
-        for path in teacher._folds.values()
-        for name, p in teacher._net.get_submodule(path).norms.named_parameters()  # type: ignore[union-attr]
+def branch_errors(program: Widened) -> Errors:
+    """Of branches with a norm, which the student does not have and whose scale is zero: each has
+    to run exactly as its layer does, with its own weight, and into its norm, and to be added."""
+    errors: Errors = {}
+    kernels = {
+        f"{module_of(one.weight)}.norms.{name}": (one.weight, name)
+        for one in program.branched
+        for name, branch in one.chosen.named().items()
+        if branch.norm
     }
-    if not norms or gradients == "none":
-        return 0.0
-    draw = torch.Generator().manual_seed(pair.seed)
-    steps = {n: torch.randn(p.shape, generator=draw).to(p) * STEP for n, p in norms.items()}
-    for p in norms.values():
-        p.requires_grad_()
-    seen = observe(teacher, pair.inputs, pair.seed, "parameters", parameters=norms)
-    found = {f.which: x for f, x in seen.items() if f.law is Law.PARAMETERS}
-    foretold = sum(float((found[n] * step).sum()) for n, step in steps.items() if n in found)
-    totals = []
-    for sign in (1, -2, 1):  # there, to the other side, and back
-        with torch.no_grad():
-            for name, p in norms.items():
-                p.add_(steps[name].to(p), alpha=sign)
-        totals.append(_total(pair))
-    comes = (totals[0] - totals[1]) / 2
-    for p in norms.values():
-        p.requires_grad_(False).zero_()
-    return abs(comes - foretold) / max(abs(comes), abs(foretold), 1e-300)
+    for graph in program.graphs.values():
+        for node in graph.find_nodes(op="call_module"):
+            if node.target in kernels:
+                weight, name = kernels[node.target]
+                alike = _runs_as_its_layer(node, weight, name)
+                errors[Fact(Law.FOLD, f"branch {name} of {weight}")] = 0.0 if alike else math.inf
+    return errors
 
 
-def _total(pair: Pair) -> float:
-    """The projection whose gradients ``observe`` takes."""
-    teacher = pair.teacher
-    with torch.enable_grad():
-        seen = observe(teacher, pair.inputs, pair.seed, "parameters")
-    outputs = {f: x for f, x in seen.items() if f.law is Law.OUTPUTS and isinstance(f.which, int)}
-    return float(
-        projection({f: x.requires_grad_(floating(x)) for f, x in outputs.items()}, pair.seed)
-    )
+def _runs_as_its_layer(norm: fx.Node, weight: str, name: str) -> bool:
+    """In ``total = layer + norm``, or ``(layer + another norm) + norm``."""
+    total, own = next(iter(norm.users), norm), norm.args[0]
+    if len(norm.users) != 1 or total.target is not aten.add.Tensor or total.args[1] is not norm:
+        return False
+    layer: Any = total.args[0]
+    while layer.target is aten.add.Tensor and layer.args[1].op == "call_module":
+        layer = layer.args[0]
+    if own.target is not layer.target or own.target not in LAYERS or len(own.users) != 1:  # type: ignore[union-attr]
+        return False
+    _, weight_name, bias_name = LAYERS[layer.target]
+    mine, its = bind(own), bind(layer)  # type: ignore[arg-type]
+    one, other = mine.pop(weight_name), its.pop(weight_name)
+    mine.pop(bias_name), its.pop(bias_name)
+    if one.target is copies.share and other.target is copies.share:
+        if one.args[1:] != other.args[1:] or len(one.users) != 1:
+            return False
+        one, other = one.args[0], other.args[0]
+    reads = [(n.target, n.args[1:]) for n in (one, other)]
+    return mine == its and reads == [(read, (n,)) for n in (kernel(weight, name), plain(weight))]

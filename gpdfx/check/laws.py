@@ -29,7 +29,7 @@ from ..teacher.compiled import Compiled
 from ..teacher.module import Teacher
 from . import blame
 from .facts import Errors, Fact, Inputs, Law, difference, identical
-from .folds import fold_errors, norm_error
+from .folds import branch_errors, fold_errors
 from .free_sizes import free_sizes
 from .locate import first_difference
 from .observe import GRADIENTS, keep_rng, observe
@@ -42,7 +42,6 @@ CEILING = 1e-7  # where rounding itself is amplified
 PROBES = 3
 SINGLE = 1e-5  # where the network computes in float32 whatever its parameters are
 NARROW = 100  # of the user's own dtype: how many of its last bits outputs may differ by
-STEPS = 1e-2  # of a derivative that is measured by differences
 CALLS = 3
 """In a row, in train mode, on different inputs."""
 SMALL = (64, 96, 128)
@@ -282,11 +281,11 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
                     unseen[mode] = missing
                 if mode == "train" and seen.calls < CALLS:
                     left_out[f"{SEQUENCE}: the model takes {seen.calls} in a row"] = None
-            if weights == "probe":
-                findings.append(_norms(pair, unseen.get("train", "")))
         if weights == "probe":
-            findings.append(_finding("fold", fold_errors(teacher, attempt.seed), Law.FOLD.title))
-            _raise_worst(findings[-2:])
+            errors = branch_errors(program) | fold_errors(teacher, attempt.seed)
+            findings.append(_finding("fold", errors, Law.FOLD.title))
+            if not findings[-1].error <= TOLERANCE:
+                raise _lossy(findings[-1])
         del student, pair
     findings.append(_student_follows(teacher, precision.inputs, attempt.seed))
     parameters = program.student.named_parameters()
@@ -300,12 +299,6 @@ def _finding(where: str, errors: Errors, law: str, allowed: float = TOLERANCE) -
     """The worst of some facts."""
     fact = max(errors, key=lambda f: errors[f], default=None)
     return Finding(law, where, errors[fact] if fact else 0.0, str(fact or ""), allowed)
-
-
-def _raise_worst(findings: Sequence[Finding]) -> None:
-    for finding in findings:
-        if not finding.error <= finding.allowed:
-            raise _lossy(finding)
 
 
 # --------------------------------------------------------------------------- laws
@@ -349,16 +342,10 @@ def _law(fact: Fact) -> str:
     return SEQUENCE if fact.call else fact.law.title
 
 
-def _norms(pair: Pair, missing: str) -> Finding:
-    error = norm_error(pair, "none" if missing else "all")
-    pair.reload()
-    return Finding(Law.FOLD.title, "train", error, "gradients of norms of branches", STEPS)
-
-
 def _student_follows(teacher: StreamingTeacher, inputs: Inputs, seed: int) -> Finding:
     """The student's view follows every derived parameter, as a fresh module does, and gives it
     the gradient. Changes the teacher."""
-    args, kwargs = inputs
+    args, kwargs = tree.fresh(inputs)
     fresh = duplicate(teacher.eval()._student)  # before it caches anything
     with torch.no_grad():
         teacher.student(*args, **kwargs)  # whatever it caches, it caches now
@@ -413,7 +400,9 @@ def _in_own_dtype(
             pair.load()
             with teacher._folded_once():
                 seen = visit(pair, mode, differentiate=False)
-                errors = {f: x for f, x in seen.errors.items() if f.law is Law.OUTPUTS}
+                errors = {
+                    f: x for f, x in seen.errors.items() if f.law in (Law.OUTPUTS, Law.BUFFERS)
+                }
                 noise: Errors = {}
                 if not max(errors.values(), default=0.0) <= exact:
                     noise = rounding(pair, mode, seen)

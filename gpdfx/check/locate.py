@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..algebra.gather import gather
+from ..calls import tree
 from ..calls.sizes import input_sizes
 from ..errors import InputError
 from ..passes.capture.submodules import Calls, recording
@@ -36,9 +37,9 @@ def first_difference(program: Widened, pair: Pair, mode: str) -> dict[str, Any]:
         try:
             section = Section(captured, captured.graph, input_sizes(captured.graph))
             flat = call_of(section, calls.get(captured.site.path, []))
-            expected = _record(student, captured.graph, flat, pair.seed, tensors)
+            expected = _record(student, captured.graph, tree.fresh(flat), pair.seed, tensors)
             pair.load()
-            inputs = [*flat, teacher._fold()] if reads(graph) else flat
+            inputs = [*tree.fresh(flat), teacher._fold()] if reads(graph) else tree.fresh(flat)
             got = _record(teacher._net, graph, inputs, pair.seed)
         except Exception as error:  # the message about the mismatch matters more than its place
             return {"source": f"(the first differing node is unknown: {type(error).__name__})"}
@@ -79,7 +80,8 @@ def calls_of(student: nn.Module, paths: list[str], inputs: Inputs) -> Calls:
     """How modules are called when the student runs."""
     calls: Calls = {}
     with keep_rng(), contextlib.suppress(Exception), recording(student, calls, paths):
-        student(*inputs[0], **inputs[1])
+        args, kwargs = tree.fresh(inputs)
+        student(*args, **kwargs)
     return calls
 
 

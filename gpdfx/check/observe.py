@@ -35,7 +35,7 @@ def observe(
     gradients of a random projection of them with respect to the floating inputs and to
     ``parameters``, and the states of the generators. ``given``: what the parts of another run
     returned; the user's Python goes on with these. ``number``: of the call in a sequence."""
-    args, kwargs = tree.map_leaves(partial(_fresh, gradients == "all"), inputs)
+    args, kwargs = tree.map_leaves(partial(_leaf, gradients == "all"), tree.fresh(inputs))
     leaves = tree.leaves((args, kwargs))
     _seed(seed)
     on = gradients != "none"
@@ -52,18 +52,20 @@ def observe(
     return seen | {Fact(Law.GENERATORS, k, call=number): x for k, x in after.items()}
 
 
-def _fresh(differentiable: bool, x: Any) -> Any:
-    """Another tensor of the same values, a leaf."""
-    if not isinstance(x, Tensor):
-        return x
-    return x.detach().clone().requires_grad_(differentiable and floating(x))
+def _leaf(differentiable: bool, x: Any) -> Any:
+    return x.requires_grad_(differentiable and floating(x)) if isinstance(x, Tensor) else x
 
 
 def _gradients(
     seen: Observed, leaves: list[Any], parameters: Mapping[str, Tensor], seed: int
 ) -> Observed:
     """Of a random projection, by the inputs and the parameters that it depends on."""
-    total = projection(seen, seed)
+    draw = torch.Generator().manual_seed(seed + 1)
+    total = torch.zeros((), dtype=torch.float64)
+    for y in seen.values():  # drawn for all: only some may depend on what takes gradients
+        cotangent = torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y.device)
+        if y.requires_grad:
+            total = total + (y.real.double() * cotangent).nan_to_num(0.0, 0.0, 0.0).sum().cpu()
     sources = {Fact(Law.INPUTS, k): x for k, x in enumerate(leaves) if floating(x)}
     sources |= {Fact(Law.PARAMETERS, name): p for name, p in parameters.items()}
     if not (total.requires_grad and sources):
@@ -73,17 +75,6 @@ def _gradients(
     for x in sources.values():
         x.grad = None
     return found
-
-
-def projection(seen: Observed, seed: int) -> Tensor:
-    """One number that depends on all of the outputs that have a gradient."""
-    draw = torch.Generator().manual_seed(seed + 1)
-    total = torch.zeros((), dtype=torch.float64)
-    for y in seen.values():  # drawn for all: only some may depend on what takes gradients
-        cotangent = torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y.device)
-        if y.requires_grad:
-            total = total + (y.real.double() * cotangent).nan_to_num(0.0, 0.0, 0.0).sum().cpu()
-    return total
 
 
 # --------------------------------------------------------------------------- generators

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +37,7 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
             if not p.is_floating_point():
                 continue
             if p.ndim >= 2:
-                fan = max(p.numel() // p.shape[0], 1)
+                fan = max(p.numel() // max(p.shape[0], 1), 1)
                 p.copy_(torch.randn(p.shape, generator=draw, dtype=torch.float64) / fan**0.5)
             elif p.ndim == 0 or (norm and name == "weight"):
                 p.copy_(uniform(p, 0.5, 1.5))
@@ -57,7 +58,8 @@ def settle_statistics(student: nn.Module, inputs: Inputs) -> None:
     for m in norms:
         m.momentum = 1.0
     with torch.no_grad(), keep_rng():
-        student.train()(*inputs[0], **inputs[1])
+        args, kwargs = tree.fresh(inputs)
+        student.train()(*args, **kwargs)
     for m in norms:
         m.momentum = momentum[m]
 
@@ -121,19 +123,20 @@ def precisions(student: nn.Module, inputs: Inputs, *, lift: bool) -> Iterator[Pr
     that one stays. What is finite in its own dtype has to be in float64. ``lift``: it asks for
     dtypes, or may."""
     own = Precision(None, False, inputs)
-    finite: bool | None = None
-    found = False
+    finite = cache(lambda: _finite(_outputs(student, own)))
+    found: list[Precision] = []
     for lifted in (True, False) if lift else (False,):
-        for fitting in _castings(inputs):
-            precision = Precision(torch.float64, lifted, fitting)
-            good = _finite(student, precision)
-            if good is False:
-                finite = _finite(student, own) is True if finite is None else finite
-                good = not finite
-            if good:
-                found = True
+        for precision in (Precision(torch.float64, lifted, x) for x in _castings(inputs)):
+            outputs = _outputs(student, precision)
+            if outputs is not None and (_finite(outputs) or not finite()):
+                plain = replace(precision, lifted=False)
+                if lifted and _same(outputs, _outputs(student, plain)):  # it asks for none
+                    precision = plain
+                found.append(precision)
                 yield precision
                 break
+        if found and not found[-1].lifted:
+            break
     if not found:
         yield own
 
@@ -149,14 +152,22 @@ def _castings(inputs: Inputs) -> Iterator[Inputs]:
         yield tree.unflatten(cast, spec)
 
 
-def _finite(student: nn.Module, precision: Precision) -> bool | None:
-    """True if all that a network returns is finite; ``None`` if it does not run: some bake float32
-    tensors."""
+def _outputs(student: nn.Module, precision: Precision) -> list[Tensor] | None:
+    """What a network returns; ``None`` if it does not run: some bake float32 tensors."""
     run = precision.convert(duplicate(student)).eval()
-    args, kwargs = precision.inputs
+    args, kwargs = tree.fresh(precision.inputs)
     try:
         with torch.no_grad(), keep_rng(), precision():
+            torch.manual_seed(0)
             outputs = tree.leaves(run(*args, **kwargs))
     except Exception:  # whatever the user's code raises in a dtype it was not written for
         return None
-    return all(bool(y.isfinite().all()) for y in outputs if floating(y))
+    return [y for y in outputs if floating(y)]
+
+
+def _finite(outputs: list[Tensor] | None) -> bool:
+    return outputs is not None and all(bool(y.isfinite().all()) for y in outputs)
+
+
+def _same(outputs: list[Tensor], others: list[Tensor] | None) -> bool:
+    return others is not None and all(map(torch.equal, outputs, others))

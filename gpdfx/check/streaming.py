@@ -164,9 +164,10 @@ class StreamingTeacher(Teacher):
                 self._kept[name] = wide
             else:
                 self._know(wide, partial(self._gather, name))
-        if not (own.requires_grad and torch.is_grad_enabled()):
+        if not own.requires_grad:
             return wide
-        made: Tensor = _Gathered.apply(own, wide, maps)
+        with torch.enable_grad():  # it may be read in a region without, and again outside
+            made: Tensor = _Gathered.apply(own, wide, maps)
         return made
 
     @torch.no_grad()

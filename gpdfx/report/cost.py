@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import chain
@@ -23,6 +23,7 @@ from ..teacher.module import Teacher
 from ..torch_private import (
     FakeMode,
     StorageReference,
+    flop_counter,
     storage_key,
     storage_reference,
     without_modes,
@@ -83,6 +84,7 @@ class Subject:
     def __init__(self, teacher: Teacher, student: nn.Module, example: Example, fake: bool) -> None:
         self.mode = FakeMode() if fake else None
         self.teacher, self.student = self._copy(teacher), self._copy(student)
+        slow_attention(self.student)
         self.example: Example = tree.map_leaves(self._stand_in, example)
         self.batch = max(_batch(example), 1)
 
@@ -139,25 +141,10 @@ class Subject:
     def _count(self, call: Callable[[], Any]) -> tuple[Any, int]:
         """A result, and the multiply-adds that it takes by PyTorch's formulas, which do not know
         the fused inference path of attention."""
-        from torch.utils.flop_counter import FlopCounterMode  # imports triton: not at the start
-
-        counter = FlopCounterMode(display=False)
-        with self._frozen(), slow_attention(), torch.no_grad(), self.mode or nullcontext(), counter:
+        counter = flop_counter()
+        with torch.enable_grad(), self.mode or nullcontext(), counter:
             result = call()
         return result, int(counter.get_total_flops()) // 2
-
-    @contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """The counter cannot hook a parameter that is passed on."""
-        parameters = chain(self.teacher.parameters(), self.student.parameters())
-        trained = [p for p in parameters if p.requires_grad]
-        for p in trained:
-            p.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for p in trained:
-                p.requires_grad_()
 
 
 def _unobserved(make: Make) -> Tensor:

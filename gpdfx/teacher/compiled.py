@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,32 +12,36 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra.frozen import Frozen
+from ..calls import tree
 from ..calls.sizes import Sizes, input_sizes
 from ..control import ExpandOptions
-from ..passes.program import duplicate
+from ..errors import InputError
+from ..passes.program import duplicate, source_line
 from ..passes.shares import Shares
 from ..passes.widen import Widened
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of an example call."""
 
+Caches = tuple[tuple[str, str], ...]
+"""Module and attribute of tensors that a student keeps outside its registries."""
+
 
 @dataclass(frozen=True)
 class Compiled:
     """``program``: the result of all passes; ``example``: the call it was captured with;
-    ``sizes``: graph -> which input sizes it accepts; ``caches``: module and attribute of tensors
-    that the student keeps outside its registries."""
+    ``sizes``: graph -> which input sizes it accepts; ``caches``: see ``find_caches``."""
 
     program: Widened
     example: Inputs
     sizes: Mapping[str, Sizes]
-    caches: tuple[tuple[str, str], ...]
+    caches: Caches
 
     @staticmethod
-    def of(program: Widened, example: Inputs) -> Compiled:
+    def of(program: Widened, example: Inputs, caches: Caches) -> Compiled:
         """With the sizes that capture left free."""
         sizes = {key: input_sizes(mode.graph) for key, mode in program.modes.items()}
-        return Compiled(program, example, sizes, find_caches(program.student, example))
+        return Compiled(program, example, sizes, caches)
 
     def pinned(self, levels: Mapping[str, str]) -> Compiled:
         """As this, but part by part only the example's input sizes are accepted, except for those
@@ -68,9 +73,12 @@ class Facts:
 _REGISTRIES = frozenset(nn.Module().__dict__)
 
 
-def find_caches(student: nn.Module, example: Inputs) -> tuple[tuple[str, str], ...]:
+def find_caches(student: nn.Module, example: Inputs) -> Caches:
     """Where a student keeps tensors outside its registries (LeViT's bias cache), found by running
-    a copy of it: a teacher puts these back after every call, so that new weights count."""
+    a copy of it: a teacher puts these back after every call, so that new weights count.
+
+    Raises ``InputError`` for a model that does not run on the example in both modes.
+    """
     before = {
         (path, k): copy.copy(v)
         for path, module in student.named_modules()
@@ -78,9 +86,8 @@ def find_caches(student: nn.Module, example: Inputs) -> tuple[tuple[str, str], .
         if isinstance(v, dict | list | Tensor | type(None)) and k not in _REGISTRIES
     }
     probe = duplicate(student)
-    with torch.enable_grad():  # what is computed from parameters then says so
-        for training in (True, False):
-            probe.train(training)(*example[0], **example[1])
+    for training in (True, False):
+        _try(probe.train(training), example)
     found = []
     for (path, k), old in before.items():
         new = probe.get_submodule(path).__dict__.get(k)
@@ -93,3 +100,33 @@ def find_caches(student: nn.Module, example: Inputs) -> tuple[tuple[str, str], .
         if changed:
             found.append((path, k))
     return tuple(found)
+
+
+def _try(probe: nn.Module, example: Inputs) -> None:
+    """Call it; where it does not run with gradients (it writes to a parameter), without."""
+    failed = None
+    for differentiable in (True, False):  # what is computed from parameters then says so
+        args, kwargs = tree.fresh(example)
+        try:
+            with torch.set_grad_enabled(differentiable):
+                result = probe(*args, **kwargs)
+            break
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the user's forward raises
+            failed = failed or error
+    else:
+        raise _failure(probe, f"{type(failed).__name__}: {failed}", failed) from failed
+    if not any(isinstance(x, Tensor) for x in tree.leaves(result)):
+        raise _failure(probe, f"it returns no tensor, but {type(result).__name__}")
+
+
+def _failure(probe: nn.Module, why: str, error: Exception | None = None) -> InputError:
+    mode, trace = "train" if probe.training else "eval", "".join(traceback.format_exception(error))
+    return InputError(
+        f"the model itself fails in {mode} mode: {why}",
+        module_path=type(probe).__name__,
+        source=source_line(trace) or None,
+        remedy="if only the example inputs are at fault, pass others; else mend forward: it must "
+        "run and return tensors in train and in eval mode, since a teacher has both",
+    )

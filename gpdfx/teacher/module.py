@@ -132,6 +132,7 @@ class Teacher(nn.Module):
         """The student's Python, whose parts run their graphs; its own tensors are not used."""
         tensors = itertools.chain(self._student.parameters(), self._student.buffers())
         shell = duplicate(self._student, {id(t): t for t in tensors})
+        slow_attention(shell)
         for path, part in self._parts.items():
             part.take_over(shell.get_submodule(path), self._net, self._held)
         return shell
@@ -182,8 +183,7 @@ class Teacher(nn.Module):
             tensors[name] = take_first(self._tensor(name), self._facts.maps_of(name))
         self._held.maps[:] = [folded]  # type: ignore[list-item]
         try:
-            with slow_attention():
-                return self._run(self._python_shell, tensors, args, kwargs)
+            return self._run(self._python_shell, tensors, args, kwargs)
         finally:
             self._held.maps[:] = [{}]
 

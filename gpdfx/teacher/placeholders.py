@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 
 
 def placeholder(p: nn.Parameter) -> nn.Parameter:
-    """A parameter without values; one of a class of its own stays as it is."""
+    """A parameter without values; of one of a class of its own a copy."""
     if type(p) is not nn.Parameter:
-        return p
+        return copy.deepcopy(p)
     empty = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype, device="meta")
     return nn.Parameter(empty, requires_grad=p.requires_grad)
 

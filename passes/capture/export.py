@@ -148,6 +148,8 @@ def _export(
             continue
         except InputError:
             raise
+        except _RaisedError as raised:
+            failed.append((site.mode, raised.error))
         except Exception as error:  # export raises everything
             failed.append((site.mode, error))
     mode, first = failed[0]
@@ -158,6 +160,14 @@ def _export(
         remedy="remove control flow that depends on tensor values from forward (torch.where, "
         "torch.cond), or expand the sub-modules that do export one by one",
     ) from first
+
+
+class _RaisedError(Exception):
+    """Holds what forward raised: of an error that export knows it prints all of the graph."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def first_line(error: BaseException) -> str:
@@ -174,7 +184,10 @@ def _export_site(
 
     def flat(*tensors: Any) -> tuple[Any, ...]:
         args, kwargs = site.call.unflatten(list(tensors))
-        out, values = tree.pattern(forward(*args, **kwargs))
+        try:
+            out, values = tree.pattern(forward(*args, **kwargs))
+        except Exception as error:
+            raise _RaisedError(error) from error
         held = [x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         if {id(x) for x in held} - {id(x) for x in tensors}:
             raise TypeError("it puts tensors into an object that it is called with")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -77,13 +77,39 @@ def time_limit(seconds: float | None) -> contextlib.AbstractContextManager[Any]:
     return _Deadline(time.thread_time() + seconds)
 
 
+class _Hush(logging.Filter):
+    """Matches every warning, and drops every record, of one thread, until it is lifted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread: int | None = threading.get_ident()
+
+    def match(self, text: str) -> bool:
+        """What a warning's text or module is asked for, as by a compiled pattern."""
+        return threading.get_ident() == self.thread
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return threading.get_ident() != self.thread
+
+
+_NOISY = ("torch.export._trace", "torch.fx.experimental.symbolic_shapes")
+"""Loggers that tell at length of an export that fails."""
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """A failed export prints its partial graph to stderr; keep the terminal for our own error."""
-    logging.disable(logging.ERROR)
+    """Without warnings, and what torch logs of a failed export, in this thread alone: the terminal
+    is for our own error."""
+    hush, loggers = _Hush(), list(map(logging.getLogger, _NOISY))
+    entry: Any = ("ignore", hush, Warning, None, 0)
+    warnings.filters.insert(0, entry)  # type: ignore[attr-defined]
+    for logger in loggers:
+        logger.addFilter(hush)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        logging.disable(logging.NOTSET)
+        hush.thread = None  # where another thread holds a copy of the filters meanwhile
+        for logger in loggers:
+            logger.removeFilter(hush)
+        with contextlib.suppress(ValueError):
+            warnings.filters.remove(entry)  # type: ignore[attr-defined]

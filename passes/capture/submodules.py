@@ -8,7 +8,7 @@ between the parts stays the user's Python, and sees the student's widths.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...calls import tree
 from ...calls.call import Call
 from ...calls.sizes import fits
 from ...errors import CaptureError
+from ...torch_private import FUSED
 from ..program import CallSite, Program, duplicate
 from .export import bare, first_line, with_module
 from .limits import LEVELS
@@ -36,15 +38,18 @@ def capture_parts(
     functional: bool,
     dynamic: str,
     why: CaptureError,
+    apart: Mapping[str, str],
 ) -> Program:
     """As ``capture`` of the whole network, which failed (``why``). Raises it again if no module
-    with parameters can be captured."""
+    with parameters can be captured. ``apart``: modules that must not be, as one -> why."""
     calls = _steady(record(student, args, kwargs), record(_shuffled(student), args, kwargs))
-    program = replace(bare(student), apart={"": _reason(why)})
+    program = replace(bare(student), apart={"": _reason(why)} | dict(apart))
     levels = LEVELS[LEVELS.index(dynamic) :]
     for path, module in student.named_modules():  # a module before those in it
         inside = any(path.startswith(f"{part}.") for part in program.parts)
-        if path in calls and path and not inside and any(True for _ in module.parameters()):
+        above = any(f"{one}.".startswith(f"{path}.") for one in apart)
+        owns = path in calls and any(True for _ in module.parameters())
+        if path and owns and not inside and not above:
             try:
                 program = _with_part(program, calls[path], functional, levels)
             except CaptureError as error:
@@ -117,8 +122,9 @@ def record(student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     calls: Calls = {}
     for training in (True, False):
         run = duplicate(student).train(training)
+        own_args, own_kwargs = tree.fresh((args, kwargs))
         with contextlib.suppress(Exception), recording(run, calls):
-            run(*args, **kwargs)
+            run(*own_args, **own_kwargs)
     return calls
 
 
@@ -152,7 +158,7 @@ def recording(run: nn.Module, calls: Calls, paths: Sequence[str] | None = None) 
                 note = partial(_note, calls, path)
                 handle = module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
                 stack.enter_context(handle)
-        stack.enter_context(slow_attention())
+        slow_attention(run)
         stack.enter_context(torch.enable_grad())
         yield
 
@@ -164,12 +170,10 @@ def _note(calls: Calls, path: str, module: nn.Module, args: Any, kwargs: Any) ->
         calls.setdefault(path, []).append(CallSite(path, module.training, call, tensors))
 
 
-@contextlib.contextmanager
-def slow_attention() -> Iterator[None]:
-    """Without the fused inference path of ``nn.TransformerEncoder``: it goes round its layers."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+def slow_attention(module: nn.Module) -> None:
+    """Rule out the fused inference path of ``nn.TransformerEncoder`` in a copy of the user's module
+    for good: it goes round its layers."""
+    for part in module.modules():
+        for kind, switch in FUSED.items():
+            if isinstance(part, kind):
+                setattr(part, switch, False)

@@ -344,7 +344,11 @@ def share_along(
     split: list[int] | None = None,
 ) -> fx.Node:
     """The node that multiplies by shares. ``sizes``: the table's, ``at``: its class dimension;
-    ``split``: the factors of the operand's dimension ``dim``, if it is a product."""
+    ``split``: the factors of the operand's dimension ``dim``, if it is a product. Raises
+    ``AxisConflict`` for integers (a count of what is positive), which are bridged."""
+    dtype = value(student).dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
+        w.op.conflict("integers cannot be multiplied by shares")
     frozen = w.static(axis)
     classes, run = frozen.classes[0], frozen.run
     if run > 1:  # neighbours share a class: multiply by (runs, 1) instead of one by one
