@@ -146,7 +146,8 @@ def attention_weights(
         scores = scores.masked_fill(~mask, -torch.inf)
     elif mask is not None:
         scores = scores + mask
-    return scores.softmax(-1)
+    masked = (scores == -torch.inf).all(-1, keepdim=True)  # entirely: such a row attends to nothing
+    return scores.softmax(-1).masked_fill(masked, 0)
 
 
 def attend(weights: Tensor, v: Tensor, gqa: bool) -> Tensor:

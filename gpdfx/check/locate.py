@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from ..passes.folded import reads
 from ..passes.program import CallSite, module_path, source
 from ..passes.widen import Widened
 from ..teacher.captured import Section
-from .facts import Inputs, difference
-from .observe import keep_rng
+from .facts import Inputs, difference, errors_of, scales_of
+from .observe import keep_rng, observe
+from .streaming import StreamingTeacher
 from .visit import Pair
 
 NOTICED = 1e-9  # where student and teacher part
@@ -50,6 +52,35 @@ def first_difference(program: Widened, pair: Pair, mode: str) -> dict[str, Any]:
                     where = {"module_path": module_path(node), "source": source(node)}
                     return {"node": node.name, **where}
     return {}
+
+
+def guilty_part(pair: Pair, mode: str, allowed: float) -> str | None:
+    """The first of several captured modules that, called alone, does not give what the student's
+    gives: outputs and gradients."""
+    teacher, student = pair.teacher, pair.copy().train(mode == "train")
+    pair.reload()
+    teacher.train(mode == "train")
+    calls = calls_of(pair.copy().train(mode == "train"), list(teacher._parts), pair.inputs)
+    for key, section in teacher.sections.items():
+        path = teacher.sites[key].path
+        flat = call_of(section, calls.get(path, []))
+        if section.training != (mode == "train") or flat is None:
+            continue
+        module, inputs = student.get_submodule(path), section.call.unflatten(flat)
+        run = partial(_run_section, teacher, section)
+        own = dict(module.requires_grad_().named_parameters())
+        sources = {n: p for n in own if (p := teacher.sources.get(f"{path}.{n}")) is not None}
+        with contextlib.suppress(Exception):  # a module that cannot be differentiated
+            expected = observe(module, inputs, pair.seed, "all", parameters=own)
+            got = observe(run, inputs, pair.seed, "all", parameters=sources)
+            errors = errors_of(expected, got, scales_of(expected, inputs, own))
+            if not max(errors.values()) <= max(allowed, NOTICED):
+                return path
+    return None
+
+
+def _run_section(teacher: StreamingTeacher, section: Section, *args: Any, **kwargs: Any) -> Any:
+    return section(teacher._net, teacher._folding.for_call(), section.flatten(args, kwargs))
 
 
 def _record(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
 
@@ -73,6 +73,10 @@ class Visit:
     gradients: str
     calls: int
     expected: Observed
+
+    def without(self, facts: Collection[Fact]) -> Visit:
+        """The same, but for some facts."""
+        return replace(self, errors={f: x for f, x in self.errors.items() if f not in facts})
 
     @property
     def worst(self) -> tuple[Fact | None, float]:
