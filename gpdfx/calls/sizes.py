@@ -188,7 +188,7 @@ def resized(x: Tensor, dim: int, size: int) -> Tensor:
 def evaluate(text: str, values: dict[str, int]) -> Any:
     """An expression or a condition, for values of its symbols."""
     try:
-        return eval(_compiled(text), {"math": math}, values)
+        return eval(_compiled(text), {"math": math, "torch": torch}, values)
     except ZeroDivisionError:  # a size of nothing
         return None
 
@@ -201,7 +201,10 @@ def _compiled(text: str) -> CodeType:
 def names_in(size: int | str) -> set[str]:
     """The symbols of an expression."""
     used = _compiled(size).co_names if isinstance(size, str) else ()
-    return set(used) - {"math", "max", "min"}
+    return set(filter(_SYMBOL.fullmatch, used))
+
+
+_SYMBOL = re.compile(r"[a-z]\d+")
 
 
 # --------------------------------------------------------------------------- of a graph

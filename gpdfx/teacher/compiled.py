@@ -95,8 +95,10 @@ def find_caches(student: nn.Module, example: Inputs) -> Caches:
             changed = not new.is_leaf
         elif isinstance(old, dict | list) and isinstance(new, dict | list):
             changed = len(old) != len(new)
+        elif old is None:  # what is not computed from parameters is no cache of them
+            changed = any(isinstance(x, Tensor) and not x.is_leaf for x in tree.leaves(new))
         else:
-            changed = (old is None) != (new is None)
+            changed = new is None
         if changed:
             found.append((path, k))
     return tuple(found)

@@ -24,7 +24,7 @@ from ...calls import tree
 from ...calls.call import Call
 from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
-from ..program import CallSite, Mode, Program, copied, duplicate, shape, source_line
+from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
 from . import limits
 from .limits import LEVELS
 
@@ -74,6 +74,7 @@ def with_module(
             export = export.run_decompositions({})
         module: Any = export.module(check_guards=False)
         graph = copied(module.graph)  # names are ours from here on, not its attributes
+        _drop_writes_to_itself(graph)
         for node in graph.nodes:
             if node.op == "get_attr":
                 name = f"{site.path}.{node.target}".lstrip(".")
@@ -119,6 +120,17 @@ def _drop_replacements(graph: fx.Graph) -> None:
             old, new = shape(target)[::-1], shape(node.args[1])[::-1]
             if len(new) > len(old) or any(map(lambda a, b: a not in (b, 1), new, old)):
                 graph.erase_node(node)
+
+
+def _drop_writes_to_itself(graph: fx.Graph) -> None:
+    """Export ends a graph with a copy to each buffer that it wrote to. What was written in place is
+    there already, and once more would be a change to autograd."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        target, written = node.args
+        while written is not target and (inside := mutated(written)):
+            written = inside[0][1]
+        if written is target and not node.users:
+            graph.erase_node(node)
 
 
 def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
