@@ -152,9 +152,10 @@ def unused(name: str, known: Container[Any]) -> str:
     return name
 
 
-def duplicate(module: Module, memo: dict[int, Any] | None = None) -> Module:
+def duplicate(module: Module, memo: dict[int, Any] | None = None, *, ours: bool = False) -> Module:
     """A deep copy, also of modules that hold computed tensors (the old ``weight_norm``, or a list
-    of results), which ``copy`` alone refuses. ``memo``: what is shared, by ``id``.
+    of results), which ``copy`` alone refuses. ``memo``: what is shared, by ``id``; ``ours``: a copy
+    already, which shares nothing.
 
     Raises ``InputError`` for a module that cannot be copied, or whose copy would share more.
     """
@@ -176,6 +177,8 @@ def duplicate(module: Module, memo: dict[int, Any] | None = None) -> Module:
             remedy="expand works on copies: keep locks, files and the like out of the model's "
             "attributes, or give the class that holds them a __deepcopy__",
         ) from error
+    if ours:
+        return twin
     for _, held in _held(twin, functions=True) if isinstance(twin, nn.Module) else [("", module)]:
         place, original = own.get(_identity(held), ("", None))
         if original is not None and _identity(held) not in shared:

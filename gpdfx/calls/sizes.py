@@ -124,14 +124,15 @@ class Sizes:
         return None
 
     def elsewhere(self, flat: Sequence[Any], level: str, names: list[str]) -> Iterator[list[Any]]:
-        """The example's values, repeated to other sizes that the graph claims to hold for: one
-        sample more, and lengths that differ more, but equal ones equally."""
+        """The example's values, cut or repeated to other sizes that the graph claims to hold for:
+        one sample more, and half the lengths, or lengths that differ more, but equal ones
+        equally."""
         shapes = [tuple(x.shape) for x in flat]
         free, batch = self.free(level, shapes), self.free("batch", shapes)
-        for step in (32, 28, 24, 16, 12, 8, 4, 2, 1, 0):  # 0: twice the size
+        for step in (0, 32, 28, 24, 16, 12, 8, 4, 2, 1):  # 0: half the size
             values = self.read(flat)
             for name in free:
-                more = max(step // self.symbols[name].scale, 1) if step else values[name]
+                more = max(step // self.symbols[name].scale, 1) if step else -(values[name] // 2)
                 values[name] += 1 if name in batch else more
             if (moved := self.moved(flat, values, names)) is not None:
                 yield moved

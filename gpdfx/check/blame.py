@@ -53,7 +53,7 @@ def state(
     """An attribute, beside parameters and buffers, that one call after the other changes: it is
     another after the second of two equal calls."""
     for training in (True, False):
-        run, after = duplicate(student).train(training), list[dict[Attribute, Any]]()
+        run, after = duplicate(student, ours=True).train(training), list[dict[Attribute, Any]]()
         with contextlib.suppress(Exception), keep_rng():
             for _ in range(2):
                 observe(run, inputs, seed)
@@ -121,7 +121,7 @@ def _draws(student: nn.Module, inputs: Inputs, seed: int) -> Blame | None:
             found.append(Blame(path, text, _line(module, r"\brandom\b|\bnp\.|\bnumpy\b")))
 
     for training in (True, False):
-        run, stack = duplicate(student).train(training), list[Any]()
+        run, stack = duplicate(student, ours=True).train(training), list[Any]()
         with contextlib.suppress(Exception), keep_rng(), contextlib.ExitStack() as hooks:
             for path, module in run.named_modules():
                 pre = module.register_forward_pre_hook(partial(before, stack))
@@ -138,7 +138,7 @@ def _unsteady(student: nn.Module, inputs: Inputs, seed: int) -> Blame | None:
         seen = []
         with contextlib.suppress(Exception), keep_rng():
             for _ in range(2):
-                run = duplicate(student).train(mode == "train")
+                run = duplicate(student, ours=True).train(mode == "train")
                 seen.append(observe(run, inputs, seed))
             for fact, x in seen[0].items():
                 if fact.law is Law.OUTPUTS and not identical(x, seen[1][fact]):

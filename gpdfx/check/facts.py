@@ -125,7 +125,8 @@ def scales_of(
     reference: Observed, inputs: Inputs, parameters: Mapping[str, Tensor]
 ) -> Callable[[Fact], float]:
     """Below some size a value is zero but for rounding: a mean is measured by the standard
-    deviation, a gradient by 1e-6 of output over input, or parameter (before a norm it is zero)."""
+    deviation, a gradient by a small part of output over input, or parameter (before a norm it is
+    zero)."""
     outputs = [x for f, x in reference.items() if f.law is Law.OUTPUTS and floating(x)]
     largest = max(map(typical, outputs), default=0.0)
     leaves = tree.leaves(inputs)
@@ -139,7 +140,7 @@ def scales_of(
             case Fact(Law.INPUTS, int(k)):
                 return 1e-6 * largest / (typical(leaves[k]) or 1.0)
             case Fact(Law.PARAMETERS, str(name)):
-                return 1e-6 * largest / (typical(parameters[name]) or 1.0)
+                return 1e-4 * largest / (typical(parameters[name]) or 1.0)
         return 0.0
 
     return scale

@@ -78,8 +78,11 @@ def _errors(
 ) -> Errors:
     draw = torch.Generator().manual_seed(seed)
 
-    def like(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x)
+    def like(x: Tensor) -> Tensor:  # of rank one: as telling, and drawn sooner
+        made = torch.ones((), dtype=torch.float64)
+        for size in x.shape:
+            made = made.unsqueeze(-1) * torch.randn(size, generator=draw, dtype=torch.float64)
+        return made.to(x)
 
     steps = {n: like(x) for n, x in tensors.items() if n in weights or n.endswith(".scales")}
     for name in steps.keys() - set(weights):

@@ -115,8 +115,10 @@ class _Visits:
 
         pair.reload()
         with torch.no_grad(), keep_rng():
-            for buffer, before in zip(self.student.buffers(), pair.student.buffers(), strict=True):
-                buffer.copy_(before)
+            before = dict(pair.student.named_buffers())
+            for name, buffer in self.student.named_buffers():
+                if name in before and before[name].shape == buffer.shape:
+                    buffer.copy_(before[name])
             try:
                 expected = observe(self.module, inputs, pair.seed)
             except Exception:  # a size that the student cannot have: try another

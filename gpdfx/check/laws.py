@@ -30,7 +30,7 @@ from ..teacher.module import Teacher
 from . import blame
 from .facts import Errors, Fact, Inputs, Law, difference, identical
 from .folds import branch_errors, fold_errors
-from .free_sizes import free_sizes
+from .free_sizes import FAR, free_sizes
 from .locate import first_difference, guilty_part
 from .observe import GRADIENTS, keep_rng, observe
 from .probe import Precision, precisions, randomize, settle_statistics
@@ -59,6 +59,7 @@ _PYTHON = (
     "forward depend on nothing but its inputs, parameters and buffers"
 )
 SEQUENCE = "sequence of calls"
+_SIZES = "other sizes, one sample, across conditions"
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,37 @@ class Check:
         return found
 
     @property
+    def certificate(self) -> tuple[Certified, ...]:
+        """Law by law."""
+        made = []
+        for law in dict.fromkeys(f.law for f in self.findings):
+            of = [f for f in self.findings if f.law == law]
+            worst = max((f for f in of), key=lambda f: f.error / (f.allowed or 1.0))
+            where = tuple(dict.fromkeys(f.where for f in of))
+            made.append(Certified(law, where, worst.error, worst.fact, worst.where))
+        return tuple(made)
+
+    @property
     def tolerance(self) -> float:
         """The largest that was used for them."""
         used = (f.allowed for f in self.findings if f.where in self.error)
         return max(used, default=TOLERANCE)
+
+
+@dataclass(frozen=True)
+class Certified:
+    """One law of the certificate. ``where``: the visits at which it was looked at; ``error``: the
+    largest, relative; ``fact``: of what; ``at``: where that was."""
+
+    law: str
+    where: tuple[str, ...]
+    error: float
+    fact: str
+    at: str
+
+    def __str__(self) -> str:
+        seen = f"{self.error:.1e} ({self.fact}, {self.at})" if self.error else "no difference"
+        return f"{self.law}: {seen}; looked at in {', '.join(self.where)}"
 
 
 class _StaleError(LossyError):
@@ -191,7 +219,7 @@ def _smaller(program: Widened, teacher: StreamingTeacher, example: Inputs) -> In
 
 def _runs(student: nn.Module, inputs: Inputs, training: bool) -> bool:
     try:
-        observe(duplicate(student).train(training), inputs, 0)
+        observe(duplicate(student, ours=True).train(training), inputs, 0)
     except Exception:  # not one of the model's sizes
         return False
     return True
@@ -213,7 +241,7 @@ class Attempt:
 
     def student(self, original: nn.Module, *, probe: bool) -> nn.Module:
         """A copy of the student, with the weights of the probe or its own."""
-        student = duplicate(original)
+        student = duplicate(original, ours=True)
         if probe:
             randomize(student, self.seed)
         self.precision.convert(student).requires_grad_(False)
@@ -288,6 +316,7 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
                 raise _lossy(findings[-1])
         del student, pair
     findings.append(_student_follows(teacher, precision.inputs, attempt.seed))
+    findings.append(Finding(_SIZES, "eval, train", 0.0, "", FAR))
     parameters = program.student.named_parameters()
     dead = tuple(n for n, p in parameters if n not in moved and p.is_floating_point())
     dtype = precision.dtype or torch.get_default_dtype()
@@ -395,7 +424,7 @@ def _in_own_dtype(
     """Outputs on the example, in the dtypes that the user has: casts are lifted elsewhere. What
     the student or rounding makes of them there is left out."""
     findings, left_out = list[Finding](), list[str]()
-    student = duplicate(compiled.program.student)
+    student = duplicate(compiled.program.student, ours=True)
     floats = [x for x in tree.leaves(compiled.example) if isinstance(x, torch.Tensor)]
     kinds = {t.dtype for t in (*student.parameters(), *floats) if t.is_floating_point()}
     exact = NARROW * max((torch.finfo(kind).eps for kind in kinds), default=0.0)

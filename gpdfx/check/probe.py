@@ -53,15 +53,17 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
 def settle_statistics(student: nn.Module, inputs: Inputs) -> None:
     """Let batch norm have the statistics of this batch: with random ones a deep network multiplies
     every difference, that of rounding too."""
-    norms: list[Any] = [m for m in student.modules() if isinstance(m, BATCH_NORMS)]
-    momentum = {m: m.momentum for m in norms}
+    run = duplicate(student, ours=True).train()
+    norms: list[Any] = [m for m in run.modules() if isinstance(m, BATCH_NORMS)]
     for m in norms:
         m.momentum = 1.0
+    args, kwargs = tree.fresh(inputs)
     with torch.no_grad(), keep_rng():
-        args, kwargs = tree.fresh(inputs)
-        student.train()(*args, **kwargs)
-    for m in norms:
-        m.momentum = momentum[m]
+        run(*args, **kwargs)
+        settled = dict(run.named_buffers())
+        for name, buffer in student.named_buffers():
+            if name.rpartition(".")[2] in _STATISTICS:
+                buffer.copy_(settled[name])
 
 
 # --------------------------------------------------------------------------- precision
@@ -154,7 +156,7 @@ def _castings(inputs: Inputs) -> Iterator[Inputs]:
 
 def _outputs(student: nn.Module, precision: Precision) -> list[Tensor] | None:
     """What a network returns; ``None`` if it does not run: some bake float32 tensors."""
-    run = precision.convert(duplicate(student)).eval()
+    run = precision.convert(duplicate(student, ours=True)).eval()
     args, kwargs = tree.fresh(precision.inputs)
     try:
         with torch.no_grad(), keep_rng(), precision():

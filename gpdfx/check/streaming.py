@@ -34,6 +34,9 @@ KEEP = 2**30
 """Bytes of wide parameters, in float64, up to which they are gathered once and kept (faster)."""
 
 
+Maps = tuple[Frozen, ...]
+
+
 class _Made(NamedTuple):
     """A storage whose tensor can be made again."""
 
@@ -43,16 +46,19 @@ class _Made(NamedTuple):
 
 
 class _Gathered(torch.autograd.Function):
-    """``wide``, which was gathered from ``own``, with the gradient of that."""
+    """``wide``, which was gathered from ``own`` and multiplied by ``shares``, if there are any,
+    with the gradient of that."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, wide: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
-        ctx.maps = maps
+    def forward(ctx: Any, own: Tensor, wide: Tensor, maps: Maps, shares: Any) -> Tensor:
+        ctx.maps, ctx.shares = maps, shares
         return wide.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return scatter(grads[0], ctx.maps), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = grads
+        grad = grad if ctx.shares is None else copies.share(grad, *ctx.shares)
+        return scatter(grad, ctx.maps), None, None, None
 
 
 class StreamingTeacher(Teacher):
@@ -164,10 +170,14 @@ class StreamingTeacher(Teacher):
                 self._kept[name] = wide
             else:
                 self._know(wide, partial(self._gather, name))
+        return self._differentiable(own, wide, maps, None)
+
+    @staticmethod
+    def _differentiable(own: Tensor, wide: Tensor, maps: Maps, shares: Any) -> Tensor:
         if not own.requires_grad:
             return wide
         with torch.enable_grad():  # it may be read in a region without, and again outside
-            made: Tensor = _Gathered.apply(own, wide, maps)
+            made: Tensor = _Gathered.apply(own, wide, maps, shares)
         return made
 
     @torch.no_grad()
@@ -212,11 +222,18 @@ class StreamingTeacher(Teacher):
 
     def _shared(self, name: str, one: Lowered) -> Tensor:
         """The teacher's weight in the fused fold."""
-        wide, how = self.gather(name), one.site.share
+        how, own = one.site.share, self._given[name]
         if how is None:
-            return wide
-        tables = map(super()._tensor, one.shares)
-        return self.share(wide, *tables, how.at, how.dim, list(how.split) if how.split else None)
+            return self.gather(name)
+        tables, split = map(super()._tensor, one.shares), list(how.split) if how.split else None
+        shares: Any = (*tables, how.at, how.dim, split)
+        if self._size > KEEP:
+            return self.share(self.gather(name), *shares)
+        key = teachers(name)
+        if key not in self._kept:
+            with torch.no_grad():
+                self._kept[key] = copies.share(self._gather(name), *shares)
+        return self._differentiable(own, self._kept[key], self._facts.maps[name], shares)
 
     def _of_branch(self, fold: Fold, name: str) -> Tensor:
         """The weight of one normalized branch, which the student does not have."""

@@ -39,7 +39,7 @@ class Pair:
     def copy(self) -> nn.Module:
         """Another student, with buffers of its own."""
         shared = {id(p): p for p in self.student.parameters()} if self.borrow else None
-        return duplicate(self.student, shared)
+        return duplicate(self.student, shared, ours=True)
 
     def digest(self) -> list[float]:
         """Another one after a copy has written to what it borrows."""
@@ -142,8 +142,8 @@ def _run_student(
                 raise InputError(text, remedy=remedy) from error
             run = pair.copy()
         finally:
-            for p in asked.values():
-                p.requires_grad_(False)
+            for p in asked.values():  # a backward that failed may have left some
+                p.requires_grad_(False).grad = None
     seen |= _student_buffers(pair, run, 0)
     for k in range(1, calls):
         try:
@@ -217,7 +217,7 @@ def _drop_missing(expected: Observed, got: Observed) -> None:
 
 def rounding(pair: Pair, mode: str, seen: Visit) -> Errors:
     """The relative change of all that is observed when each weight changes its last bit."""
-    student = duplicate(pair.student)
+    student = duplicate(pair.student, ours=True)
     draw = torch.Generator().manual_seed(pair.seed)
     with torch.no_grad():
         for p in student.parameters():

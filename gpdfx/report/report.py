@@ -11,7 +11,7 @@ from torch import nn
 
 from ..algebra.axes import Axis, leaves, paths
 from ..algebra.solver import Reason
-from ..check.laws import Check
+from ..check.laws import Certified, Check
 from ..control import Control
 from ..kernels.fold import refusal
 from ..passes.widen import Bridge, Widened
@@ -148,6 +148,11 @@ class Report(Footprint, Branching, Capture, Widening):
         return dict(self.check.error) if self.check else {}
 
     @property
+    def certificate(self) -> tuple[Certified, ...]:
+        """What the check saw, law by law; empty if it was switched off."""
+        return self.check.certificate if self.check else ()
+
+    @property
     def dead(self) -> tuple[str, ...]:
         """Parameters that move no output of the probe."""
         return self.check.dead if self.check else ()
@@ -163,6 +168,8 @@ class Report(Footprint, Branching, Capture, Widening):
             plain["vacuous"] = list(self.check.vacuous)
             plain["unseen"] = dict(self.check.unseen)
             plain["checked_in"] = _dtype(self.check)
+            plain["certificate"] = [asdict(one) for one in self.certificate]
+            plain["left_out"] = list(self.check.left_out)
         return plain
 
     # ---- as text
@@ -203,6 +210,8 @@ class Report(Footprint, Branching, Capture, Widening):
 
     def _lists(self) -> Iterator[tuple[str, list[str], int]]:
         """Title, items, how many of them to show."""
+        yield "certificate (largest relative errors)", list(map(str, self.certificate)), SHOWN + 2
+        yield "not certified", list(self.check.left_out) if self.check else [], SHOWN
         bridges = [f"{b.op}  {b.module}  {b.source}: {b.reason}" for b in self.bridged]
         yield "bridges (run at the student's width)", bridges, SHOWN
         apart = [f"{path or self.name}: {why}" for path, why in self.apart.items()]
