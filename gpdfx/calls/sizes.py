@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType
@@ -155,10 +155,21 @@ class Sizes:
         )
         symbols = {name: at for name, at in self.symbols.items() if name in free}
         conditions, assumed = (
-            tuple(c for c in each if names_in(c) & set(self.symbols) <= free)
+            tuple(c for c in map(self._with_sizes(shapes, free), each) if names_in(c))
             for each in (self.conditions, self.assumed)
         )
         return Sizes(inputs, symbols, conditions, assumed)
+
+    def _with_sizes(self, shapes: list[tuple[int, ...]], free: set[str]) -> Callable[[str], str]:
+        """Conditions with the example's numbers for symbols that are not free."""
+
+        def number(match: re.Match[str]) -> str:
+            at = self.symbols.get(match[0])
+            if at is None or match[0] in free:
+                return match[0]
+            return str((shapes[at.input][at.dim] - at.offset) // at.scale)
+
+        return lambda condition: _SYMBOL.sub(number, condition)
 
     def describe(self, names: list[str]) -> dict[str, str]:
         """Input -> its sizes, for people: ``batch x 3 x any x any``."""
@@ -205,7 +216,7 @@ def names_in(size: int | str) -> set[str]:
     return set(filter(_SYMBOL.fullmatch, used))
 
 
-_SYMBOL = re.compile(r"[a-z]\d+")
+_SYMBOL = re.compile(r"\b[a-z]\d+\b")
 
 
 # --------------------------------------------------------------------------- of a graph

@@ -78,8 +78,13 @@ class _Visits:
     def _level(self, flat: Any) -> str:
         """The first level at which both agree in the first size that the student can have."""
         sizes, names = self.section.sizes, self.section.call.names
+        relations = [c for c in sizes.assumed if not _unit(c)]
         for level in LEVELS[:-1] if flat else ():
-            verdicts = map(self._agree, sizes.elsewhere(flat, level, names))
+            verdicts = (
+                self._agree(moved)
+                for moved in sizes.elsewhere(flat, level, names)
+                if all(evaluate(c, sizes.read(moved)) for c in relations)
+            )
             if next((agree for agree in verdicts if agree is not None), False):
                 return level
         return LEVELS[-1]

@@ -384,7 +384,11 @@ def _student_follows(teacher: StreamingTeacher, inputs: Inputs, seed: int) -> Fi
     with torch.no_grad():
         teacher.student(*args, **kwargs)  # whatever it caches, it caches now
         _perturb(teacher, seed)
-        expected = observe(filled(teacher, fresh), inputs, seed)
+        plain = filled(teacher, fresh)
+        observe(plain, inputs, seed)  # it may keep state, too
+        for name, buffer in plain.named_buffers():
+            buffer.copy_(teacher._student_buffers().get(name, buffer))
+        expected = observe(plain, inputs, seed)
         got = observe(teacher.student, inputs, seed)
     errors = {f: difference(x, got.get(f)) for f, x in expected.items()}
     finding = _finding("eval", errors, Law.STUDENT.title, SINGLE)

@@ -1,0 +1,344 @@
+"""The laws of the check, one by one: what each must see, and what it must not blame."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import gpdfx
+from gpdfx.check.facts import MASK, difference, typical
+from gpdfx.check.laws import SEQUENCE
+from gpdfx.errors import InputError, LossyError
+from gpdfx.passes.widen import Widened
+
+from .helpers import program_of, python_shell, verify
+
+aten = torch.ops.aten
+
+
+def insert(graph: fx.Graph, node: fx.Node, *calls: Any) -> None:
+    """Put calls (op, further arguments) between a node and all that reads it."""
+    users, last = list(node.users), node
+    for op, *rest in calls:
+        with graph.inserting_after(last):
+            last = graph.call_function(op, (last, *rest))
+    for user in users:
+        user.replace_input_with(node, last)
+
+
+def nodes(program: Widened, target: Any) -> list[tuple[fx.Graph, fx.Node]]:
+    return [(g, n) for g in program.graphs.values() for n in g.nodes if n.target == target]
+
+
+# --------------------------------------------------------------------------- the measure
+@pytest.mark.parametrize("mask", [-1e4, -1e9, -1e30, -torch.inf])
+def test_no_mask_hides_the_rest(mask: float) -> None:
+    x = torch.randn(64, 64, dtype=torch.float64)
+    x[:, 8:] = mask
+    assert 0.5 < typical(x) < 2
+    y = x.clone()
+    y[:, :8] *= 1 + 1e-8
+    assert 1e-9 < difference(x, y) < 1e-7
+    assert difference(x, x.clone()) == 0
+
+
+def test_what_is_zero_but_for_rounding_is_measured_by_its_floor() -> None:
+    x, y = torch.full((3,), 1e-17), torch.full((3,), -1e-17)
+    assert difference(x, y) > 1
+    assert difference(x, y, floor=1.0) < 1e-16
+    large = torch.tensor([1e8, 1e-9], dtype=torch.float64)
+    assert difference(large, large + torch.tensor([0, 1e-9])) < 1e-7  # a difference of large ones
+    assert MASK < 1e4
+
+
+@pytest.mark.parametrize("other", [float("nan"), 0.0, -float("inf")])
+def test_the_pattern_of_what_is_not_finite_counts(other: float) -> None:
+    x = torch.tensor([1.0, float("inf"), float("nan")])
+    assert difference(x, x.clone()) == 0
+    y = x.clone()
+    y[1] = other
+    assert difference(x, y) == float("inf")
+    assert difference(x, x.double()) == float("inf")
+
+
+# --------------------------------------------------------------------------- gradients, casts
+class Masked(nn.Module):
+    """Returns scores of which a mask hides most."""
+
+    def __init__(self, mask: float) -> None:
+        super().__init__()
+        self.mask, self.a, self.b = mask, nn.Linear(8, 12), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        later = torch.ones(6, 6, dtype=torch.bool).triu(1)
+        return self.b(self.a(x).relu()).unsqueeze(1).masked_fill(later, self.mask)
+
+
+@pytest.mark.parametrize("mask", [-1e9, -1e30, -torch.inf])
+def test_a_scaled_layer_behind_a_mask_is_caught(mask: float) -> None:
+    call = ((torch.randn(4, 8),), {})
+    program = program_of(Masked(mask), call)
+    verify(program, call)
+    for graph, node in nodes(program, aten.relu.default):
+        insert(graph, node, (aten.mul.Tensor, 1 + 1e-8))
+    with pytest.raises(LossyError, match="differs"):
+        verify(program, call)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 5)
+    )
+
+
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.weight", "1.bias", "4.weight", "4.bias"])
+@pytest.mark.parametrize("branches", [None, "auto"])
+def test_a_detached_parameter_is_caught(name: str, branches: Any) -> None:
+    call = ((torch.randn(4, 3, 4, 4),), {})
+    program = program_of(network(), call, branches=branches)
+    found = nodes(program, name)
+    for graph in program.graphs.values():
+        for node in graph.nodes:  # what is read from the fold
+            if node.op == "call_function" and str(node.args[1:2]).startswith(f"('{name}"):
+                found.append((graph, node))
+    assert found
+    for graph, node in found:
+        insert(graph, node, (aten.detach.default,))
+    with pytest.raises(LossyError, match=f"gradient of {name}"):
+        verify(program, call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_to_a_narrow_dtype_and_back_is_caught(dtype: torch.dtype) -> None:
+    call = ((torch.randn(4, 8),), {})
+    program = program_of(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4)), call)
+    for graph, node in nodes(program, aten.relu.default):
+        insert(graph, node, (aten.to.dtype, dtype), (aten.to.dtype, torch.float32))
+    with pytest.raises(LossyError, match=r"differs|fails"):
+        verify(program, call)
+
+
+def test_one_more_draw_is_caught() -> None:
+    """Nothing in this call depends on it; the next one of the user's would."""
+    call = ((torch.randn(4, 8),), {})
+    program = program_of(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4)), call)
+    (graph, node), *_ = nodes(program, aten.relu.default)
+    with graph.inserting_after(node):
+        graph.call_function(aten.rand.default, ([3],))
+    with pytest.raises(LossyError, match="torch's generator"):
+        verify(program, call)
+
+
+# --------------------------------------------------------------------------- masked rows
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(16, 48), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        drop = 0.1 if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
+        return self.head(y.transpose(1, 2).reshape(b, n, 16))
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_row_that_is_masked_entirely_attends_to_nothing(kind: str) -> None:
+    x, causal = torch.randn(3, 6, 16), torch.ones(6, 6).tril().bool()
+    padded = causal.clone()
+    padded[0] = False
+    if kind == "float":
+        causal, padded = (torch.zeros(6, 6).masked_fill(~m, -torch.inf) for m in (causal, padded))
+    model = Attends()
+    teacher = gpdfx.expand(model, 2, example_inputs=(x, causal))
+    for mode in (True, False):
+        torch.manual_seed(1)
+        expected = model.train(mode)(x, padded)
+        torch.manual_seed(1)
+        got = teacher.train(mode)(x, padded)
+        torch.testing.assert_close(got, expected)
+        assert got.isfinite().all()
+
+
+# --------------------------------------------------------------------------- other sizes
+CONDITIONS: dict[str, Callable[[Tensor], bool]] = {
+    "rows > columns": lambda x: x.shape[1] > x.shape[2],
+    "columns != 7": lambda x: x.shape[2] != 7,
+    "batch > 1": lambda x: x.shape[0] > 1,
+    "one column": lambda x: x.shape[2] == 1,
+    "batch > rows": lambda x: x.shape[0] > x.shape[1],
+    "even": lambda x: x.shape[1] % 2 == 0,
+}
+
+
+class Branches(nn.Module):
+    def __init__(self, condition: Callable[[Tensor], bool], training_only: bool) -> None:
+        super().__init__()
+        self.condition, self.only = condition, training_only
+        self.a, self.b = nn.Linear(1, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x.mean((1, 2)).unsqueeze(-1)).relu()
+        if (self.training or not self.only) and self.condition(x):
+            y = y * 2 + 1
+        return self.b(y)
+
+
+@pytest.mark.parametrize("training_only", [False, True])
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_a_size_across_a_condition_is_refused_or_right(name: str, training_only: bool) -> None:
+    model = Branches(CONDITIONS[name], training_only)
+    teacher = gpdfx.expand(model, 2, example_inputs=(torch.randn(4, 6, 5),))
+    held = 0
+    for shape in ((4, 6, 5), (1, 6, 5), (4, 5, 6), (4, 6, 7), (4, 6, 1), (8, 6, 5), (4, 7, 5)):
+        x = torch.randn(shape)
+        for mode in (True, False):
+            try:
+                got = teacher.train(mode)(x)
+            except InputError:
+                continue
+            held += 1
+            torch.testing.assert_close(got, model.train(mode)(x))
+    assert held >= 4
+
+
+# --------------------------------------------------------------------------- what Python does
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(8, 12), nn.Linear(12, 4)
+        self.register_buffer("seen", torch.zeros(()))
+        self.n: Any = 0
+        self.mean = torch.zeros(12)
+
+
+class Draws(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(x).relu() * (1 + random.random()))
+
+
+class DrawsNumbers(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(x).relu() * float(1 + np.random.rand()))
+
+
+class Counts(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        self.n += 1
+        return self.c(self.a(x).relu() * (1 + 1 / self.n))
+
+
+class CountsInABuffer(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self.c(self.a(x).relu() * self.seen)
+
+
+class Averages(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.training:
+            self.mean.mul_(0.9).add_(y.detach().mean(0), alpha=0.1)
+        return self.c((y - self.mean).relu())
+
+
+class Hooked(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a.register_full_backward_hook(lambda _module, grads, _out: (grads[0] * 5,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(x).relu())
+
+
+@pytest.mark.parametrize("kind", [Draws, DrawsNumbers, Counts, CountsInABuffer, Averages, Hooked])
+def test_what_no_graph_does_stays_python(kind: type[Net]) -> None:
+    """Nobody is blamed: the teacher follows the student, call after call, in its gradients too."""
+    torch.manual_seed(0)
+    model = kind()
+    teacher = gpdfx.expand(model, 2, example_inputs=(torch.randn(3, 8),), branches=None)
+    whole = kind is CountsInABuffer
+    assert (python_shell(teacher) is None) is whole
+    assert bool(teacher.report().apart) is not whole
+    for seed in range(3):
+        x, results = torch.randn(5, 8), []
+        for run in (model.train(), teacher.train()):
+            for draw in (random.seed, np.random.seed, torch.manual_seed):
+                draw(seed)
+            own = x.clone().requires_grad_()
+            y = run(own)
+            y.sum().backward()
+            results.append((y.detach(), own.grad))
+        torch.testing.assert_close(*results)
+
+
+def test_what_cannot_be_taken_apart_is_named() -> None:
+    class Leaf(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.n = nn.Parameter(torch.randn(8, 4)), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.n += 1
+            return x @ self.weight * self.n
+
+    with pytest.raises(LossyError) as caught:
+        gpdfx.expand(Leaf(), 2, example_inputs=(torch.randn(3, 8),))
+    text = str(caught.value)
+    assert "changes the attribute n of (root) (Leaf)" in text
+    assert "self.n += 1" in text
+    assert "bug in gpdfx" not in text
+
+
+# --------------------------------------------------------------------------- the certificate
+def test_the_certificate_lists_every_law() -> None:
+    teacher = gpdfx.expand(network(), 2, example_inputs=(torch.randn(4, 3, 4, 4),))
+    report = teacher.report()
+    laws = {one.law: one for one in report.certificate}
+    assert laws.keys() >= {
+        "outputs",
+        "gradients of inputs",
+        "gradients of parameters",
+        "buffers after the call",
+        "generators after the call",
+        SEQUENCE,
+        "branches at the start",
+        "the student's view",
+    }
+    both = {"probe/eval", "probe/train", "real/eval", "real/train"}
+    assert both <= set(laws["gradients of parameters"].where)
+    assert both | {"own/eval", "own/train"} <= set(laws["outputs"].where)
+    assert all(one.error < 1e-4 for one in report.certificate)
+    assert report.check is not None
+    assert not report.check.left_out
+    assert "certificate" in str(report)
+    plain = report.to_dict()
+    assert [row["law"] for row in plain["certificate"]] == list(laws)
+
+
+def test_what_is_left_out_is_said() -> None:
+    class Picky(nn.Module):
+        """Takes no other call than the first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert torch.compiler.is_exporting() or not x.detach().amax() < 1
+            return self.a(x)
+
+    teacher = gpdfx.expand(Picky(), 2, example_inputs=(torch.full((2, 4), 1.05),))
+    check = teacher.report().check
+    assert check is not None
+    assert any(SEQUENCE in text for text in check.left_out)
+    assert "not certified" in str(teacher.report())
