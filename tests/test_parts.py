@@ -156,7 +156,7 @@ def test_the_oracle_catches_a_fault_in_any_part(key: str) -> None:
     call = example(model, x)
     widened = program_of(model, call, dynamic="batch")
     _tamper(widened, key)
-    with pytest.raises(gpdfx.LossyError, match=r"differs by 1\.\d+e-06"):
+    with pytest.raises(gpdfx.LossyError, match=r"differs by \d\.\d+e-06"):
         verify(widened, call)
 
 

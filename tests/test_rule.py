@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import gpdfx
 from gpdfx.passes.rules import CUSTOM
 
+from .helpers import program_of, verify
+
 Function = Callable[..., Any]
 
 
@@ -371,9 +373,12 @@ def test_the_oracle_would_catch_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     gpdfx.rule(soft_project, "... i, o i -> ... o")
     module = importlib.import_module("gpdfx.compiler")
     monkeypatch.setattr(module, "check_rules", lambda inference: None)
+    call = ((r(3, 5),), {})
     with pytest.raises(gpdfx.LossyError) as caught:
-        gpdfx.expand(Last(), 2, example_inputs=(r(3, 5),))
+        verify(program_of(Last(), call), call)
     assert caught.value.node == "soft_project"
+    report = gpdfx.expand(Last(), 2, example_inputs=call[0]).report()
+    assert "differs" in report.apart[""]  # taken apart: what is left of it is right
 
 
 def test_a_refused_rule_leaves_the_earlier_one() -> None:

@@ -130,6 +130,8 @@ def scales_of(
     outputs = [x for f, x in reference.items() if f.law is Law.OUTPUTS and floating(x)]
     largest = max(map(typical, outputs), default=0.0)
     leaves = tree.leaves(inputs)
+    of = {str(f.which): typical(x) for f, x in reference.items() if f.law is Law.PARAMETERS}
+    moved = max((x * typical(parameters[name]) for name, x in of.items()), default=0.0)
 
     def scale(fact: Fact) -> float:
         match fact:
@@ -140,7 +142,7 @@ def scales_of(
             case Fact(Law.INPUTS, int(k)):
                 return 1e-6 * largest / (typical(leaves[k]) or 1.0)
             case Fact(Law.PARAMETERS, str(name)):
-                return 1e-4 * largest / (typical(parameters[name]) or 1.0)
+                return 1e-2 * moved / (typical(parameters[name]) or 1.0)
         return 0.0
 
     return scale

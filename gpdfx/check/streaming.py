@@ -204,7 +204,7 @@ class StreamingTeacher(Teacher):
         made: dict[str, Make] = {}
         for name, one in self._lowered.items():
             made[teachers(name)] = partial(self._shared, name, one)
-            own = self._own if one.site.cut is not None else self.gather
+            own = self._own if name in self._folding.cut else self.gather
             made[students(name)] = partial(own, name)
         for name in self._folds.keys() - self._lowered.keys():
             fold: Fold = self._net.get_submodule(self._folds[name])  # type: ignore[assignment]
