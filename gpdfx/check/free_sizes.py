@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..calls import tree
 from ..calls.sizes import Sizes, evaluate, names_in
 from ..passes.capture.limits import LEVELS
 from ..teacher.captured import Section
@@ -129,7 +130,7 @@ class _Visits:
             except Exception:  # a size that the student cannot have: try another
                 return None
             try:
-                got = observe(run, inputs, pair.seed)
+                got = observe(run, inputs, pair.seed, copy=tree.copied)
             except Exception:  # the graph is not free in this size, whatever capture said
                 return False
         outputs = (fact for fact in expected if fact.law is Law.OUTPUTS)

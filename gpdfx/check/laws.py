@@ -386,11 +386,12 @@ def _student_follows(teacher: StreamingTeacher, inputs: Inputs, seed: int) -> Fi
         teacher.student(*args, **kwargs)  # whatever it caches, it caches now
         _perturb(teacher, seed)
         plain = filled(teacher, fresh)
-        observe(plain, inputs, seed)  # it may keep state, too
-        before = teacher._student_buffers()
-        for name, buffer in plain.named_buffers():
-            if name in before and before[name].shape == buffer.shape:
-                buffer.copy_(before[name])
+        before = {n: x.clone() for n, x in plain.state_dict(keep_vars=True).items()}
+        before |= teacher._student_buffers()
+        observe(plain, inputs, seed)  # it may keep state, too: in attributes; all else is put back
+        for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
+            if name in before and before[name].shape == tensor.shape:
+                tensor.copy_(before[name])
         expected = observe(plain, inputs, seed)
         got = observe(teacher.student, inputs, seed)
     errors = {f: difference(x, got.get(f)) for f, x in expected.items()}

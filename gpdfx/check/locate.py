@@ -72,7 +72,7 @@ def guilty_part(pair: Pair, mode: str, allowed: float) -> str | None:
         sources = {n: p for n in own if (p := teacher.sources.get(f"{path}.{n}")) is not None}
         with contextlib.suppress(Exception):  # a module that cannot be differentiated
             expected = observe(module, inputs, pair.seed, "all", parameters=own)
-            got = observe(run, inputs, pair.seed, "all", parameters=sources)
+            got = observe(run, inputs, pair.seed, "all", parameters=sources, copy=tree.copied)
             errors = errors_of(expected, got, scales_of(expected, inputs, own))
             if not max(errors.values()) <= max(allowed, NOTICED):
                 return path

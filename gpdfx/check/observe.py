@@ -30,12 +30,14 @@ def observe(
     parts: dict[str, nn.Module] | None = None,
     given: Observed | None = None,
     number: int = 0,
+    copy: Callable[[Any], Any] = tree.fresh,
 ) -> Observed:
     """Run ``call`` with seeded generators; its outputs, those of ``parts`` on the way, the
     gradients of a random projection of them with respect to the floating inputs and to
     ``parameters``, and the states of the generators. ``given``: what the parts of another run
-    returned; the user's Python goes on with these. ``number``: of the call in a sequence."""
-    args, kwargs = tree.map_leaves(partial(_leaf, gradients == "all"), tree.fresh(inputs))
+    returned; the user's Python goes on with these. ``number``: of the call in a sequence;
+    ``copy``: of the inputs (a teacher knows objects among them by identity)."""
+    args, kwargs = tree.map_leaves(partial(_leaf, gradients == "all"), copy(inputs))
     leaves = tree.leaves((args, kwargs))
     _seed(seed)
     on = gradients != "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..algebra.gather import gather
 from ..calls import tree
 from ..errors import InputError, LossyError
-from ..passes.program import duplicate
+from ..passes.program import duplicate, source_line
 from .facts import Errors, Fact, Inputs, Law, Observed, errors_of, floating, scales_of
 from .observe import GRADIENTS, observe
 from .streaming import StreamingTeacher
@@ -139,7 +140,9 @@ def _run_student(
             if level == levels[-1]:
                 remedy = "mend the model, or pass verify=False if it is never used in this mode"
                 text = f"the model itself fails in {mode} mode: {type(error).__name__}: {error}"
-                raise InputError(text, remedy=remedy) from error
+                trace = "".join(traceback.format_exception(error))
+                source = source_line(trace) or None
+                raise InputError(text, source=source, remedy=remedy) from error
             run = pair.copy()
         finally:
             for p in asked.values():  # a backward that failed may have left some
@@ -158,7 +161,7 @@ def _run_student(
 def _run_teacher(pair: Pair, gradients: str, expected: Observed, calls: int) -> Observed:
     teacher = pair.teacher
     parts = teacher._parts_in(teacher._python_shell)
-    look = partial(observe, teacher, parts=parts, given=expected)
+    look = partial(observe, teacher, parts=parts, given=expected, copy=tree.copied)
     seen = look(pair.inputs, pair.seed, gradients, parameters=teacher.sources)
     for fact in [f for f in seen if f.law is Law.PARAMETERS]:
         own = teacher.own_gradient(str(fact.which), seen[fact])
