@@ -83,6 +83,8 @@ class Subject:
 
     def __init__(self, teacher: Teacher, student: nn.Module, example: Example, fake: bool) -> None:
         self.mode = FakeMode() if fake else None
+        # a call is known by the objects in it that are no tensors
+        self.constants = {id(x): x for x in tree.leaves(example) if not isinstance(x, Tensor)}
         self.teacher, self.student = self._copy(teacher), self._copy(student)
         slow_attention(self.student)
         self.example: Example = tree.map_leaves(self._stand_in, example)
@@ -90,7 +92,8 @@ class Subject:
 
     def _copy(self, module: Module) -> Module:
         shared = chain(module.parameters(), module.buffers() if self.mode else ())
-        return duplicate(module, {id(x): self._stand_in(x) for x in shared}).eval()
+        memo = {id(x): self._stand_in(x) for x in shared}
+        return duplicate(module, self.constants | memo).eval()
 
     def _stand_in(self, x: Any) -> Any:
         return self.mode.from_tensor(x) if self.mode and isinstance(x, Tensor) else x
