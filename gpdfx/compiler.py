@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import random
 import threading
 import time
 import traceback
@@ -14,7 +13,6 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +20,7 @@ from . import passes
 from .calls.examples import example_call
 from .check import laws
 from .check.laws import Check
+from .check.observe import keep_rng
 from .control import ExpandOptions, make_control
 from .custom_ops import check_rules
 from .errors import CaptureError, GpdfxError, InputError, LossyError, check_choice
@@ -357,11 +356,6 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         for kind in filter(torch.amp.is_autocast_available, sorted(kinds)):
             stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(torch.random.fork_rng(cuda))
+        stack.enter_context(keep_rng(cuda))
         stack.enter_context(_told())
-        numpy, python = np.random.get_state(), random.getstate()
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy)
-            random.setstate(python)
+        yield

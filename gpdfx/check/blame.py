@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -61,7 +61,7 @@ def state(
         if len(after) == 2:
             for path, name in changed(*after) - set(caches):
                 module = student.get_submodule(path)
-                where = f"{path or '(root)'} ({type(module).__name__})"
+                where = _named(path, module)
                 text = f"forward changes the attribute {name} of {where} from call to call"
                 return Blame(path, text, _line(module, rf"self\.{name}\b"))
     return None
@@ -116,7 +116,7 @@ def _draws(student: nn.Module, inputs: Inputs, seed: int) -> Blame | None:
         moved = [n for n, x in states().items() if n[0] != "t" and x != stack[-1][n]]
         stack.pop()
         if moved:
-            where = f"{path or '(root)'} ({type(module).__name__})"
+            where = _named(path, module)
             text = f"forward of {where} draws from {moved[0]}"
             found.append(Blame(path, text, _line(module, r"\brandom\b|\bnp\.|\bnumpy\b")))
 
@@ -151,8 +151,7 @@ def _hooks(student: nn.Module) -> Blame | None:
     """Hooks that only the backward of the user's own module runs."""
     for path, module in student.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
-            where = f"{path or '(root)'} ({type(module).__name__})"
-            return Blame(path, f"{where} has a backward hook")
+            return Blame(path, f"{_named(path, module)} has a backward hook")
     return None
 
 
@@ -168,6 +167,5 @@ def _line(module: nn.Module, pattern: str) -> str | None:
     return None
 
 
-def owners(paths: Collection[str], path: str) -> Iterator[str]:
-    """Those of some modules that are at a path, or above it."""
-    yield from (p for p in paths if not p or p == path or path.startswith(f"{p}."))
+def _named(path: str, module: nn.Module) -> str:
+    return f"{path or '(root)'} ({type(module).__name__})"

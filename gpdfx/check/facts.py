@@ -24,7 +24,6 @@ class Law(Enum):
     INPUTS = "gradients of inputs", "gradient of input {}"
     PARAMETERS = "gradients of parameters", "gradient of {}"
     BUFFERS = "buffers after the call", "buffer {}"
-    ATTRIBUTES = "attributes that forward changes", "attribute {}"
     GENERATORS = "generators after the call", "state of {}"
     FOLD = "branches at the start", "{}"
     STUDENT = "the student's view", "{} of teacher.student"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..calls.sizes import Sizes, evaluate, names_in
 from ..passes.capture.limits import LEVELS
 from ..teacher.captured import Section
 from .facts import Law, difference
-from .locate import call_of, calls_of
+from .locate import call_of, calls_of, run_section
 from .observe import keep_rng, observe
 from .visit import Pair
 
@@ -114,11 +115,7 @@ class _Visits:
         """Whether the teacher follows; ``None`` if the student does not run on these tensors."""
         section, pair = self.section, self.pair
         inputs, teacher = section.call.unflatten(flat), pair.teacher
-        folded = teacher._folding.for_call()
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return section(teacher._net, folded, section.flatten(args, kwargs))
-
+        run = partial(run_section, teacher, section)
         pair.reload()
         with torch.no_grad(), keep_rng():
             before = dict(pair.student.named_buffers())

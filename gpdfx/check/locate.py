@@ -67,7 +67,7 @@ def guilty_part(pair: Pair, mode: str, allowed: float) -> str | None:
         if section.training != (mode == "train") or flat is None:
             continue
         module, inputs = student.get_submodule(path), section.call.unflatten(flat)
-        run = partial(_run_section, teacher, section)
+        run = partial(run_section, teacher, section)
         own = dict(module.requires_grad_().named_parameters())
         sources = {n: p for n in own if (p := teacher.sources.get(f"{path}.{n}")) is not None}
         with contextlib.suppress(Exception):  # a module that cannot be differentiated
@@ -79,7 +79,8 @@ def guilty_part(pair: Pair, mode: str, allowed: float) -> str | None:
     return None
 
 
-def _run_section(teacher: StreamingTeacher, section: Section, *args: Any, **kwargs: Any) -> Any:
+def run_section(teacher: StreamingTeacher, section: Section, *args: Any, **kwargs: Any) -> Any:
+    """One of the teacher's graphs, called as its module is."""
     return section(teacher._net, teacher._folding.for_call(), section.flatten(args, kwargs))
 
 

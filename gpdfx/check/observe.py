@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -110,11 +110,11 @@ def _number(value: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def keep_rng() -> Iterator[None]:
-    """Leave the global generators as they were."""
+def keep_rng(devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Leave the global generators, and those of CUDA ``devices``, as they were."""
     python, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(python)

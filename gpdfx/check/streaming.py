@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..algebra.frozen import Frozen
 from ..algebra.gather import scatter
 from ..kernels import copies
 from ..passes.folded import Folded, Lowered, Make, merged, plain, students, teachers
 from ..passes.program import CallSite, Mode, copied, mutated
 from ..teacher.captured import Section
 from ..teacher.compiled import Compiled
+from ..teacher.extract import Maps
 from ..teacher.fold import Fold
 from ..teacher.folding import Lazy
 from ..teacher.module import Teacher
@@ -32,9 +32,6 @@ from ..torch_private import StorageReference, storage_key, storage_reference, ve
 
 KEEP = 2**30
 """Bytes of wide parameters, in float64, up to which they are gathered once and kept (faster)."""
-
-
-Maps = tuple[Frozen, ...]
 
 
 class _Made(NamedTuple):
@@ -114,7 +111,7 @@ class StreamingTeacher(Teacher):
         self.sections[key] = section = super()._section(key, mode, graph, compiled)
         return section
 
-    def _initial(self, name: str, tensor: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
+    def _initial(self, name: str, tensor: Tensor, maps: Maps) -> Tensor:
         if name not in self.names:
             return super()._initial(name, tensor, maps)
         empty = torch.empty([m.teacher for m in maps], dtype=tensor.dtype, device="meta")
