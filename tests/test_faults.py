@@ -304,6 +304,27 @@ def test_a_stale_cache_in_the_student_is_cleared_or_caught() -> None:
     assert not model.cache
 
 
+@pytest.mark.parametrize("name", ["up.weight", "down.weight", "down.bias"])
+def test_a_cache_of_any_parameter_is_seen(name: str) -> None:
+    """Of a wide one, too."""
+
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(5, 6), nn.Linear(6, 5)
+            self.cache: dict[str, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            own = dict(self.named_parameters())
+            if not self.training:
+                own[name] = self.cache.setdefault("w", own[name] * 1)
+            return F.linear(F.linear(x, own["up.weight"]), own["down.weight"], own["down.bias"])
+
+    widened, call = compiled(Remembers().eval(), torch.randn(2, 5))
+    with pytest.raises(LossyError, match=r"teacher\.student"):
+        laws.verify(Compiled.of(widened, call, ()))
+
+
 def test_not_a_number_fails() -> None:
     class Log(nn.Module):
         def __init__(self) -> None:

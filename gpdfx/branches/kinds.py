@@ -57,10 +57,11 @@ class Branch:
 
     def init(self, layer: Layer, draw: torch.Generator) -> dict[str, Tensor]:
         """Fresh parameters: uniform with variance 2 / fan-in (He et al., 2015)."""
-        return {
-            name: (torch.rand(shape, generator=draw) * 2 - 1) * math.sqrt(6 / math.prod(shape[2:]))
-            for name, shape in self.shapes(layer).items()
-        }
+        found = {}
+        for name, shape in self.shapes(layer).items():
+            bound = math.sqrt(6 / math.prod(shape[2:]))
+            found[name] = torch.empty(shape).uniform_(-bound, bound, generator=draw)
+        return found
 
 
 def center(layer: Layer, weight: Tensor) -> Tensor:
@@ -149,12 +150,11 @@ class Frequency(Branch):
     def constants(self, layer: Layer) -> dict[str, Tensor]:
         dims = [d for d, k in enumerate(layer.kernel) if k > 1]
         filters = torch.zeros(layer.channels, *layer.kernel)
-        for channel, out in enumerate(filters):
-            d = dims[channel % len(dims)]
-            k = layer.kernel[d]
-            f = 1 + (channel // len(dims)) % (k - 1)
-            wave = torch.cos(math.pi / k * f * (torch.arange(k) + 0.5))
-            out += wave.view([k if e == d else 1 for e in range(out.ndim)])
+        for n, d in enumerate(dims):
+            own, k = filters[n :: len(dims)], layer.kernel[d]
+            f = 1 + torch.arange(len(own)) % (k - 1)
+            wave = torch.cos(math.pi / k * f.unsqueeze(1) * (torch.arange(k) + 0.5))
+            own += wave.view(-1, *[k if e == d else 1 for e in range(len(layer.kernel))])
         return {"filters": filters.unflatten(0, layer.shape[:2]).unsqueeze(2)}
 
     def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:

@@ -71,10 +71,13 @@ smaller may be a difference of numbers that were as large."""
 
 def typical(x: Tensor) -> float:
     """The root mean square of what is not extreme, so that no mask can hide the rest."""
-    size = x.detach().abs().flatten()
-    largest = float(size.max()) if size.numel() else 0.0
+    x = x.detach()
+    size = x.abs() if x.is_complex() else x
+    largest = float(torch.linalg.vector_norm(size, math.inf)) if size.numel() else 0.0
     if largest < MASK:  # the usual case; false for nan, too
-        return float(size.to(torch.float64).square().mean().sqrt()) if largest else 0.0
+        total = torch.linalg.vector_norm(size, dtype=torch.float64)
+        return float(total) / math.sqrt(max(size.numel(), 1))
+    size = size.abs()
     size = size[size.isfinite() & (size > 0)].to(torch.float64)
     usual, bounded = size[size < MASK], size[size < 1e12]
     if not usual.numel():
@@ -92,17 +95,18 @@ def difference(reference: Tensor, other: Tensor | None, floor: float = 0.0) -> f
         return 0.0
     if not (reference.is_floating_point() or reference.is_complex()):
         return 0.0 if torch.equal(reference, other) else math.inf
-    gap = (reference - other).abs()
-    if not math.isfinite(float(gap.max())):  # a mask of -inf, as a rule
+    gap, size = (reference - other).abs(), reference.abs()
+    largest = float(gap.max())
+    if not math.isfinite(largest):  # a mask of -inf, as a rule
         same = (reference == other) | (reference.isnan() & other.isnan())
         if not (same | (reference.isfinite() & other.isfinite())).all():
             return math.inf
         gap = gap.masked_fill(same, 0)
-    if not gap.any():
+        largest, size = float(gap.max()), size.nan_to_num(nan=1.0, posinf=1.0)
+    if not largest:
         return 0.0
     scale = max(typical(reference), floor)
-    size = reference.abs().nan_to_num(nan=1.0, posinf=1.0).clamp_min(scale or 0.0)
-    error = float((gap / size).max()) if scale else math.inf
+    error = float((gap / size.clamp_min_(scale)).max()) if scale else math.inf
     return error if not math.isnan(error) else math.inf
 
 

@@ -3,26 +3,29 @@
 A fold is linear in the layer's own weight and in the branches' scales, which begin at zero. So, in
 float64 and to the last bits: what it folds to is the weight itself (times its shares); and along
 one random direction of weight and scales together, the change that the gradients foretell is the
-change that comes.
+change that comes. Layers that are alike in all but numbers and sizes have one fold: the smallest
+one's is run, of the others weight, scales and the student's part are looked at.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ..branches.layer import Layer
 from ..kernels import copies
-from ..kernels.fold import fold
+from ..kernels.fold import Site, elements, fold, key_of, load, owned, store
 from ..passes.branch import LAYERS
 from ..passes.folded import Folded, kernel, merged, module_of, plain, read, students, teachers
 from ..passes.program import bind
 from ..passes.widen import Widened
 from ..teacher.fold import Fold
-from ..teacher.folding import Chunk
 from .facts import Errors, Fact, Law, difference
 from .streaming import StreamingTeacher
 
@@ -30,52 +33,97 @@ aten = torch.ops.aten
 
 Tensors = Mapping[str, Tensor]
 Call = Callable[[Tensors], Folded]
+ORIGIN, SCALES = "origin", "scales"
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The fold of one weight. ``kind``: all that it is but for numbers and sizes; ``names``: of
+    its tensors, by what the call takes them for; ``site``: if it is in the fused fold."""
+
+    weight: str
+    elements: int
+    kind: Any
+    names: Mapping[str, str]
+    call: Call
+    site: Site | None = None
+
+    def start_error(self, tensors: Tensors, own: Tensor, narrow: Tensor | None) -> float:
+        """Zero if the fold takes this layer's ``own`` weight, its scales are one and zero, and the
+        student's part of the weight is the ``narrow`` one."""
+        origin, scales = tensors[ORIGIN], tensors.get(SCALES)
+        right = torch.equal(origin, own)
+        if scales is not None:
+            right &= bool((scales[0] == 1).all() and not scales[1:].any())
+        if self.site is not None and self.site.cut is not None and narrow is not None:
+            part = self.site.cut.take(load(self.site.layer, origin), "goi")
+            right &= torch.equal(store(self.site.narrow, part), narrow)
+        return 0.0 if right else math.inf
 
 
 def fold_errors(teacher: StreamingTeacher, seed: int) -> Errors:
     """How far each branched weight is from both."""
     errors: Errors = {}
-    expected, folding = teacher._unfolded(), teacher._folding
-    for chunk in folding.fused:
-        tensors = dict(zip(chunk.names, chunk.tensors(), strict=True))
-        errors |= _errors(_of_chunk(chunk), tensors, chunk.sites, expected, seed)
-    for path in folding.singles:
-        one: Fold = teacher._net.get_submodule(path)  # type: ignore[assignment]
-        name = one.branched.weight
-        tensors = {name: teacher.gather(name), f"{path}.scales": one.scales}
-        errors |= _errors(_of_single(teacher, one, path), tensors, [name], expected, seed)
+    tried, expected = set[Any](), teacher._unfolded()
+    for one in sorted(_layers(teacher), key=lambda one: one.elements):
+        tensors = {key: teacher._folding.read(name).detach() for key, name in one.names.items()}
+        own, narrow = teacher.gather(one.weight), teacher._given[one.weight]
+        errors[Fact(Law.FOLD, one.weight)] = one.start_error(tensors, own, narrow)
+        if one.kind not in tried:
+            tried.add(one.kind)
+            errors |= _errors(one, tensors, expected, seed)
     return errors
 
 
-def _of_chunk(chunk: Chunk) -> Call:
-    def call(tensors: Tensors) -> Folded:
-        sites, given = tuple(chunk.sites.values()), [tensors[name] for name in chunk.names]
-        made = fold(sites, chunk.key, chunk.index, given, teacher=True, student=True)
-        folded: dict[str, Tensor] = {}
-        for name, (wide, own) in zip(chunk.sites, made, strict=True):
-            assert wide is not None
-            assert own is not None
-            folded |= {teachers(name): wide, students(name): own}
-        return folded
-
-    return call
-
-
-def _of_single(teacher: StreamingTeacher, one: Fold, path: str) -> Call:
-    name = one.branched.weight
-
-    def call(tensors: Tensors) -> Folded:
-        given = {"scales": tensors[f"{path}.scales"]}
-        bias = None if one.branched.bias is None else teacher.gather(one.branched.bias).detach()
-        made: Folded = torch.func.functional_call(one, given, (tensors[name], bias))
-        return {n: x for n, x in made.items() if n in (merged(name), plain(name))}
-
-    return call
+def _layers(teacher: StreamingTeacher) -> Iterator[_Layer]:
+    folding = teacher._folding
+    for chunk in folding.fused:
+        layers = owned(tuple(chunk.sites.values()), chunk.index, chunk.names)
+        for weight, (site, names) in zip(chunk.sites, layers, strict=True):
+            keys = [ORIGIN, *([] if site.unbranched else [SCALES])]
+            keys += [f"{k}" for k in range(len(keys), site.size)]
+            call = partial(_of_site, weight, site)
+            named = dict(zip(keys, names, strict=True))
+            yield _Layer(weight, elements(site.layer), _kind(site), named, call, site)
+    for path in folding.singles:
+        fold: Fold = teacher._net.get_submodule(path)  # type: ignore[assignment]
+        one = fold.branched
+        kind = one.chosen, one.bias is None, one.layer.layout, one.layer.kernel
+        named = {ORIGIN: one.weight, SCALES: f"{path}.scales"}
+        call = partial(_of_single, teacher, fold)
+        yield _Layer(one.weight, elements(one.layer), kind, named, call)
 
 
-def _errors(
-    call: Call, tensors: Tensors, weights: Collection[str], expected: Folded, seed: int
-) -> Errors:
+def _kind(site: Site) -> Any:
+    """A site but for its sizes."""
+
+    def many(layer: Layer) -> Layer:
+        sizes = (min(n, 2) for n in layer.shape[:3])
+        return Layer(*sizes, layer.kernel, layer.layout)
+
+    blocks = () if site.cut is None else (site.cut.g, site.cut.o, site.cut.i)
+    cut = tuple((outer > 1, wide > narrow) for outer, wide, narrow in blocks)
+    share = site.share and (site.share.at, site.share.dim, site.share.split is None)
+    return many(site.layer), many(site.narrow), site.branches, cut, share
+
+
+def _of_site(weight: str, site: Site, tensors: Tensors) -> Folded:
+    index, given = tuple(range(site.size)), list(tensors.values())
+    ((wide, own),) = fold((site,), key_of((site,)), index, given, teacher=True, student=True)
+    assert wide is not None
+    assert own is not None
+    return {teachers(weight): wide, students(weight): own}
+
+
+def _of_single(teacher: StreamingTeacher, one: Fold, tensors: Tensors) -> Folded:
+    weight, bias = one.branched.weight, one.branched.bias
+    shift = None if bias is None else teacher.gather(bias).detach()
+    given = {"scales": tensors[SCALES]}
+    made: Folded = torch.func.functional_call(one, given, (tensors[ORIGIN], shift))
+    return {n: x for n, x in made.items() if n in (merged(weight), plain(weight))}
+
+
+def _errors(layer: _Layer, tensors: Tensors, expected: Folded, seed: int) -> Errors:
     draw = torch.Generator().manual_seed(seed)
 
     def like(x: Tensor) -> Tensor:  # of rank one: as telling, and drawn sooner
@@ -84,23 +132,23 @@ def _errors(
             made = made.unsqueeze(-1) * torch.randn(size, generator=draw, dtype=torch.float64)
         return made.to(x)
 
-    steps = {n: like(x) for n, x in tensors.items() if n in weights or n.endswith(".scales")}
-    for name in steps.keys() - set(weights):
-        steps[name][0] = 0  # of the weight itself: the only product of two that move
-    given = {n: x.detach().requires_grad_(n in steps) for n, x in tensors.items()}
+    steps = {key: like(x) for key, x in tensors.items() if key in (ORIGIN, SCALES)}
+    if SCALES in steps:
+        steps[SCALES][0] = 0  # of the weight itself: the only product of two that move
+    given = {key: x.detach().requires_grad_(key in steps) for key, x in tensors.items()}
     with torch.enable_grad():
-        folded = call(given)
+        folded = layer.call(given)
         errors = {Fact(Law.FOLD, n): difference(expected[n], y.detach()) for n, y in folded.items()}
         cotangents = {n: like(y) for n, y in folded.items()}
         total = torch.stack([(y * cotangents[n]).sum() for n, y in folded.items()]).sum()
-    sources = [given[n] for n in steps]
+    sources = [given[key] for key in steps]
     gradients = torch.autograd.grad(total, sources, materialize_grads=True)
     terms = [g * step for g, step in zip(gradients, steps.values(), strict=True)]
     foretold, size = (sum(float(f(t).sum()) for t in terms) for f in (torch.clone, torch.abs))
     with torch.no_grad():
-        other = call({n: x + steps[n] if n in steps else x for n, x in tensors.items()})
+        other = layer.call({key: x + steps[key] if key in steps else x for key, x in tensors.items()})
         comes = sum(float(((other[n] - folded[n]) * cotangents[n]).sum()) for n in folded)
-    fact = Fact(Law.FOLD, f"gradient of {', '.join(weights)}")
+    fact = Fact(Law.FOLD, f"gradient of {layer.weight}")
     errors[fact] = abs(comes - foretold) / max(size, abs(comes), 1e-300)
     return errors
 

@@ -382,9 +382,9 @@ def _student_follows(teacher: StreamingTeacher, inputs: Inputs, seed: int) -> Fi
     teacher."""
     args, kwargs = tree.fresh(inputs)
     fresh = duplicate(teacher.eval()._student)  # before it caches anything
-    with torch.no_grad():
+    with torch.no_grad(), teacher._folded_once():
         teacher.student(*args, **kwargs)  # whatever it caches, it caches now
-        _perturb(teacher, seed)
+        teacher.perturb(seed)
         plain = filled(teacher, fresh)
         before = {n: x.clone() for n, x in plain.state_dict(keep_vars=True).items()}
         before |= teacher._student_buffers()
@@ -404,16 +404,6 @@ def _student_follows(teacher: StreamingTeacher, inputs: Inputs, seed: int) -> Fi
             "forward, or in train()",
         )
     return finding
-
-
-def _perturb(teacher: StreamingTeacher, seed: int) -> None:
-    """Change every parameter by at most a tenth, its copies by different numbers."""
-    teacher.noise = seed
-    draw = torch.Generator().manual_seed(seed)
-    for p in teacher.parameters():
-        if p.is_floating_point() and not p.is_meta:
-            noise = torch.rand(p.shape[-1:], generator=draw, dtype=torch.float64)
-            p.mul_(1 + 0.1 * noise.to(p))
 
 
 def _keeps_state(compiled: Compiled, seed: int) -> None:

@@ -135,6 +135,17 @@ class StreamingTeacher(Teacher):
         if self._python_shell is not None:
             object.__setattr__(self, "_python_shell", self._make_python_shell())
 
+    @torch.no_grad()
+    def perturb(self, seed: int) -> None:
+        """Change every parameter by at most a tenth, its copies by different numbers."""
+        self.noise = seed
+        self._kept.clear()
+        draw = torch.Generator().manual_seed(seed)
+        for p in self.parameters():
+            if p.is_floating_point() and not p.is_meta:
+                noise = torch.rand(p.shape[-1:], generator=draw, dtype=torch.float64)
+                p.mul_(1 + 0.1 * noise.to(p))
+
     @property
     def sources(self) -> dict[str, Tensor]:
         """The leaves that gradients of the parameters come to, by name: the student's own, or,
@@ -215,7 +226,8 @@ class StreamingTeacher(Teacher):
         return Lazy(made)
 
     def _own(self, name: str) -> Tensor:
-        return self._given[name]
+        own = self._given[name]
+        return own if self.noise is None else self.narrow(name, self.gather(name))
 
     def _shared(self, name: str, one: Lowered) -> Tensor:
         """The teacher's weight in the fused fold."""

@@ -11,3 +11,6 @@ from .site import cut_of as cut_of
 from .site import each as each
 from .site import elements as elements
 from .site import key_of as key_of
+from .site import load as load
+from .site import owned as owned
+from .site import store as store

@@ -179,10 +179,10 @@ def each(key: str, index: Sequence[int], tensors: Sequence[Tensor]) -> list[tupl
 
 
 def owned(
-    sites: Sequence[Site], index: Sequence[int], tensors: Sequence[Tensor]
-) -> list[tuple[Site, Tensors]]:
-    """Every site with its tensors. ``index``: which of ``tensors`` they are, one site after the
-    other."""
+    sites: Sequence[Site], index: Sequence[int], tensors: Sequence[Any]
+) -> list[tuple[Site, list[Any]]]:
+    """Every site with its tensors, or their names. ``index``: which of ``tensors`` they are, one
+    site after the other."""
     found = []
     at = 0
     for site in sites:
