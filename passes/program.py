@@ -198,13 +198,16 @@ def _held(module: nn.Module, *, functions: bool) -> Iterator[tuple[str, Any]]:
     for path, part in module.named_modules():
         yield path, part
         for name, held in vars(part).items():
-            entries = held.items() if name in _REGISTRIES and held else {name: held}.items()
+            if held is None or type(held) in _PLAIN:
+                continue
+            entries = held.items() if name in _REGISTRIES else {name: held}.items()
             for entry, value in entries:
                 for one in _reached(value, 3 if functions else 0):
                     yield f"{path}.{entry}".strip("."), one
 
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+_PLAIN = (bool, int, float, str)
 
 
 def _identity(held: Any) -> Any:
