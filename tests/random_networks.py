@@ -7,18 +7,19 @@ A network is a list of steps drawn by hypothesis, which shrinks it. Every step a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import gpdfx
 from gpdfx.branches.sets import SETS
 from gpdfx.report.report import Report
-from gpdfx.teacher.module import take_first
+from gpdfx.teacher.module import Teacher, take_first
 
 from .helpers import facts
 from .networks import tensors_equal
@@ -244,6 +245,11 @@ def without_rule(s: Source) -> None:
     )
 
 
+def image_state(s: Source) -> None:
+    """What forward keeps in a buffer: an average, or how often it was called."""
+    _state(s, "(0, 2, 3)", "[:, None, None]")
+
+
 # --------------------------------------------------------------------------- token steps
 def linear(s: Source) -> None:
     out = s.one(4, 6, 12)
@@ -353,6 +359,29 @@ def along(s: Source) -> None:
     s.c = out
 
 
+def masked(s: Source) -> None:
+    """Attention that some tokens must not see, by position or by value."""
+    qkv, proj = s.layer(f"nn.Linear({s.c}, {3 * s.c})"), s.layer(f"nn.Linear({s.c}, {s.c})")
+    hidden = (
+        "torch.ones(x.shape[1], x.shape[1]).triu(1).bool()",
+        "torch.arange(x.shape[1]) >= x.shape[1] - 1",
+        "(x.detach().sum(2) < x.detach().sum(2).amax(1, keepdim=True) - 2)[:, None]",
+        "torch.arange(x.shape[1])[:, None] < 1",  # for all tokens of one row
+    )
+    low = s.one("-1e4", "-1e9", "torch.finfo(x.dtype).min", "float('-inf')")
+    plain = f"y = (q @ k.transpose(1, 2) * {s.c**-0.5}).masked_fill(m, {low}).softmax(-1)"
+    dropped = "y = F.dropout(y.nan_to_num(0.0), 0.1, self.training) @ v"
+    fused = "y = F.scaled_dot_product_attention(q, k, v, ~m.expand(x.shape[0], -1, x.shape[1]))"
+    s.add(f"q, k, v = {qkv}(x).unflatten(-1, (3, {s.c})).unbind(-2)", f"m = {s.one(*hidden)}")
+    s.add(*s.one((plain, dropped), (fused, "y = y.nan_to_num(0.0)")))
+    s.add(f"x = x + {proj}(y)")
+
+
+def token_state(s: Source) -> None:
+    """The same as ``image_state``."""
+    _state(s, "(0, 1)", "")
+
+
 def to_image(s: Source) -> None:
     side = round(s.n**0.5)
     if side**2 != s.n:
@@ -362,6 +391,28 @@ def to_image(s: Source) -> None:
 
 
 # --------------------------------------------------------------------------- either
+def _state(s: Source, dims: str, wide: str) -> None:
+    name = f"m{s.count}"
+    s.count += 1
+    if s.one(True, False):
+        s.init.append(f"self.register_buffer('{name}', torch.zeros({s.c}))")
+        update = f"self.{name}.lerp_(x.detach().mean({dims}), 0.2)"
+        s.add("if self.training:", f"    {update}", f"x = x - self.{name}{wide}")
+    else:
+        s.init.append(f"self.register_buffer('{name}', torch.zeros(()))")
+        s.add(f"self.{name}.add_(1)", f"x = x * (1 + 0.1 * self.{name})")
+
+
+def on_sizes(s: Source) -> None:
+    """One of two ways, by the sizes of the input."""
+    wide = s.kind == "image"
+    a = s.layer(f"nn.Conv2d({s.c}, {s.c}, 1)" if wide else f"nn.Linear({s.c}, {s.c})")
+    one = ("x.shape[0] > 2", "x.shape[0] != 3", "x.shape[0] % 2 == 0", "x.shape[0] == 1")
+    more = ("x.shape[2] > x.shape[3]", "x.shape[2] % 2 == 0", "x.shape[3] >= 4", "x.shape[2] != 5")
+    s.add(f"if {s.one(*one, *(more if wide else ('x.shape[1] > 3', 'x.shape[1] % 2 == 1')))}:")
+    s.add(f"    x = x + {a}(x)", *s.one((), ("else:", "    x = x * 0.5")))
+
+
 def activation(s: Source) -> None:
     kinds = ("F.relu(x)", "F.relu(x * 2, inplace=True)", "F.gelu(x)", "F.hardswish(x)", "x.tanh()")
     s.add(f"x = {s.one(*kinds, 'F.leaky_relu(x, 0.1)', 'x.clamp(-2, 2)', 'x * 0.5 + 1')}")
@@ -383,8 +434,10 @@ IMAGE = (
 )
 TOKENS = (
     *(linear, token_norm, mlp, attention, mixer, tied, standardized, to_image, activation, dropout),
-    *(recurrent, along, queries, groups),
+    *(recurrent, along, queries, groups, masked),
 )
+IMAGE_CALLS, TOKEN_CALLS = (image_state, on_sizes), (token_state, on_sizes, masked)
+"""Calls differ by more than their values."""
 
 
 @st.composite
@@ -392,8 +445,10 @@ def networks(draw: Draw) -> str:
     """The source of a network from a (4, 3, 8, 8) image to 5 logits."""
     s = Source(draw)
     conv(s)
-    for _ in range(draw(st.integers(1, 7))):
-        draw(st.sampled_from(IMAGE if s.kind == "image" else TOKENS))(s)
+    special = draw(st.integers(0, 6))  # the place of a step by which calls differ
+    for k in range(draw(st.integers(1, 7))):
+        every, some = (IMAGE, IMAGE_CALLS) if s.kind == "image" else (TOKENS, TOKEN_CALLS)
+        draw(st.sampled_from(some if k == special else every))(s)
     s.add("x = x.mean((2, 3))" if s.kind == "image" else "x = x.mean(1)")
     s.add(f"x = {s.layer(f'nn.Linear({s.c}, 5)')}(x)")
     return s.code()
@@ -420,8 +475,8 @@ SHARES = st.sampled_from(["random", "uniform"])
 def check(
     code: str, ratio: Any, shares: str, branches: str | None = None, **options: Any
 ) -> Report:
-    """Lossless in both modes; collapse is the identity; gradients are the student's own; explain
-    agrees with the report."""
+    """Lossless in both modes; collapse is the identity; gradients are the student's own; call after
+    call, and at other sizes; explain agrees with the report."""
     model = build(code)
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     options |= {"shares": shares, "branches": branches}
@@ -430,22 +485,71 @@ def check(
     assert not [b for b in report.bridged if "rule" in b.reason and "no rule" not in b.reason]
     assert tensors_equal(model.state_dict(), gpdfx.collapse(teacher).state_dict())
     assert all(sizes.startswith("batch") for sizes in report.inputs.values()), report.inputs
-
-    model.eval(), teacher.eval()
-    for run in (model, teacher.student):
-        torch.manual_seed(2)  # dropout may be on in eval mode, too
-        run(x).square().sum().backward()
-    wide = dict(teacher.named_parameters())
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            derived = take_first(wide[name].grad, facts(teacher).maps[name])
-            scale = float(p.grad.abs().max())  # kernels may differ on strided views
-            torch.testing.assert_close(derived, p.grad, rtol=1e-3, atol=1e-4 * scale + 1e-7)
-
     stays = {(f.parameter, f.dim) for f in report.fixed}
     for name, _ in model.named_parameters():
         for dim, d in enumerate(gpdfx.explain(teacher, name).dimensions):
             if d.student > 1:
                 assert ((name, dim) in stays) == bool(d.reason), (name, dim, d)
                 assert (d.teacher > d.student) == bool(d.group), (name, dim, d)
+    model, teacher = model.double(), teacher.double()
+    _same_gradients(model.eval(), teacher.eval(), x.double())
+    for training in (False, True):
+        _same_calls(model.train(training), teacher.train(training))
     return report
+
+
+def _same_gradients(model: nn.Module, teacher: Teacher, x: Tensor) -> None:
+    """The student's view has its gradients, and so has the teacher, summed over copies."""
+    found: list[dict[str, Tensor | None]] = []
+    for run, owner in ((model, model), (teacher.student, teacher), (teacher, teacher)):
+        torch.manual_seed(2)  # dropout may be on in eval mode, too
+        state = {n: b.clone() for n, b in owner.named_buffers()}
+        run(x).square().sum().backward()
+        found.append({name: p.grad for name, p in owner.named_parameters()})
+        owner.zero_grad()
+        for name, buffer in owner.named_buffers():
+            buffer.copy_(state[name])
+    for name, expected in found[0].items():
+        if expected is not None:
+            maps, first, whole = facts(teacher).maps[name], found[1][name], found[2][name]
+            assert first is not None
+            assert whole is not None
+            for dim, frozen in enumerate(maps):
+                sizes = [*whole.shape[:dim], frozen.student, *whole.shape[dim + 1 :]]
+                index = torch.from_numpy(frozen.map.astype("int64"))
+                whole = whole.new_zeros(sizes).index_add(dim, index, whole)
+            _assert_close(take_first(first, maps), expected)
+            _assert_close(whole, expected)
+
+
+SIZES = ((4, 3, 8, 8), (4, 3, 8, 8), (1, 3, 8, 8), (3, 3, 8, 8), (4, 3, 8, 6), (2, 3, 5, 9))
+"""Of calls in a row."""
+
+
+def _same_calls(model: nn.Module, teacher: Teacher) -> None:
+    """One after the other, at sizes that the model takes; the teacher may refuse another size than
+    the first."""
+    for k, size in enumerate((*SIZES, (6, 3, 12, 12))):
+        x = torch.randn(size, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        try:
+            torch.manual_seed(k)
+            copy.deepcopy(model)(x)
+        except Exception:  # its own code at a size that it is not for
+            continue
+        try:
+            torch.manual_seed(k)
+            got = teacher(x)
+        except gpdfx.InputError:
+            assert size != SIZES[0]
+            continue
+        torch.manual_seed(k)
+        _assert_close(got, model(x))
+        buffers = dict(teacher.named_buffers())
+        for name, own in model.named_buffers():
+            _assert_close(take_first(buffers[name], facts(teacher).maps[name]), own)
+
+
+def _assert_close(got: Tensor, expected: Tensor) -> None:
+    """As close as kernels are on strided views."""
+    scale = float(expected.detach().abs().nan_to_num().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7 * scale + 1e-12, equal_nan=True)

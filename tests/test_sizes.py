@@ -199,6 +199,25 @@ class Queries(nn.Module):
         return self.head(scores.softmax(-1) @ self.v(x))
 
 
+@pytest.mark.parametrize(("by", "example"), [(2, 4), (3, 6), (5, 5)])
+def test_a_condition_on_the_batch_leaves_the_rest_of_it_free(by: int, example: int) -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return x + self.b(x) if x.shape[0] % by == 0 else x
+
+    model = Pairs()
+    teacher = gpdfx.expand(model, example_inputs=(torch.randn(example, 3, 8, 8),), branches=None)
+    assert teacher.report().inputs == {"x": "batch x 3 x any x any"}
+    close(teacher, model, 4 * by, 3, 9, 7)
+    with pytest.raises(gpdfx.InputError, match=f"% {by}"):
+        teacher(torch.randn(4 * by + 1, 3, 9, 7).double())
+
+
 def test_learned_queries_leave_the_batch_free() -> None:
     """Their shares are one set for all samples, not one for each of the example's."""
     model = Queries()

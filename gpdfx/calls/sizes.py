@@ -125,17 +125,23 @@ class Sizes:
 
     def elsewhere(self, flat: Sequence[Any], level: str, names: list[str]) -> Iterator[list[Any]]:
         """The example's values, cut or repeated to other sizes that the graph claims to hold for:
-        one sample more, and half the lengths, or lengths that differ more, but equal ones
-        equally."""
+        a sample more, or the first number that it holds for, and half the lengths, or lengths that
+        differ more, but equal ones equally."""
         shapes = [tuple(x.shape) for x in flat]
         free, batch = self.free(level, shapes), self.free("batch", shapes)
-        for step in (0, 32, 28, 24, 16, 12, 8, 4, 2, 1):  # 0: half the size
-            values = self.read(flat)
-            for name in free:
-                more = max(step // self.symbols[name].scale, 1) if step else -(values[name] // 2)
-                values[name] += 1 if name in batch else more
-            if (moved := self.moved(flat, values, names)) is not None:
-                yield moved
+        example, none = self.read(flat), True
+        for samples in (1, 2, 3, *(example[name] for name in batch)):
+            for step in (0, 32, 28, 24, 16, 12, 8, 4, 2, 1):  # 0: half the size
+                values = dict(example)
+                for name in free - batch:
+                    more = max(step // self.symbols[name].scale, 1)
+                    values[name] += more if step else -(values[name] // 2)
+                values |= {name: example[name] + samples for name in batch & free}
+                if (moved := self.moved(flat, values, names)) is not None:
+                    none = False
+                    yield moved
+            if not none:
+                return
 
     def smaller(self, flat: Sequence[Any], size: int, names: list[str]) -> list[Any] | None:
         """The example's values, cut where a size that is free, and not the batch, is larger."""

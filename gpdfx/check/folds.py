@@ -98,8 +98,8 @@ def _kind(site: Site) -> Any:
     """A site but for its sizes."""
 
     def many(layer: Layer) -> Layer:
-        sizes = (min(n, 2) for n in layer.shape[:3])
-        return Layer(*sizes, layer.kernel, layer.layout)
+        groups, outputs, inputs = (min(n, 2) for n in layer.shape[:3])
+        return Layer(groups, outputs, inputs, layer.kernel, layer.layout)
 
     blocks = () if site.cut is None else (site.cut.g, site.cut.o, site.cut.i)
     cut = tuple((outer > 1, wide > narrow) for outer, wide, narrow in blocks)
@@ -146,7 +146,9 @@ def _errors(layer: _Layer, tensors: Tensors, expected: Folded, seed: int) -> Err
     terms = [g * step for g, step in zip(gradients, steps.values(), strict=True)]
     foretold, size = (sum(float(f(t).sum()) for t in terms) for f in (torch.clone, torch.abs))
     with torch.no_grad():
-        other = layer.call({key: x + steps[key] if key in steps else x for key, x in tensors.items()})
+        other = layer.call(
+            {key: x + steps[key] if key in steps else x for key, x in tensors.items()}
+        )
         comes = sum(float(((other[n] - folded[n]) * cotangents[n]).sum()) for n in folded)
     fact = Fact(Law.FOLD, f"gradient of {layer.weight}")
     errors[fact] = abs(comes - foretold) / max(size, abs(comes), 1e-300)
