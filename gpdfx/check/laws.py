@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +41,7 @@ TOLERANCE = 1e-10
 CEILING = 1e-7  # where rounding itself is amplified
 PROBES = 3
 SINGLE = 1e-5  # where the network computes in float32 whatever its parameters are
+CASTS = 1e-4  # where some casts of the network's own may
 NARROW = 100  # of the user's own dtype: how many of its last bits outputs may differ by
 CALLS = 3
 """In a row, in train mode, on different inputs."""
@@ -178,6 +179,8 @@ def _verify(compiled: Compiled, seed: int) -> Check:
         except (LossyError, WrittenError) as error:
             attempt = attempts.send(error)
             traceback.clear_frames(error.__traceback__)  # they hold the student that was tried
+    if attempt.precision.lifted:
+        narrow += _with_casts(program, teacher, attempt)
     for finding in narrow:
         if not finding.error <= finding.allowed:
             raise _lossy(finding)
@@ -255,15 +258,15 @@ def _attempts(
 ) -> Generator[Attempt, Exception]:
     """Every attempt is answered by the error that it ended with; if no other attempt can follow it,
     the first is raised that decided anything. A student that writes to its parameters gets copies;
-    where a lifted cast makes a difference (baked constants of a dtype do not follow it), casts
-    stay what they are; what a small size shows has to show at the example's; what a probe leaves
-    undecided, another one may decide."""
+    where a lifted cast makes a difference (baked constants of a dtype do not follow it), and none
+    between the graphs of student and teacher, casts stay what they are; what a small size shows has
+    to show at the example's; what a probe leaves undecided, another one may decide."""
     single, lift = casts_on_purpose(program), bakes_constants(program) or bool(program.apart)
     errors: list[Exception] = []
     for probe in range(PROBES):
         for given in inputs:
             tried: list[Exception] = []
-            for precision in precisions(program.student, given, lift=lift):
+            for precision in precisions(program.student, given, lift=lift, casts=single):
                 loose = precision.dtype is None or (single and not precision.lifted)
                 cut = given is not inputs[-1]
                 attempt = Attempt(seed + probe, precision, probe > 0, loose, cut)
@@ -271,13 +274,19 @@ def _attempts(
                 if isinstance(error, WrittenError):
                     error = yield replace(attempt, borrow=False)
                 tried.append(error)
-                if not precision.lifted or isinstance(error, _StaleError):
+                if not precision.lifted or _is_no_casts(error):
                     break
             errors.append(tried[-1] if isinstance(tried[-1], _UndecidedError) else tried[0])
         if not isinstance(error, _UndecidedError):
             break
     decided = [e for e in errors if not isinstance(e, _UndecidedError)]
     raise (decided or errors)[0]
+
+
+def _is_no_casts(error: Exception) -> bool:
+    """True for an error that a cast which was lifted cannot have made: student and teacher differ
+    from one node of the graph on, which both have lifted, or the student sees no new weights."""
+    return isinstance(error, _StaleError) or (isinstance(error, LossyError) and bool(error.node))
 
 
 def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Check:
@@ -325,10 +334,13 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
     return Check(tuple(findings), tuple(left_out), dead, tuple(vacuous), dtype, sizes, unseen)
 
 
-def _finding(where: str, errors: Errors, law: str, allowed: float = TOLERANCE) -> Finding:
-    """The worst of some facts."""
-    fact = max(errors, key=lambda f: errors[f], default=None)
-    return Finding(law, where, errors[fact] if fact else 0.0, str(fact or ""), allowed)
+def _finding(where: str, errors: Errors, law: str, allowed: float | Errors = TOLERANCE) -> Finding:
+    """The worst of some facts, by what is allowed of it."""
+    limits = allowed if isinstance(allowed, dict) else dict.fromkeys(errors, allowed)
+    fact = max(errors, key=lambda f: errors[f] / limits[f], default=None)
+    if fact is None:
+        return Finding(law, where, 0.0, "", TOLERANCE)
+    return Finding(law, where, errors[fact], str(fact), limits[fact])
 
 
 # --------------------------------------------------------------------------- laws
@@ -354,7 +366,7 @@ def _same_function(
     findings = []
     for law in dict.fromkeys(map(_law, seen.errors)):
         of = {f: x for f, x in seen.errors.items() if _law(f) == law and f not in noisy}
-        findings.append(_finding(where, of, law, max((allowed[f] for f in of), default=floor)))
+        findings.append(_finding(where, of, law, allowed))
     if noisy and len(noisy) == len(over):
         text = (
             f"{where}: {noisy[0]} differs by {seen.errors[noisy[0]]:.2e}, rounding alone by as much"
@@ -420,8 +432,8 @@ def _keeps_state(compiled: Compiled, seed: int) -> None:
 def _in_own_dtype(
     compiled: Compiled, teacher: StreamingTeacher, seed: int
 ) -> tuple[list[Finding], list[str]]:
-    """Outputs on the example, in the dtypes that the user has: casts are lifted elsewhere. What
-    the student or rounding makes of them there is left out."""
+    """Outputs and buffers on the example, in the dtypes that the user has: casts are lifted
+    elsewhere."""
     findings, left_out = list[Finding](), list[str]()
     student = duplicate(compiled.program.student, ours=True)
     floats = [x for x in tree.leaves(compiled.example) if isinstance(x, torch.Tensor)]
@@ -429,27 +441,56 @@ def _in_own_dtype(
     exact = NARROW * max((torch.finfo(kind).eps for kind in kinds), default=0.0)
     pair = Pair(student.requires_grad_(False), teacher, compiled.example, seed, borrow=False)
     for mode in ("eval", "train"):
-        try:
-            pair.load()
-            with teacher._folded_once():
-                seen = visit(pair, mode, differentiate=False)
-                errors = {
-                    f: x for f, x in seen.errors.items() if f.law in (Law.OUTPUTS, Law.BUFFERS)
-                }
-                noise: Errors = {}
-                if not max(errors.values(), default=0.0) <= exact:
-                    noise = rounding(pair, mode, seen)
-        except InputError as error:
-            left_out.append(f"own dtype, {mode} mode: {str(error).splitlines()[0]}")
-            continue
-        chaotic = [f for f in errors if not math.isfinite(noise.get(f, 0.0))]
-        if chaotic:
-            left_out.append(f"own dtype, {mode} mode: {chaotic[0]} depends on rounding")
-        steady = {f: x for f, x in errors.items() if f not in chaotic}
-        allowed = max(exact, 50 * max((noise.get(f, 0.0) for f in steady), default=0.0))
-        findings.append(_finding(f"own/{mode}", steady, Law.OUTPUTS.title, allowed))
+        pair.load()
+        with teacher._folded_once():
+            found, noisy = _with_rounding(pair, mode, "own", exact, {Law.OUTPUTS, Law.BUFFERS})
+        findings += found
+        left_out += noisy
     teacher.forget_student()
     return findings, left_out
+
+
+def _with_casts(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> list[Finding]:
+    """All but gradients' last digits on the probe, in float64, with the casts that the network
+    makes: where they are lifted, others are lifted with them."""
+    teacher.noise, laws = None, {Law.OUTPUTS, Law.BUFFERS, Law.INPUTS, Law.PARAMETERS}
+    pair = Pair(
+        attempt.student(program.student, probe=True),
+        teacher,
+        attempt.precision.inputs,
+        attempt.seed,
+        attempt.borrow,
+    )
+    pair.load()
+    with teacher._folded_once():
+        found = [_with_rounding(pair, mode, "casts", CASTS, laws) for mode in ("eval", "train")]
+    teacher.forget_student()
+    return [finding for findings, _ in found for finding in findings]
+
+
+def _with_rounding(
+    pair: Pair, mode: str, where: str, exact: float, laws: Collection[Law]
+) -> tuple[list[Finding], list[str]]:
+    """One call where the network itself rounds. What the student or rounding makes of it there is
+    left out."""
+    place = f"{where}/{mode}"
+    try:
+        seen = visit(pair, mode, differentiate=Law.PARAMETERS in laws)
+        errors = {f: x for f, x in seen.errors.items() if f.law in laws}
+        noise: Errors = {}
+        if not max(errors.values(), default=0.0) <= exact:
+            noise = rounding(pair, mode, seen)
+    except InputError as error:
+        return [], [f"{place}: {str(error).splitlines()[0]}"]
+    chaotic = [f for f in errors if not math.isfinite(noise.get(f, 0.0))]
+    left_out = [f"{place}: {fact} depends on rounding" for fact in chaotic[:1]]
+    steady = {f: x for f, x in errors.items() if f not in chaotic}
+    most = max((noise.get(f, 0.0) for f in steady if f.law is Law.OUTPUTS), default=0.0)
+    allowed = {f: max(exact, 50 * max(most, noise.get(f, 0.0))) for f in steady}
+    of: dict[str, Errors] = {}
+    for fact, size in steady.items():
+        of.setdefault(fact.law.title, {})[fact] = size
+    return [_finding(place, facts, law, allowed) for law, facts in of.items()], left_out
 
 
 def check_values(program: Widened, teacher: Teacher) -> None:

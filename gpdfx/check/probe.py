@@ -119,11 +119,13 @@ class Precision:
         return module.to(self.dtype) if self.dtype else module
 
 
-def precisions(student: nn.Module, inputs: Inputs, *, lift: bool) -> Iterator[Precision]:
+def precisions(
+    student: nn.Module, inputs: Inputs, *, lift: bool, casts: bool
+) -> Iterator[Precision]:
     """The precisions in which a network runs, the most exact first: all of it in float64, its
     parameters in float64, or in its own dtype. Some refuse an input in another dtype than theirs:
     that one stays. What is finite in its own dtype has to be in float64. ``lift``: it asks for
-    dtypes, or may."""
+    dtypes, or may; ``casts``: its graph does."""
     own = Precision(None, False, inputs)
     finite = cache(lambda: _finite(_outputs(student, own)))
     found: list[Precision] = []
@@ -132,7 +134,7 @@ def precisions(student: nn.Module, inputs: Inputs, *, lift: bool) -> Iterator[Pr
             outputs = _outputs(student, precision)
             if outputs is not None and (_finite(outputs) or not finite()):
                 plain = replace(precision, lifted=False)
-                if lifted and _same(outputs, _outputs(student, plain)):  # it asks for none
+                if lifted and not casts and _same(outputs, _outputs(student, plain)):
                     precision = plain
                 found.append(precision)
                 yield precision
