@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import passes
 from .calls.examples import example_call
 from .check import laws
-from .check.laws import Check
+from .check.certificate import Check
 from .check.observe import keep_rng
 from .control import ExpandOptions, make_control
 from .custom_ops import check_rules

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from gpdfx.check import laws
+from gpdfx.check.certificate import Check
 from gpdfx.compiler import compile_program
 from gpdfx.control import ExpandOptions, make_control
 from gpdfx.passes.widen import Widened
@@ -36,7 +37,7 @@ def with_branches(program: Widened, branches: Any) -> Widened:
     return made
 
 
-def verify(program: Widened, call: Inputs) -> laws.Check:
+def verify(program: Widened, call: Inputs) -> Check:
     """The check that ``expand`` makes."""
     return laws.verify(compiled(program, call))
 

@@ -16,6 +16,7 @@ import gpdfx
 from gpdfx.algebra.frozen import Frozen
 from gpdfx.calls.sizes import resized
 from gpdfx.check import laws, streaming
+from gpdfx.check.attempts import StaleError, UndecidedError, attempts
 from gpdfx.check.facts import Fact, Law, difference
 from gpdfx.check.probe import randomize, settle_statistics
 from gpdfx.check.visit import WrittenError
@@ -355,18 +356,18 @@ def test_what_follows_an_attempt_depends_on_its_error() -> None:
     errors: list[Exception] = [
         WrittenError(),
         LossyError("a constant is in float32"),
-        laws._UndecidedError("rounding decides"),
-        laws._StaleError("a cache"),
+        UndecidedError("rounding decides"),
+        StaleError("a cache"),
     ]
     program = program_of(Casts(), ((torch.randn(2, 4),), {}))
-    attempts = laws._attempts(program, [((torch.randn(2, 4),), {})], 7)
-    seen = [next(attempts), *(attempts.send(error) for error in errors[:-1])]
+    tries = attempts(program, [((torch.randn(2, 4),), {})], 7)
+    seen = [next(tries), *(tries.send(error) for error in errors[:-1])]
     assert [a.borrow for a in seen] == [True, False, True, True]
     assert [a.precision.lifted for a in seen] == [True, True, False, True]
     assert [(a.seed, a.settled) for a in seen] == [(7, False)] * 3 + [(8, True)]
     assert [a.loose for a in seen] == [False, False, True, False]
     with pytest.raises(LossyError, match="a cache"):
-        attempts.send(errors[-1])
+        tries.send(errors[-1])
 
 
 def test_facts_read_as_words() -> None:

@@ -11,42 +11,36 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import replace
 
 import torch
-from torch import nn
 
 from ..algebra.gather import gather
 from ..calls import tree
-from ..calls.sizes import Sizes
 from ..errors import InputError, LossyError
-from ..passes.follow import bakes_constants, casts_on_purpose
-from ..passes.program import Program, duplicate
+from ..passes.program import duplicate
 from ..passes.widen import Widened
 from ..teacher.collapse import filled
 from ..teacher.compiled import Compiled
 from ..teacher.module import Teacher
 from . import blame
+from .attempts import Attempt, StaleError, UndecidedError, attempts, trial_inputs
+from .certificate import TOLERANCE, Check, Finding, lossy, worst
 from .facts import Errors, Fact, Inputs, Law, difference, identical
 from .folds import branch_errors, fold_errors
 from .free_sizes import FAR, free_sizes
 from .locate import first_difference, guilty_part
 from .observe import GRADIENTS, keep_rng, observe
-from .probe import Precision, precisions, randomize, settle_statistics
 from .streaming import StreamingTeacher
 from .visit import BUG, Pair, Visit, WrittenError, rounding, visit
 
-TOLERANCE = 1e-10
 CEILING = 1e-7  # where rounding itself is amplified
-PROBES = 3
 SINGLE = 1e-5  # where the network computes in float32 whatever its parameters are
 CASTS = 1e-4  # where some casts of the network's own may
 NARROW = 100  # of the user's own dtype: how many of its last bits outputs may differ by
 CALLS = 3
 """In a row, in train mode, on different inputs."""
-SMALL = (64, 96, 128)
-"""Free sizes are cut to one of these: the fewer pixels, the sooner the check is over."""
 _NOISY = (
     "rounding alone changes this network's result as much on this example (batch norm over very "
     "few values, as a rule): pass example_inputs with a larger batch or a larger image"
@@ -61,85 +55,6 @@ _PYTHON = (
 )
 SEQUENCE = "sequence of calls"
 _SIZES = "other sizes, one sample, across conditions"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One law at one visit (``"probe/eval"``): the worst relative error, of which fact, and how
-    much was allowed."""
-
-    law: str
-    where: str
-    error: float
-    fact: str
-    allowed: float
-
-
-@dataclass(frozen=True)
-class Check:
-    """A passed check: the certificate. ``findings``: what each law showed at each visit;
-    ``left_out``: what could not be looked at, and why; ``dead``: parameters that move no output;
-    ``vacuous``: outputs that are zero, or in part not numbers; ``dtype``: of the probe;
-    ``sizes``: graph -> the input sizes at which it was seen to hold; ``unseen``: mode -> which
-    gradients the student itself does not have."""
-
-    findings: tuple[Finding, ...]
-    left_out: tuple[str, ...]
-    dead: tuple[str, ...]
-    vacuous: tuple[str, ...]
-    dtype: torch.dtype
-    sizes: Mapping[str, Sizes]
-    unseen: dict[str, str]
-
-    @property
-    def error(self) -> dict[str, float]:
-        """The largest of each visit in float64: ``{"probe/eval": 1e-15, ...}``."""
-        found: dict[str, float] = {}
-        for one in self.findings:
-            if one.where.startswith(("probe/", "real/")):
-                found[one.where] = max(found.get(one.where, 0.0), one.error)
-        return found
-
-    @property
-    def certificate(self) -> tuple[Certified, ...]:
-        """Law by law."""
-        made = []
-        for law in dict.fromkeys(f.law for f in self.findings):
-            of = [f for f in self.findings if f.law == law]
-            worst = max(of, key=lambda f: f.error / (f.allowed or 1.0))
-            where = tuple(dict.fromkeys(f.where for f in of))
-            made.append(Certified(law, where, worst.error, worst.fact, worst.where))
-        return tuple(made)
-
-    @property
-    def tolerance(self) -> float:
-        """The largest that was used for them."""
-        used = (f.allowed for f in self.findings if f.where in self.error)
-        return max(used, default=TOLERANCE)
-
-
-@dataclass(frozen=True)
-class Certified:
-    """One law of the certificate. ``where``: the visits at which it was looked at; ``error``: the
-    largest, relative; ``fact``: of what; ``at``: where that was."""
-
-    law: str
-    where: tuple[str, ...]
-    error: float
-    fact: str
-    at: str
-
-    def __str__(self) -> str:
-        seen = f"{self.error:.1e} ({self.fact}, {self.at})" if self.error else "no difference"
-        return f"{self.law}: {seen}; looked at in {', '.join(self.where)}"
-
-
-class _StaleError(LossyError):
-    """The student does not see new parameters."""
-
-
-class _UndecidedError(LossyError):
-    """A probe that says nothing: rounding alone makes as large a difference, or all is zero."""
 
 
 def verify(compiled: Compiled, *, seed: int = 0) -> Check:
@@ -159,7 +74,7 @@ def verify(compiled: Compiled, *, seed: int = 0) -> Check:
         except LossyError as error:
             student, example, caches = compiled.program.student, compiled.example, compiled.caches
             found = blame.blame(student, example, seed, caches)
-            if found is None or isinstance(error, _UndecidedError | _StaleError):
+            if found is None or isinstance(error, UndecidedError | StaleError):
                 raise
             text = f"{found.text}, which no graph does: {str(error).splitlines()[0]}"
             raise LossyError(text, source=found.source, remedy=_PYTHON, apart=found.path) from error
@@ -169,124 +84,23 @@ def _verify(compiled: Compiled, seed: int) -> Check:
     program, teacher = compiled.program, StreamingTeacher(compiled)
     narrow, left_out = _in_own_dtype(compiled, teacher, seed)
     _keeps_state(compiled, seed)
-    attempts = _attempts(program, _inputs(program, teacher, compiled.example), seed)
-    attempt = next(attempts)
+    tries = attempts(program, trial_inputs(program, teacher, compiled.example), seed)
+    attempt = next(tries)
     while True:
         try:
             with attempt.precision():
                 check = _check(program, teacher, attempt)
             break
         except (LossyError, WrittenError) as error:
-            attempt = attempts.send(error)
+            attempt = tries.send(error)
             traceback.clear_frames(error.__traceback__)  # they hold the student that was tried
     if attempt.precision.lifted:
         narrow += _with_casts(program, teacher, attempt)
     for finding in narrow:
-        if not finding.error <= finding.allowed:
-            raise _lossy(finding)
+        if not finding.holds:
+            raise lossy(finding)
     findings = (*check.findings, *narrow)
     return replace(check, findings=findings, left_out=(*check.left_out, *left_out))
-
-
-def _lossy(finding: Finding, **where: str | None) -> LossyError:
-    mode = finding.where.replace("/", ", ")
-    text = f"{mode} mode: {finding.fact} differs by {finding.error:.2e}"
-    return LossyError(f"{text} (allowed {finding.allowed:.0e})", remedy=BUG, **where)
-
-
-# --------------------------------------------------------------------------- inputs
-def _inputs(program: Widened, teacher: StreamingTeacher, example: Inputs) -> list[Inputs]:
-    """What the laws are looked at with: the example cut to a small size if capture left sizes
-    free and the model runs there; the example itself."""
-    small = _smaller(program, teacher, example) if program.parts == [""] else None
-    return [example] if small is None else [small, example]
-
-
-def _smaller(program: Widened, teacher: StreamingTeacher, example: Inputs) -> Inputs | None:
-    sections = list(teacher.sections.values())
-    call = sections[0].call
-    flat = call.flatten(*example)
-    for size in SMALL:
-        cut = [section.sizes.smaller(flat, size, call.names) for section in sections]
-        if cut[0] is None or any(moved is None for moved in cut):
-            continue
-        shapes = [[x.shape for x in moved or ()] for moved in (flat, *cut)]
-        if shapes[0] == shapes[1]:
-            return None
-        inputs: Inputs = call.unflatten(cut[0])
-        runs = (_runs(program.student, inputs, training) for training in (True, False))
-        if all(shape == shapes[1] for shape in shapes[2:]) and all(runs):
-            return inputs
-    return None
-
-
-def _runs(student: nn.Module, inputs: Inputs, training: bool) -> bool:
-    try:
-        observe(duplicate(student, ours=True).train(training), inputs, 0)
-    except Exception:  # not one of the model's sizes
-        return False
-    return True
-
-
-# --------------------------------------------------------------------------- attempts
-@dataclass(frozen=True)
-class Attempt:
-    """How the laws are tried: on which probe (``settled``: with its batch's own statistics), in
-    which precision, with float32's tolerance or not (``loose``), on inputs that were ``cut`` or
-    not, and whether copies of the student may ``borrow`` its parameters."""
-
-    seed: int
-    precision: Precision
-    settled: bool
-    loose: bool
-    cut: bool = False
-    borrow: bool = True
-
-    def student(self, original: nn.Module, *, probe: bool) -> nn.Module:
-        """A copy of the student, with the weights of the probe or its own."""
-        student = duplicate(original, ours=True)
-        if probe:
-            randomize(student, self.seed)
-        self.precision.convert(student).requires_grad_(False)
-        if probe and self.settled:
-            settle_statistics(student, self.precision.inputs)
-        return student
-
-
-def _attempts(
-    program: Program, inputs: Sequence[Inputs], seed: int
-) -> Generator[Attempt, Exception]:
-    """Every attempt is answered by the error that it ended with; if no other attempt can follow it,
-    the first is raised that decided anything. A student that writes to its parameters gets copies;
-    where a lifted cast makes a difference (baked constants of a dtype do not follow it), and none
-    between the graphs of student and teacher, casts stay what they are; what a small size shows has
-    to show at the example's; what a probe leaves undecided, another one may decide."""
-    single, lift = casts_on_purpose(program), bakes_constants(program) or bool(program.apart)
-    errors: list[Exception] = []
-    for probe in range(PROBES):
-        for given in inputs:
-            tried: list[Exception] = []
-            for precision in precisions(program.student, given, lift=lift, casts=single):
-                loose = precision.dtype is None or (single and not precision.lifted)
-                cut = given is not inputs[-1]
-                attempt = Attempt(seed + probe, precision, probe > 0, loose, cut)
-                error = yield attempt
-                if isinstance(error, WrittenError):
-                    error = yield replace(attempt, borrow=False)
-                tried.append(error)
-                if not precision.lifted or _is_no_casts(error):
-                    break
-            errors.append(tried[-1] if isinstance(tried[-1], _UndecidedError) else tried[0])
-        if not isinstance(error, _UndecidedError):
-            break
-    decided = [e for e in errors if not isinstance(e, _UndecidedError)]
-    raise (decided or errors)[0]
-
-
-def _is_no_casts(error: Exception) -> bool:
-    """True for an error that a cast which was lifted cannot have made: student and teacher differ
-    from one node of the graph on, which both have lifted, or the student sees no new weights."""
-    return isinstance(error, _StaleError) or (isinstance(error, LossyError) and bool(error.node))
 
 
 def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Check:
@@ -306,7 +120,7 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
             if weights == "probe":
                 free = free_sizes(pair)
                 if attempt.cut and any(free[k][1] != m.level for k, m in program.modes.items()):
-                    raise _UndecidedError("it is not free in its sizes")
+                    raise UndecidedError("it is not free in its sizes")
             for mode in ("eval", "train"):
                 seen, found, noisy = _same_function(program, pair, attempt, weights, mode)
                 findings += found
@@ -321,9 +135,9 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
         if weights == "probe":
             errors = branch_errors(program) | fold_errors(teacher, attempt.seed)
             allowed = SINGLE if attempt.loose else TOLERANCE
-            findings.append(_finding("fold", errors, Law.FOLD.title, allowed))
-            if not findings[-1].error <= allowed:
-                raise _lossy(findings[-1])
+            findings.append(worst("fold", errors, Law.FOLD.title, allowed))
+            if not findings[-1].holds:
+                raise lossy(findings[-1])
         del student, pair
     findings.append(_student_follows(teacher, precision.inputs, attempt.seed))
     findings.append(Finding(_SIZES, "eval, train", 0.0, "", FAR))
@@ -332,15 +146,6 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
     dtype = precision.dtype or torch.get_default_dtype()
     sizes = {key: found for key, (found, _) in free.items()}
     return Check(tuple(findings), tuple(left_out), dead, tuple(vacuous), dtype, sizes, unseen)
-
-
-def _finding(where: str, errors: Errors, law: str, allowed: float | Errors = TOLERANCE) -> Finding:
-    """The worst of some facts, by what is allowed of it."""
-    limits = allowed if isinstance(allowed, dict) else dict.fromkeys(errors, allowed)
-    fact = max(errors, key=lambda f: errors[f] / limits[f], default=None)
-    if fact is None:
-        return Finding(law, where, 0.0, "", TOLERANCE)
-    return Finding(law, where, errors[fact], str(fact), limits[fact])
 
 
 # --------------------------------------------------------------------------- laws
@@ -352,7 +157,7 @@ def _same_function(
     seen = visit(pair, mode, differentiate=True, calls=CALLS if mode == "train" else 1)
     where = f"{weights}/{mode}"
     if seen.silent and weights == "probe":
-        raise _UndecidedError(f"every output is zero or nan in {mode} mode", remedy=_ZERO)
+        raise UndecidedError(f"every output is zero or nan in {mode} mode", remedy=_ZERO)
     noise: Errors = {}
     if not seen.worst[1] <= TOLERANCE:
         noise = {f: 50 * x for f, x in rounding(pair, mode, seen).items()}
@@ -366,19 +171,19 @@ def _same_function(
     findings = []
     for law in dict.fromkeys(map(_law, seen.errors)):
         of = {f: x for f, x in seen.errors.items() if _law(f) == law and f not in noisy}
-        findings.append(_finding(where, of, law, allowed))
+        findings.append(worst(where, of, law, allowed))
     if noisy and len(noisy) == len(over):
         text = (
             f"{where}: {noisy[0]} differs by {seen.errors[noisy[0]]:.2e}, rounding alone by as much"
         )
         if weights == "probe":
-            raise _UndecidedError(text, remedy=_NOISY)
+            raise UndecidedError(text, remedy=_NOISY)
         return seen, findings, [*left_out, text]
     if not over:
         return seen, findings, left_out
     fact = max(over, key=lambda f: over[f])
     place = first_difference(program, pair, mode)
-    error = _lossy(Finding("", where, seen.errors[fact], str(fact), allowed[fact]), **place)
+    error = lossy(Finding("", where, seen.errors[fact], str(fact), allowed[fact]), **place)
     error.apart = fact.part or (
         "" if program.parts == [""] else guilty_part(pair, mode, allowed[fact])
     )
@@ -407,9 +212,9 @@ def _student_follows(teacher: StreamingTeacher, inputs: Inputs, seed: int) -> Fi
         expected = observe(plain, inputs, seed)
         got = observe(teacher.student, inputs, seed)
     errors = {f: difference(x, got.get(f)) for f, x in expected.items()}
-    finding = _finding("eval", errors, Law.STUDENT.title, SINGLE)
-    if not finding.error <= finding.allowed:
-        raise _StaleError(
+    finding = worst("eval", errors, Law.STUDENT.title, SINGLE)
+    if not finding.holds:
+        raise StaleError(
             f"teacher.student ignores a changed parameter: {finding.fact} is not the collapsed "
             "one's",
             remedy="the model caches tensors outside its parameters; clear the cache in "
@@ -490,7 +295,7 @@ def _with_rounding(
     of: dict[str, Errors] = {}
     for fact, size in steady.items():
         of.setdefault(fact.law.title, {})[fact] = size
-    return [_finding(place, facts, law, allowed) for law, facts in of.items()], left_out
+    return [worst(place, facts, law, allowed) for law, facts in of.items()], left_out
 
 
 def check_values(program: Widened, teacher: Teacher) -> None:

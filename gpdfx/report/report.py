@@ -11,7 +11,7 @@ from torch import nn
 
 from ..algebra.axes import Axis, leaves, paths
 from ..algebra.solver import Reason
-from ..check.laws import Certified, Check
+from ..check.certificate import Certified, Check
 from ..control import Control
 from ..kernels.fold import refusal
 from ..passes.widen import Bridge, Widened
