@@ -325,6 +325,25 @@ def test_the_certificate_lists_every_law() -> None:
     assert [row["law"] for row in plain["certificate"]] == list(laws)
 
 
+def test_a_count_that_moves_nothing_yet_is_told() -> None:
+    """A warm-up that ends after the calls that the check makes."""
+
+    class Warm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.calls = nn.Linear(4, 4), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.fc(x) * min(self.calls / 1000, 1) if self.calls > 100 else self.fc(x)
+
+    report = gpdfx.expand(Warm(), 2, example_inputs=(torch.randn(3, 4),)).report()
+    assert report.check is not None
+    (told,) = report.check.left_out
+    assert "the attribute calls of (root) (Warm)" in told
+    assert told in str(report)
+
+
 def test_what_is_left_out_is_said() -> None:
     class Picky(nn.Module):
         """Takes no other call than the first."""

@@ -83,7 +83,7 @@ def verify(compiled: Compiled, *, seed: int = 0) -> Check:
 def _verify(compiled: Compiled, seed: int) -> Check:
     program, teacher = compiled.program, StreamingTeacher(compiled)
     narrow, left_out = _in_own_dtype(compiled, teacher, seed)
-    _keeps_state(compiled, seed)
+    left_out += _lost_state(compiled, seed)
     tries = attempts(program, trial_inputs(program, teacher, compiled.example), seed)
     attempt = next(tries)
     while True:
@@ -223,14 +223,17 @@ def _student_follows(teacher: StreamingTeacher, inputs: Inputs, seed: int) -> Fi
     return finding
 
 
-def _keeps_state(compiled: Compiled, seed: int) -> None:
-    """No part stands for a module that keeps state in plain attributes; of a network in one piece
-    the sequence of calls says whether that moves anything."""
-    program = compiled.program
-    found = blame.state(program.student, compiled.example, seed, compiled.caches)
-    if found and any(p and f"{found.path}.".startswith(f"{p}.") for p in program.parts):
-        text = f"{found.text}, which no graph does"
-        raise LossyError(text, source=found.source, remedy=_PYTHON, apart=found.path)
+def _lost_state(compiled: Compiled, seed: int) -> list[str]:
+    """No part stands for a module that keeps state in plain attributes. Of a network in one piece
+    the sequence of calls says whether that moves anything; what is not moved in so few is told."""
+    parts = compiled.program.parts
+    found = blame.state(compiled.program.student, compiled.example, seed, compiled.caches)
+    if found is None or not any(f"{found.path}.".startswith(f"{p}.") or not p for p in parts):
+        return []
+    if parts == [""]:
+        return [f"{found.text}, which the teacher does not; no output changed in {CALLS} calls"]
+    text = f"{found.text}, which no graph does"
+    raise LossyError(text, source=found.source, remedy=_PYTHON, apart=found.path)
 
 
 # --------------------------------------------------------------------------- the own dtype

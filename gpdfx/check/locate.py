@@ -76,6 +76,7 @@ def guilty_part(pair: Pair, mode: str, allowed: float) -> str | None:
             errors = errors_of(expected, got, scales_of(expected, inputs, own))
             if not max(errors.values()) <= max(allowed, NOTICED):
                 return path
+        module.requires_grad_(False)  # other copies borrow them
     return None
 
 
