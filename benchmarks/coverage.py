@@ -44,13 +44,13 @@ from gpdfx.passes.capture.limits import LEVELS
 Row = dict[str, Any]
 
 CHECKS = ("probe/eval", "probe/train", "real/eval", "real/train")
-STAGES = ("capture", "transform", "verify")
+STAGES = ("capture", "transform", "verify", "report")
 FIELDS = (
     *("suite", "name", "ratio", "status", "error", "where"),
     *(*CHECKS, "tolerance", "collapse", "widened", "nodes", "bridged", "bridged_ops"),
     *("bridged_reasons", "held", "grown", *(f"seconds_{s}" for s in STAGES)),
     *("parameters_before", "parameters_after", "macs_before", "macs_after", "size", "inputs"),
-    "torch",
+    *("laws", "left_out", "torch"),
 )
 STATUSES = ("ok", "lossy", "capture", "input", "timeout", "memory", "error")
 KINDS = ((LossyError, "lossy"), (CaptureError, "capture"), (InputError, "input"))
@@ -126,6 +126,8 @@ def measure(
         "macs_before": report.macs[0],
         "macs_after": report.macs[1],
         "inputs": "; ".join(f"{name}: {sizes}" for name, sizes in report.inputs.items()),
+        "laws": len(report.certificate),
+        "left_out": "; ".join(_short(text, 160) for text in report.check.left_out),
     }
 
 

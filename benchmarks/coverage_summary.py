@@ -12,7 +12,8 @@ from benchmarks.tables import markdown, read
 Row = dict[str, str]
 
 HEAD = (
-    *("suite", "ratio", "networks", "captured", "lossless", "batch free", "collapse identical"),
+    *("suite", "ratio", "networks", "captured", "lossless", "by every law"),
+    *("batch free", "collapse identical"),
     *("widened, mean", "median", "worst error", "bridged nodes"),
     *("seconds: capture", "transform", "verify", "parameters"),
 )
@@ -57,6 +58,7 @@ def _figures(rows: list[Row]) -> list[str]:
     factors = [int(r["parameters_after"]) / max(int(r["parameters_before"]), 1) for r in ok]
     return [
         *counts,
+        f"{sum(bool(r.get('laws')) for r in ok)} of {len(ok)}",
         f"{sum(_batch_is_free(r) for r in told)} of {len(told)}",
         f"{sum(r['collapse'] == 'True' for r in ok)} of {len(ok)}",
         f"{fmean(widened):.1%}",
