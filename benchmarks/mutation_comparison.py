@@ -35,7 +35,7 @@ from tests.helpers import facts, teacher_of
 EXACT, SINGLE = 1e-9, 1e-3
 LIFTED = 6
 """So many calls are made a second time where casts of the network's own hide something."""
-FAINT = 1e-6
+FAINT = 1e-2
 """Of the largest tensor of its kind: what is smaller than that is zero but for rounding (the
 gradient of a bias in front of a norm)."""
 Facts = dict[str, Tensor]
@@ -83,8 +83,10 @@ class Comparison:
 
     def difference(self, mutant: Widened) -> str:
         """Where a mutant differs first; empty if it does not. What its branches learn depends on
-        the shares, so that nothing is expected of them where shares are others, but as right."""
-        teacher, own = teacher_of(mutant, self.example), mutant.shares is self.program.shares
+        the shares and their classes, so that nothing is expected of them where these are others,
+        but as right."""
+        teacher, program = teacher_of(mutant, self.example), self.program
+        own = mutant.shares is program.shares and mutant.constants is program.constants
         for point, expected in self._all():
             if point.begins:
                 teacher = teacher_of(mutant, self.example).double()

@@ -70,7 +70,7 @@ class Parts(nn.Module):
 
 class Several(nn.Module):
     """Several inputs, a mask with rows that attend to nothing but themselves, several outputs of
-    one shape, and an average kept in a buffer."""
+    one shape, an average kept in a buffer, and a cast to float32 on purpose."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,8 @@ class Several(nn.Module):
         x = self.attend(x, x, x, attn_mask=mask.masked_fill(mask.triu(1) > 0, -torch.inf))[0]
         if self.training:
             self.average.lerp_(x.detach().mean((0, 1)), 0.1)
-        y = self.down(F.gelu(self.up(x + self.average)) * bias)
+        y = F.gelu(self.up(x + self.average)).float() * bias
+        y = self.down(y.to(x.dtype))
         return y, {"x": x, "sums": (y.sum(0), x.sum(0))}
 
 

@@ -26,6 +26,8 @@ from gpdfx.passes.program import bind, copied, draws, is_mutable, origin
 from gpdfx.passes.widen import Widened
 from tests.helpers import folding, teacher_of
 
+aten = torch.ops.aten
+
 SMALL = 1e-6
 """What is added, and how far from one what is multiplied by."""
 
@@ -215,14 +217,6 @@ def shifted(x: Tensor) -> Tensor:
     return x + SMALL
 
 
-def through_half(x: Tensor) -> Tensor:
-    return x.half().to(x.dtype)
-
-
-def through_single(x: Tensor) -> Tensor:
-    return x.float().to(x.dtype)
-
-
 def exchanged(x: Tensor, dim: int, a: int, b: int) -> Tensor:
     """Two indices change places."""
     index = torch.arange(x.shape[dim], device=x.device)
@@ -235,6 +229,28 @@ def of_value(function: Callable[[Tensor], Tensor], subject: Subject) -> Mutants:
     for key, node, value in subject.tensors():
         if function is not detached or value.learns:
             yield in_graph(subject.program, key, node, wrapped(function))
+
+
+def cast(dtype: torch.dtype, subject: Subject) -> Mutants:
+    """Each floating tensor goes to a dtype and back."""
+
+    def edit(graph: fx.Graph, node: fx.Node) -> None:
+        with graph.inserting_after(node):
+            there = graph.call_function(aten.to.dtype, (node, dtype))
+        with graph.inserting_after(there):
+            back = graph.call_function(aten.to.other, (there, node))
+        node.replace_all_uses_with(back, lambda user: user not in (there, back))
+
+    for key, node, _ in subject.tensors():
+        yield in_graph(subject.program, key, node, edit)
+
+
+def drop_cast(subject: Subject) -> Mutants:
+    """What would go to another dtype stays as it is."""
+    for key, node, given in subject.calls():
+        name = getattr(node.target, "overloadpacket", node.target).__name__
+        if isinstance(given.get("dtype"), torch.dtype) and name in ("to", "_to_copy"):
+            yield in_graph(subject.program, key, node, dropped)
 
 
 def swap_copies(subject: Subject) -> Mutants:
@@ -485,8 +501,9 @@ OPERATORS: dict[str, Operator] = {
     "scale": partial(of_value, scaled),
     "negate": partial(of_value, negated),
     "add": partial(of_value, shifted),
-    "half": partial(of_value, through_half),
-    "float32": partial(of_value, through_single),
+    "half": partial(cast, torch.float16),
+    "float32": partial(cast, torch.float32),
+    "drop a cast": drop_cast,
     "swap copies": swap_copies,
     "shift map": shift_map,
     "drop shares": drop_shares,

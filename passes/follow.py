@@ -107,7 +107,7 @@ def bakes_constants(program: Program) -> bool:
     def bakes(node: fx.Node) -> bool:
         makes = is_tensor(node) and value(node).is_floating_point() and not _reads_floats(node)
         limits = (isinstance(x, float) and _limit(x) for x in _arguments(node))
-        return _names_dtype(node) or makes or any(limits)
+        return bool(asked(node)) or makes or any(limits)
 
     return any(map(bakes, _calls(program)))
 
@@ -115,7 +115,7 @@ def bakes_constants(program: Program) -> bool:
 def casts_on_purpose(program: Program) -> bool:
     """True if some floating value is brought into a floating dtype that does not ``follow`` the
     parameters': such a network rounds to that dtype whatever its parameters are."""
-    return any(_names_dtype(node) and _reads_floats(node) for node in _calls(program))
+    return any(asked(node) and _reads_floats(node) for node in _calls(program))
 
 
 def _calls(program: Program) -> list[fx.Node]:
@@ -126,8 +126,10 @@ def _arguments(node: fx.Node) -> list[Any]:
     return [*node.args, *node.kwargs.values()]
 
 
-def _names_dtype(node: fx.Node) -> bool:
-    return any(isinstance(x, torch.dtype) and x.is_floating_point for x in _arguments(node))
+def asked(node: fx.Node) -> set[torch.dtype]:
+    """The floating dtypes that a call names."""
+    given = _arguments(node) if node.op == "call_function" else []
+    return {x for x in given if isinstance(x, torch.dtype) and x.is_floating_point}
 
 
 def _reads_floats(node: fx.Node) -> bool:

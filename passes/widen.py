@@ -116,7 +116,8 @@ def widen(program: Assigned) -> Widened:
 @dataclass
 class GraphWriter:
     """Writes the teacher's graph of one mode, node by node; ``env``: student's node -> teacher's
-    (a list for an op with several outputs that had to be spread)."""
+    (a list for an op with several outputs that had to be spread). In a node's ``meta``, ``of`` is
+    the name of the student's that it is written for, ``student`` of the one that it stands for."""
 
     nodes: list[fx.Node]
     inference: Inference
@@ -135,7 +136,12 @@ class GraphWriter:
             if node.op == "get_attr":
                 self.env[node] = self.target.attribute(self.mode, str(node.target))
             elif node.op == "call_function":
+                last = next(reversed(graph.nodes))
                 self.env[node] = new = self._call(node)
+                for made in reversed(graph.nodes):
+                    if made is last:
+                        break
+                    made.meta["of"] = node.name
                 if isinstance(new, fx.Node):
                     new.meta["student"] = node.name
             elif node.op == "output":

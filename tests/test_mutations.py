@@ -49,7 +49,7 @@ def test_every_fault_that_makes_another_function_is_caught(name: str) -> None:
 def test_operators_leave_the_original_alone() -> None:
     """And reach all that they should: every operator finds something in one of the networks."""
     found: dict[str, int] = dict.fromkeys(OPERATORS, 0)
-    for name in ("stages", "norms"):
+    for name in ("stages", "norms", "several"):
         network = NETWORKS[name]
         model, call = network.build()
         program = program_of(model, call, network.ratio, **network.options)

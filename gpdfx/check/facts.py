@@ -25,6 +25,7 @@ class Law(Enum):
     PARAMETERS = "gradients of parameters", "gradient of {}"
     BUFFERS = "buffers after the call", "buffer {}"
     GENERATORS = "generators after the call", "state of {}"
+    CASTS = "casts", "{}"
     FOLD = "branches at the start", "{}"
     STUDENT = "the student's view", "{} of teacher.student"
 

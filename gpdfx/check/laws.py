@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -19,6 +18,7 @@ import torch
 from ..algebra.gather import gather
 from ..calls import tree
 from ..errors import InputError, LossyError
+from ..passes.follow import asked
 from ..passes.program import duplicate
 from ..passes.widen import Widened
 from ..teacher.collapse import filled
@@ -37,10 +37,9 @@ from .visit import BUG, Pair, Visit, WrittenError, rounding, visit
 
 CEILING = 1e-7  # where rounding itself is amplified
 SINGLE = 1e-5  # where the network computes in float32 whatever its parameters are
-CASTS = 1e-4  # where some casts of the network's own may
 NARROW = 100  # of the user's own dtype: how many of its last bits outputs may differ by
 CALLS = 3
-"""In a row, in train mode, on different inputs."""
+"""In a row, in train mode, on different inputs; one more, in eval mode, follows."""
 _NOISY = (
     "rounding alone changes this network's result as much on this example (batch norm over very "
     "few values, as a rule): pass example_inputs with a larger batch or a larger image"
@@ -82,6 +81,7 @@ def verify(compiled: Compiled, *, seed: int = 0) -> Check:
 
 def _verify(compiled: Compiled, seed: int) -> Check:
     program, teacher = compiled.program, StreamingTeacher(compiled)
+    casts = _same_casts(program)
     narrow, left_out = _in_own_dtype(compiled, teacher, seed)
     left_out += _lost_state(compiled, seed)
     tries = attempts(program, trial_inputs(program, teacher, compiled.example), seed)
@@ -94,12 +94,10 @@ def _verify(compiled: Compiled, seed: int) -> Check:
         except (LossyError, WrittenError) as error:
             attempt = tries.send(error)
             traceback.clear_frames(error.__traceback__)  # they hold the student that was tried
-    if attempt.precision.lifted:
-        narrow += _with_casts(program, teacher, attempt)
     for finding in narrow:
         if not finding.holds:
             raise lossy(finding)
-    findings = (*check.findings, *narrow)
+    findings = (*check.findings, *narrow, casts)
     return replace(check, findings=findings, left_out=(*check.left_out, *left_out))
 
 
@@ -130,8 +128,9 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
                 moved |= seen.moved
                 if missing := GRADIENTS[seen.gradients]:
                     unseen[mode] = missing
-                if mode == "train" and seen.calls < CALLS:
-                    left_out[f"{SEQUENCE}: the model takes {seen.calls} in a row"] = None
+                if mode == "train" and len(seen.turns) < CALLS:
+                    told = f"{SEQUENCE}: the model takes {1 + len(seen.turns)} in a row"
+                    left_out[told] = None
         if weights == "probe":
             errors = branch_errors(program) | fold_errors(teacher, attempt.seed)
             allowed = SINGLE if attempt.loose else TOLERANCE
@@ -236,12 +235,27 @@ def _lost_state(compiled: Compiled, seed: int) -> list[str]:
     raise LossyError(text, source=found.source, remedy=_PYTHON, apart=found.path)
 
 
-# --------------------------------------------------------------------------- the own dtype
+# --------------------------------------------------------------------------- dtypes
+def _same_casts(program: Widened) -> Finding:
+    """A node of the teacher that asks for a dtype is written for one of the student's that asks for
+    the same, and none of these is lost: where casts are lifted, values show neither."""
+    for key, mode in program.modes.items():
+        own = {n.name: asked(n) for n in mode.nodes if asked(n)}
+        made: dict[str, set[torch.dtype]] = {}
+        for node in filter(asked, program.graphs[key].nodes):
+            made.setdefault(node.meta.get("of", node.name), set()).update(asked(node))
+        for name in own.keys() | made.keys():
+            if own.get(name) != made.get(name):
+                text = f"{mode.site.mode} mode: the teacher asks for another dtype at {name}"
+                raise LossyError(text, node=name, remedy=BUG)
+    return Finding(Law.CASTS.title, "graph", 0.0, "", TOLERANCE)
+
+
 def _in_own_dtype(
     compiled: Compiled, teacher: StreamingTeacher, seed: int
 ) -> tuple[list[Finding], list[str]]:
-    """Outputs and buffers on the example, in the dtypes that the user has: casts are lifted
-    elsewhere."""
+    """Outputs and buffers on the example, in the dtypes that the user has. What the student or
+    rounding makes of them there is left out."""
     findings, left_out = list[Finding](), list[str]()
     student = duplicate(compiled.program.student, ours=True)
     floats = [x for x in tree.leaves(compiled.example) if isinstance(x, torch.Tensor)]
@@ -249,56 +263,29 @@ def _in_own_dtype(
     exact = NARROW * max((torch.finfo(kind).eps for kind in kinds), default=0.0)
     pair = Pair(student.requires_grad_(False), teacher, compiled.example, seed, borrow=False)
     for mode in ("eval", "train"):
-        pair.load()
-        with teacher._folded_once():
-            found, noisy = _with_rounding(pair, mode, "own", exact, {Law.OUTPUTS, Law.BUFFERS})
-        findings += found
-        left_out += noisy
+        where = f"own/{mode}"
+        try:
+            pair.load()
+            with teacher._folded_once():
+                seen = visit(pair, mode, differentiate=False)
+                errors = {
+                    f: x for f, x in seen.errors.items() if f.law in (Law.OUTPUTS, Law.BUFFERS)
+                }
+                noise: Errors = {}
+                if not max(errors.values(), default=0.0) <= exact:
+                    noise = rounding(pair, mode, seen)
+        except InputError as error:
+            left_out.append(f"{where}: {str(error).splitlines()[0]}")
+            continue
+        chaotic = [f for f in errors if not math.isfinite(noise.get(f, 0.0))]
+        left_out += [f"{where}: {fact} depends on rounding" for fact in chaotic[:1]]
+        steady = {f: x for f, x in errors.items() if f not in chaotic}
+        allowed = max(exact, 50 * max((noise.get(f, 0.0) for f in steady), default=0.0))
+        for law in dict.fromkeys(f.law for f in steady):
+            of = {f: x for f, x in steady.items() if f.law is law}
+            findings.append(worst(where, of, law.title, allowed))
     teacher.forget_student()
     return findings, left_out
-
-
-def _with_casts(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> list[Finding]:
-    """All but gradients' last digits on the probe, in float64, with the casts that the network
-    makes: where they are lifted, others are lifted with them."""
-    teacher.noise, laws = None, {Law.OUTPUTS, Law.BUFFERS, Law.INPUTS, Law.PARAMETERS}
-    pair = Pair(
-        attempt.student(program.student, probe=True),
-        teacher,
-        attempt.precision.inputs,
-        attempt.seed,
-        attempt.borrow,
-    )
-    pair.load()
-    with teacher._folded_once():
-        found = [_with_rounding(pair, mode, "casts", CASTS, laws) for mode in ("eval", "train")]
-    teacher.forget_student()
-    return [finding for findings, _ in found for finding in findings]
-
-
-def _with_rounding(
-    pair: Pair, mode: str, where: str, exact: float, laws: Collection[Law]
-) -> tuple[list[Finding], list[str]]:
-    """One call where the network itself rounds. What the student or rounding makes of it there is
-    left out."""
-    place = f"{where}/{mode}"
-    try:
-        seen = visit(pair, mode, differentiate=Law.PARAMETERS in laws)
-        errors = {f: x for f, x in seen.errors.items() if f.law in laws}
-        noise: Errors = {}
-        if not max(errors.values(), default=0.0) <= exact:
-            noise = rounding(pair, mode, seen)
-    except InputError as error:
-        return [], [f"{place}: {str(error).splitlines()[0]}"]
-    chaotic = [f for f in errors if not math.isfinite(noise.get(f, 0.0))]
-    left_out = [f"{place}: {fact} depends on rounding" for fact in chaotic[:1]]
-    steady = {f: x for f, x in errors.items() if f not in chaotic}
-    most = max((noise.get(f, 0.0) for f in steady if f.law is Law.OUTPUTS), default=0.0)
-    allowed = {f: max(exact, 50 * max(most, noise.get(f, 0.0))) for f in steady}
-    of: dict[str, Errors] = {}
-    for fact, size in steady.items():
-        of.setdefault(fact.law.title, {})[fact] = size
-    return [worst(place, facts, law, allowed) for law, facts in of.items()], left_out
 
 
 def check_values(program: Widened, teacher: Teacher) -> None:

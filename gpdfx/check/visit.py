@@ -22,6 +22,10 @@ from .streaming import StreamingTeacher
 BUG = "this is a bug in gpdfx: please report it with the network"
 
 
+Turns = tuple[tuple[int, bool], ...]
+"""Number and mode, training or not, of calls."""
+
+
 class WrittenError(Exception):
     """A student writes to its own parameters."""
 
@@ -64,15 +68,15 @@ class Pair:
 class Visit:
     """What one mode shows. ``errors``: relative, of everything observed; ``moved``: parameters
     that moved an output; ``vacuous``: outputs that are zero, or in part not numbers; ``silent``:
-    no output is anything else; ``gradients``: which of ``GRADIENTS`` the student has; ``calls``:
-    how many it takes in a row; ``expected``: what the student showed."""
+    no output is anything else; ``gradients``: which of ``GRADIENTS`` the student has; ``turns``:
+    the calls that it took after the first; ``expected``: what the student showed."""
 
     errors: Errors
     moved: frozenset[str]
     vacuous: tuple[Fact, ...]
     silent: bool
     gradients: str
-    calls: int
+    turns: Turns
     expected: Observed
 
     def without(self, facts: Collection[Fact]) -> Visit:
@@ -86,19 +90,22 @@ class Visit:
 
 
 def visit(pair: Pair, mode: str, *, differentiate: bool, calls: int = 1) -> Visit:
-    """Call both in one mode, several times in a row, the first time with gradients. Raises
-    ``WrittenError`` if borrowed parameters are written to."""
+    """Call both in one mode, several times in a row, the first time with gradients; after several
+    in train mode once more in eval mode, on what these have left. Raises ``WrittenError`` if
+    borrowed parameters are written to."""
     pair.reload()
     teacher = pair.teacher
     teacher.train(mode == "train")
     before, run = pair.digest(), pair.copy()
     levels = tuple(GRADIENTS) if differentiate else ("none",)
-    run, expected, gradients, made = _run_student(pair, run, mode, levels, calls)
+    turns = tuple((k, mode == "train") for k in range(1, calls))
+    turns += ((calls, False),) if calls > 1 and mode == "train" else ()
+    run, expected, gradients, turns = _run_student(pair, run, mode, levels, turns)
     if pair.digest() != before:
         raise WrittenError
     try:
         with teacher.saving():
-            got = _run_teacher(pair, gradients, expected, made)
+            got = _run_teacher(pair, gradients, expected, turns)
     except Exception as error:  # whatever torch raises when widths do not fit
         text = f"the teacher fails where the student runs: {error}"
         raise LossyError(text, remedy=BUG) from error
@@ -113,7 +120,7 @@ def visit(pair: Pair, mode: str, *, differentiate: bool, calls: int = 1) -> Visi
     blank = [f for f, x in shown.items() if floating(x) and not x[x.isfinite()].any()]
     in_part = [f for f, x in shown.items() if f not in blank and x.isnan().any()]
     silent = len(blank) == len(shown)
-    return Visit(errors, frozenset(moved), (*blank, *in_part), silent, gradients, made, expected)
+    return Visit(errors, frozenset(moved), (*blank, *in_part), silent, gradients, turns, expected)
 
 
 def _shows(fact: Fact, x: Tensor) -> bool:
@@ -124,9 +131,9 @@ def _shows(fact: Fact, x: Tensor) -> bool:
 
 # --------------------------------------------------------------------------- both sides
 def _run_student(
-    pair: Pair, run: nn.Module, mode: str, levels: Sequence[str], calls: int
-) -> tuple[nn.Module, Observed, str, int]:
-    """A copy that ran, what it showed, which of ``GRADIENTS`` it has, and its calls."""
+    pair: Pair, run: nn.Module, mode: str, levels: Sequence[str], turns: Turns
+) -> tuple[nn.Module, Observed, str, Turns]:
+    """A copy that ran, what it showed, which of ``GRADIENTS`` it has, and the turns it took."""
     for level in levels:
         run.train(mode == "train")
         parts = pair.teacher._parts_in(run)
@@ -148,17 +155,18 @@ def _run_student(
             for p in asked.values():  # a backward that failed may have left some
                 p.requires_grad_(False).grad = None
     seen |= _student_buffers(pair, run, 0)
-    for k in range(1, calls):
+    for place, (k, training) in enumerate(turns):
+        run.train(training)
         try:
             inputs = other_inputs(pair.inputs, k)
             more = observe(run, inputs, pair.seed + k, parts=parts, number=k)
         except Exception:  # not every other input is one of the model's
-            return run, seen, level, k
+            return run, seen, level, turns[:place]
         seen |= more | _student_buffers(pair, run, k)
-    return run, seen, level, calls
+    return run, seen, level, turns
 
 
-def _run_teacher(pair: Pair, gradients: str, expected: Observed, calls: int) -> Observed:
+def _run_teacher(pair: Pair, gradients: str, expected: Observed, turns: Turns) -> Observed:
     teacher = pair.teacher
     parts = teacher._parts_in(teacher._python_shell)
     look = partial(observe, teacher, parts=parts, given=expected, copy=tree.copied)
@@ -167,7 +175,8 @@ def _run_teacher(pair: Pair, gradients: str, expected: Observed, calls: int) -> 
         own = teacher.own_gradient(str(fact.which), seen[fact])
         seen[fact] = own
     seen |= _teacher_buffers(teacher, expected, 0)
-    for k in range(1, calls):
+    for k, training in turns:
+        teacher.train(training)
         seen |= look(other_inputs(pair.inputs, k), pair.seed + k, number=k)
         seen |= _teacher_buffers(teacher, expected, k)
     return seen
@@ -227,7 +236,7 @@ def rounding(pair: Pair, mode: str, seen: Visit) -> Errors:
             if p.is_floating_point():
                 step = torch.randint(-1, 2, p.shape, generator=draw)
                 p.mul_(1 + torch.finfo(p.dtype).eps * step.to(p))
-    _, got, _, _ = _run_student(pair, student, mode, (seen.gradients,), seen.calls)
+    _, got, _, _ = _run_student(pair, student, mode, (seen.gradients,), seen.turns)
     _drop_missing(seen.expected, got)
     parameters = dict(student.named_parameters())
     return errors_of(seen.expected, got, scales_of(seen.expected, pair.inputs, parameters))
