@@ -63,9 +63,9 @@ def verify(compiled: Compiled, *, seed: int = 0) -> Check:
     The tolerance is 1e-10 in float64. Where rounding itself is amplified it is 50 times the
     change that a change in the last bit of the weights makes, never above 1e-7. Casts to a narrow
     dtype are lifted to float64, too; for networks that do not run so and cast on purpose, or do not
-    run in float64 at all, it is 1e-5. A probe on which rounding alone
-    makes more of a difference (an activation that lies at zero), or every output is zero, decides
-    nothing: another one is drawn, with settled statistics, up to ``PROBES``.
+    run in float64 at all (whose rounding may be amplified as much), it is 1e-5. A probe on which
+    rounding alone makes more of a difference (an activation that lies at zero), or every output is
+    zero, decides nothing: another one is drawn, with settled statistics, up to ``PROBES``.
     """
     with keep_rng():
         try:
@@ -164,7 +164,8 @@ def _same_function(
     seen = seen.without(unsteady)  # another thread draws, say
     left_out = [f"{where}: {f} is another after two equal calls" for f in unsteady]
     floor = SINGLE if attempt.loose else TOLERANCE
-    allowed = {f: max(floor, min(noise.get(f, 0.0), CEILING)) for f in seen.errors}
+    ceiling = CEILING * floor / TOLERANCE if attempt.precision.dtype is None else CEILING
+    allowed = {f: max(floor, min(noise.get(f, 0.0), ceiling)) for f in seen.errors}
     over = {f: x / allowed[f] for f, x in seen.errors.items() if not x <= allowed[f]}
     noisy = [f for f in over if seen.errors[f] <= noise.get(f, 0.0) < math.inf]
     findings = []
