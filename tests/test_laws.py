@@ -364,6 +364,27 @@ def test_a_lost_cast_is_seen() -> None:
         verify(program, call)
 
 
+# --------------------------------------------------------------------------- sizes
+def test_a_large_batch_is_cut_and_seen_once_whole() -> None:
+    """In float64 a few samples do; in the own dtype it is the example."""
+    seen: dict[torch.dtype, set[int]] = {}
+
+    class Notes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.compiler.is_exporting():
+                seen.setdefault(x.dtype, set()).add(len(x))
+            return self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+    teacher = gpdfx.expand(Notes(), 2, example_inputs=(torch.randn(32, 3, 8, 8),))
+    assert teacher.report().inputs == {"x": "batch x 3 x any x any"}
+    assert max(seen[torch.float64]) <= 5
+    assert 32 in seen[torch.float32]
+
+
 # --------------------------------------------------------------------------- the certificate
 def test_the_certificate_lists_every_law() -> None:
     teacher = gpdfx.expand(network(), 2, example_inputs=(torch.randn(4, 3, 4, 4),))

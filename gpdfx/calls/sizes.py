@@ -143,13 +143,15 @@ class Sizes:
             if not none:
                 return
 
-    def smaller(self, flat: Sequence[Any], size: int, names: list[str]) -> list[Any] | None:
-        """The example's values, cut where a size that is free, and not the batch, is larger."""
+    def smaller(
+        self, flat: Sequence[Any], size: int, samples: int, names: list[str]
+    ) -> list[Any] | None:
+        """The example's values, cut where a size that is free is larger, or the batch."""
         shapes = [tuple(x.shape) for x in flat]
         values, batch = self.read(flat), self.free("batch", shapes)
-        for name in self.free("sizes", shapes) - batch:
-            at = self.symbols[name]
-            values[name] = min(values[name], (size - at.offset) // at.scale)
+        for name, at in self.symbols.items():
+            most = samples if name in batch else (size - at.offset) // at.scale
+            values[name] = min(values[name], most)
         return self.moved(flat, values, names)
 
     def pinned(self, shapes: list[tuple[int, ...]], level: str) -> Sizes:

@@ -18,8 +18,9 @@ from .streaming import StreamingTeacher
 from .visit import WrittenError
 
 PROBES = 3
-SMALL = (64, 96, 128)
-"""Free sizes are cut to one of these: the fewer pixels, the sooner the check is over."""
+SMALL, SAMPLES = (64, 96, 128), 4
+"""Free sizes are cut to one of these, the batch to so many: the fewer, the sooner the check is
+over; fewer samples leave batch norm too few values."""
 
 
 class StaleError(LossyError):
@@ -103,7 +104,7 @@ def _smaller(program: Widened, teacher: StreamingTeacher, example: Inputs) -> In
     call = sections[0].call
     flat = call.flatten(*example)
     for size in SMALL:
-        cut = [section.sizes.smaller(flat, size, call.names) for section in sections]
+        cut = [section.sizes.smaller(flat, size, SAMPLES, call.names) for section in sections]
         if cut[0] is None or any(moved is None for moved in cut):
             continue
         shapes = [[x.shape for x in moved or ()] for moved in (flat, *cut)]
