@@ -23,7 +23,7 @@ from ..calls.sizes import Sizes, evaluate, names_in
 from ..passes.capture.limits import LEVELS
 from ..teacher.captured import Section
 from .facts import Law, difference
-from .locate import call_of, calls_of, run_section
+from .faults.locate import call_of, calls_of, run_section
 from .observe import keep_rng, observe
 from .visit import Pair
 

@@ -24,13 +24,13 @@ from ..passes.widen import Widened
 from ..teacher.collapse import filled
 from ..teacher.compiled import Compiled
 from ..teacher.module import Teacher
-from . import blame
 from .attempts import Attempt, StaleError, UndecidedError, attempts, trial_inputs
 from .certificate import TOLERANCE, Check, Finding, lossy, worst
 from .facts import Errors, Fact, Inputs, Law, difference, identical
+from .faults import blame
+from .faults.locate import first_difference, guilty_part
 from .folds import branch_errors, fold_errors
 from .free_sizes import FAR, free_sizes
-from .locate import first_difference, guilty_part
 from .observe import GRADIENTS, keep_rng, observe
 from .streaming import StreamingTeacher
 from .visit import BUG, Pair, Visit, WrittenError, rounding, visit
@@ -158,14 +158,17 @@ def _same_function(
     if seen.silent and weights == "probe":
         raise UndecidedError(f"every output is zero or nan in {mode} mode", remedy=_ZERO)
     noise: Errors = {}
-    if not seen.worst[1] <= TOLERANCE:
+    floor = SINGLE if attempt.loose else TOLERANCE
+    if not seen.worst[1] <= floor:
         noise = {f: 50 * x for f, x in rounding(pair, mode, seen).items()}
     unsteady = {f for f, x in noise.items() if f.law is Law.GENERATORS and not math.isfinite(x)}
     seen = seen.without(unsteady)  # another thread draws, say
     left_out = [f"{where}: {f} is another after two equal calls" for f in unsteady]
-    floor = SINGLE if attempt.loose else TOLERANCE
     ceiling = CEILING * floor / TOLERANCE if attempt.precision.dtype is None else CEILING
-    allowed = {f: max(floor, min(noise.get(f, 0.0), ceiling)) for f in seen.errors}
+    amplified = {
+        f: min(noise.get(f, 0.0), ceiling) for f, x in seen.errors.items() if not x <= floor
+    }
+    allowed = {f: max(floor, amplified.get(f, 0.0)) for f in seen.errors}
     over = {f: x / allowed[f] for f, x in seen.errors.items() if not x <= allowed[f]}
     noisy = [f for f in over if seen.errors[f] <= noise.get(f, 0.0) < math.inf]
     findings = []

@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..passes.program import duplicate
-from .facts import Inputs, Law, identical
-from .observe import keep_rng, observe, states
+from ...passes.program import duplicate
+from ..facts import Inputs, Law, identical
+from ..observe import keep_rng, observe, states
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor)
 _REGISTRIES = frozenset((*nn.Module().__dict__, "training"))
