@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
@@ -216,6 +217,45 @@ def test_a_condition_on_the_batch_leaves_the_rest_of_it_free(by: int, example: i
     close(teacher, model, 4 * by, 3, 9, 7)
     with pytest.raises(gpdfx.InputError, match=f"% {by}"):
         teacher(torch.randn(4 * by + 1, 3, 9, 7).double())
+
+
+class Drops(nn.Module):
+    """In train mode a small batch is often dropped whole, and with it what tells two ways apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if x.shape[0] > 2:
+            x = x + self.b(x)
+        return x * x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(0.3) if self.training else x
+
+
+class Tall(nn.Module):
+    """Takes no small images, and another way for tall ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(F.avg_pool2d(self.a(x), 2), scale_factor=2, mode="bicubic")
+        return x + self.b(x) if x.shape[2] > x.shape[3] else x * 0.5
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"), [(Drops(), (2, 3, 8, 8)), (Drops(), (1, 3, 8, 8)), (Tall(), (4, 3, 8, 6))]
+)
+def test_a_condition_that_was_not_seen_to_be_none_holds(
+    model: nn.Module, shape: tuple[int, ...]
+) -> None:
+    teacher = gpdfx.expand(model, example_inputs=(torch.randn(4, 3, 8, 8),), branches=None)
+    for training in (False, True):
+        with pytest.raises(gpdfx.InputError):
+            teacher.train(training)(torch.randn(shape))
+    close(teacher, model, 6, 3, 12, 12)
 
 
 def test_learned_queries_leave_the_batch_free() -> None:

@@ -2,8 +2,7 @@
 
 Capture says which sizes are free, and on which conditions. Each graph is run, beside the module
 that it came from, at other sizes, with one sample, and across every condition that may be an
-operation's and not the model's: where both agree the condition is none, where they do not it holds
-from then on.
+operation's and not the model's: where both agree the condition is none, else it holds from then on.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from ..passes.capture.limits import LEVELS
 from ..teacher.captured import Section
 from .facts import Law, difference
 from .faults.locate import call_of, calls_of, run_section
-from .observe import keep_rng, observe
+from .observe import drew, keep_rng, observe
 from .visit import Pair
 
-VISITS = 8
-"""Sizes at which one graph is tried across its conditions."""
+VISITS, SEEDS = 8, 5
+"""Sizes at which one graph is tried across its conditions; how often, where it draws."""
 FAR = 1e-6
 """A graph that does not hold at a size is wrong by far."""
 
@@ -92,46 +91,54 @@ class _Visits:
         return LEVELS[-1]
 
     def _across(self, flat: Any, sizes: Sizes) -> list[str]:
-        """The conditions across which they do not agree."""
-        innocent, suspect = set[str](), set[str]()
-        seen, tries = set[frozenset[str]](), 0
+        """The conditions across which they were not seen to agree."""
+        innocent, seen = set[str](), set[frozenset[str]]()
+        visits, runs = 0, 0
         for values, degenerate in _candidates(flat, sizes):
             open_ = set(sizes.assumed) - innocent
             broken = frozenset(c for c in open_ if not evaluate(c, values))
             broken -= frozenset(c for c in broken if degenerate and not _unit(c))
-            if broken in seen or tries == VISITS:
+            if broken in seen or visits == VISITS or runs == 3 * VISITS:
                 continue
             moved = sizes.moved(flat, values, self.section.call.names)
             if not broken or moved is None:
                 continue
             seen.add(broken)
-            tries += 1
             verdict = self._agree(moved)
-            if verdict is not None:
-                (innocent if verdict else suspect).update(broken)
-        return [c for c in sizes.assumed if c in suspect - innocent]
+            runs, visits = runs + 1, visits + (verdict is not None)
+            innocent |= broken if verdict else frozenset()
+        return [c for c in sizes.assumed if c not in innocent]
 
     def _agree(self, flat: list[Any]) -> bool | None:
-        """Whether the teacher follows; ``None`` if the student does not run on these tensors."""
-        section, pair = self.section, self.pair
-        inputs, teacher = section.call.unflatten(flat), pair.teacher
-        run = partial(run_section, teacher, section)
-        pair.reload()
-        with torch.no_grad(), keep_rng():
-            before = dict(pair.student.named_buffers())
-            for name, buffer in self.student.named_buffers():
-                if name in before and before[name].shape == buffer.shape:
-                    buffer.copy_(before[name])
-            try:
-                expected = observe(self.module, inputs, pair.seed)
-            except Exception:  # a size that the student cannot have: try another
-                return None
-            try:
-                got = observe(run, inputs, pair.seed, copy=tree.copied)
-            except Exception:  # the graph is not free in this size, whatever capture said
-                return False
+        """Whether the teacher follows; ``None`` if the student does not run on these tensors. What
+        draws may drop what differs: it has to agree for several seeds."""
+        for seed in range(self.pair.seed, self.pair.seed + SEEDS):
+            self.pair.reload()
+            before = dict(self.pair.student.named_buffers())
+            with torch.no_grad(), keep_rng():
+                for name, buffer in self.student.named_buffers():
+                    if name in before and before[name].shape == buffer.shape:
+                        buffer.copy_(before[name])
+                verdict, drew = self._agree_once(flat, seed)
+            if not (verdict and drew):
+                return verdict
+        return True
+
+    def _agree_once(self, flat: list[Any], seed: int) -> tuple[bool | None, bool]:
+        """``_agree`` for one seed, and whether random numbers were drawn."""
+        inputs, teacher = self.section.call.unflatten(flat), self.pair.teacher
+        try:
+            expected = observe(self.module, inputs, seed)
+        except Exception:  # a size that the student cannot have: try another
+            return None, False
+        try:
+            run = partial(run_section, teacher, self.section)
+            got = observe(run, inputs, seed, copy=tree.copied)
+        except Exception:  # the graph is not free in this size, whatever capture said
+            return False, False
         outputs = (fact for fact in expected if fact.law is Law.OUTPUTS)
-        return all(difference(expected[f], got.get(f)) <= FAR for f in outputs)
+        same = all(difference(expected[f], got.get(f)) <= FAR for f in outputs)
+        return same, drew(expected, seed)
 
 
 def _candidates(flat: Any, sizes: Sizes) -> Iterator[tuple[dict[str, int], bool]]:

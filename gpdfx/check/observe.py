@@ -97,6 +97,14 @@ def states() -> dict[str, Tensor]:
     return {name: _number(state) for name, state in found.items()}
 
 
+def drew(seen: Observed, seed: int) -> bool:
+    """True if torch's generator moved in a call that was observed."""
+    with keep_rng():
+        _seed(seed)
+        start = states()
+    return any(not torch.equal(x, seen[Fact(Law.GENERATORS, name)]) for name, x in start.items())
+
+
 def _shape(outputs: list[Any], structure: tree.Spec) -> Tensor:
     """Of a result without its tensors: the containers, and what is no tensor, objects by type."""
     plain = (bool, int, float, str, type(None), torch.dtype)
