@@ -30,7 +30,7 @@ from gpdfx.calls import tree
 from gpdfx.passes.program import duplicate
 from gpdfx.passes.widen import Widened
 from gpdfx.teacher.module import Teacher
-from tests.helpers import facts, teacher_of
+from tests.helpers import facts, summed, teacher_of
 
 EXACT, SINGLE = 1e-9, 1e-3
 LIFTED = 6
@@ -218,14 +218,6 @@ def shown(teacher: Teacher, point: Point) -> Facts:
             if isinstance(y, Tensor):
                 found[f"student's output {k}"] = y.clone()
     return found
-
-
-def summed(grad: Tensor, maps: Any) -> Tensor:
-    """A gradient of the teacher's parameter, added up over the copies of each index."""
-    for dim, axis in enumerate(maps):
-        shape = (*grad.shape[:dim], axis.student, *grad.shape[dim + 1 :])
-        grad = grad.new_zeros(shape).index_add(dim, torch.from_numpy(axis.map), grad)
-    return grad
 
 
 def wide(teacher: Teacher, buffers: Facts) -> Facts:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from gpdfx.algebra.frozen import Frozen
 from gpdfx.check import laws
 from gpdfx.check.certificate import Check
 from gpdfx.compiler import compile_program
@@ -55,6 +57,14 @@ def compiled(program: Widened, call: Inputs) -> Compiled:
 def facts(teacher: Teacher) -> Facts:
     """What a teacher knows of its making: maps, ties, shares."""
     return teacher._facts
+
+
+def summed(grad: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
+    """A gradient of the teacher's parameter, added up over the copies of each index."""
+    for dim, axis in enumerate(maps):
+        shape = (*grad.shape[:dim], axis.student, *grad.shape[dim + 1 :])
+        grad = grad.new_zeros(shape).index_add(dim, torch.from_numpy(axis.map), grad)
+    return grad
 
 
 def folding(teacher: Teacher) -> Folding:

@@ -48,14 +48,14 @@ class _Layer:
     call: Call
     site: Site | None = None
 
-    def start_error(self, tensors: Tensors, own: Tensor, narrow: Tensor | None) -> float:
+    def start_error(self, tensors: Tensors, own: Tensor, narrow: Tensor) -> float:
         """Zero if the fold takes this layer's ``own`` weight, its scales are one and zero, and the
         student's part of the weight is the ``narrow`` one."""
         origin, scales = tensors[ORIGIN], tensors.get(SCALES)
         right = torch.equal(origin, own)
         if scales is not None:
             right &= bool((scales[0] == 1).all() and not scales[1:].any())
-        if self.site is not None and self.site.cut is not None and narrow is not None:
+        if self.site is not None and self.site.cut is not None:
             part = self.site.cut.take(load(self.site.layer, origin), "goi")
             right &= torch.equal(store(self.site.narrow, part), narrow)
         return 0.0 if right else math.inf

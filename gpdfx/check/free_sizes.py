@@ -119,8 +119,8 @@ class _Visits:
                 for name, buffer in self.student.named_buffers():
                     if name in before and before[name].shape == buffer.shape:
                         buffer.copy_(before[name])
-                verdict, drew = self._agree_once(flat, seed)
-            if not (verdict and drew):
+                verdict, by_chance = self._agree_once(flat, seed)
+            if not (verdict and by_chance):
                 return verdict
         return True
 

@@ -231,12 +231,14 @@ def _lost_state(compiled: Compiled, seed: int) -> list[str]:
     the sequence of calls says whether that moves anything; what is not moved in so few is told."""
     parts = compiled.program.parts
     found = blame.state(compiled.program.student, compiled.example, seed, compiled.caches)
-    if found is None or not any(f"{found.path}.".startswith(f"{p}.") or not p for p in parts):
+    if found is None:
         return []
     if parts == [""]:
         return [f"{found.text}, which the teacher does not; no output changed in {CALLS} calls"]
-    text = f"{found.text}, which no graph does"
-    raise LossyError(text, source=found.source, remedy=_PYTHON, apart=found.path)
+    if any(f"{found.path}.".startswith(f"{part}.") for part in parts):
+        text = f"{found.text}, which no graph does"
+        raise LossyError(text, source=found.source, remedy=_PYTHON, apart=found.path)
+    return []
 
 
 # --------------------------------------------------------------------------- dtypes
