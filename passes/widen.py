@@ -136,7 +136,7 @@ class GraphWriter:
             if node.op == "get_attr":
                 self.env[node] = self.target.attribute(self.mode, str(node.target))
             elif node.op == "call_function":
-                last = next(reversed(graph.nodes))
+                last = next(iter(reversed(graph.nodes)))  # no iterator in torch 2.11
                 self.env[node] = new = self._call(node)
                 for made in reversed(graph.nodes):
                     if made is last:

@@ -40,15 +40,16 @@ class BranchNorm(nn.Module):
         place = self.dim % y.ndim
         dims = [d for d in range(y.ndim) if d != place]
         shape = [-1, *[1] * (y.ndim - 1 - place)]
-        var, mean = torch.var_mean(y, dims, correction=0)
+        kind = torch.promote_types(y.dtype, self.running_mean.dtype)  # under autocast y is narrower
+        var, mean = torch.var_mean(y.to(kind), dims, correction=0)
         n = y.numel() // y.shape[place]
         with torch.no_grad():
             self.running_mean.lerp_(mean, MOMENTUM)
             self.running_var.lerp_(var * (n / max(n - 1, 1)), MOMENTUM)
         factor = (self.weight * (var + EPS).rsqrt()).view(shape)
         if self.bias is None:
-            return y * factor
-        return (y - mean.view(shape)) * factor + self.bias.view(shape)
+            return (y * factor).to(y.dtype)
+        return ((y - mean.view(shape)) * factor + self.bias.view(shape)).to(y.dtype)
 
     def factor(self) -> Tensor:
         """What the branch's weight is multiplied by in eval mode."""

@@ -119,6 +119,8 @@ class Teacher(nn.Module):
         tensors |= {name: tensors[first] for name, first in program.alias.items()}
         tensors |= program.shares | program.constants
         lasting = {*program.student.state_dict(keep_vars=True), *program.shares}
+        ours = [*program.shares, *(module_of(one.weight) for one in program.branched)]
+        self._modules.update({name.split(".")[0]: _Ordered() for name in ours})
         for name, tensor in tensors.items():
             attach(self, name, tensor, persistent=name in lasting)
         self._modules.update(program.children)
@@ -213,7 +215,7 @@ class Teacher(nn.Module):
             for part, before in held:
                 for leaf in [k for k, b in part._buffers.items() if b is not before.get(k, b)]:
                     part._buffers[leaf] = before[leaf]
-                for leaf in part._buffers.keys() - before:
+                for leaf in [k for k in part._buffers if k not in before]:
                     del part._buffers[leaf]
             for path, attribute, pristine in self._caches:
                 again = pristine if isinstance(pristine, Tensor) else copy.copy(pristine)
@@ -301,6 +303,15 @@ class Teacher(nn.Module):
 
 
 # --------------------------------------------------------------------------- tensors by name
+class _Ordered(nn.Module):
+    """Shares and branches, which are no images: they keep their memory order where a module is
+    moved to ``channels_last``, which is for tensors of four or five dimensions."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> _Ordered:
+        more, first = (None,) * 6, (0,) * 6
+        return super()._apply(lambda t: fn(t[more])[first], recurse)
+
+
 def _add_module(root: nn.Module, path: str, module: nn.Module) -> None:
     parent, leaf = _parent(root, path)
     parent._modules[leaf] = module
