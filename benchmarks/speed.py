@@ -20,8 +20,8 @@ channels last, cudnn.benchmark, fused optimizer. On CPUs: an allocator that keep
     peer     reference implementation / GPD: how much faster ours is (--peer)
 
 ``macs`` is the same ratio of multiply-adds, as the dispatcher saw them; of a fold, relative to a
-step of the plain wide network. Rows appear in ``results/speed_DEVICE.csv`` one by one, in place of
-earlier ones of the same setting.
+step of the plain wide network; empty where gpdfx's own kernels compute. Rows appear in
+``results/speed_DEVICE.csv`` one by one, in place of earlier ones of the same setting.
 """
 
 from __future__ import annotations
@@ -52,7 +52,17 @@ FIELDS = (
     *KEY,
     *("median", "low", "high", "pairs", "steps", "seconds", "against_seconds", "macs", "ops"),
     *("against_ops", "launches", "against_launches", "peak_mib", "against_peak_mib", "compile_s"),
-    *("against_compile_s", "gb_s", "against_gb_s", "error", "torch", "triton", "cuda", "threads"),
+    *(
+        "against_compile_s",
+        "gb_s",
+        "against_gb_s",
+        "error",
+        "torch",
+        "triton",
+        "cuda",
+        "driver",
+        "threads",
+    ),
     "machine",
 )
 
@@ -144,7 +154,8 @@ class Bench:
         row = {"what": one.name, "against": other.name, "branches": branches, "way": way}
         row |= timing.quantiles([x / y for x, y in pairs]) | facts
         row |= {f"against_{k}": v for k, v in others.items()}
-        row |= {"macs": f"{one.counts.macs / max(other.counts.macs, 1):.3f}"}
+        if not (one.counts.opaque or other.counts.opaque):
+            row |= {"macs": f"{one.counts.macs / max(other.counts.macs, 1):.3f}"}
         row |= {"seconds": timing.quantiles(a)["median"]}
         return row | {"against_seconds": timing.quantiles(b)["median"]}
 
@@ -166,7 +177,7 @@ class Bench:
         if "fold" in kinds and way == "eager" and name != "none":
             whole = self.kept["plain wide"].counts.macs
             for row in fold_rows(gpd.teacher, self.setting, name, self.pairs, self.steps):
-                yield row | {"macs": f"{row['macs'] / max(whole, 1):.3f}"}
+                yield row | {"macs": row["macs"] and f"{row['macs'] / max(whole, 1):.3f}"}
 
     def reference(self, way: str) -> Iterator[Row]:
         """The reference against ours with branches everywhere, and with those that it has."""

@@ -18,7 +18,7 @@ def fold_rows(
     """Forward, and forward and backward. Bytes are those that any implementation has to move:
     parameters p and folded weights w once each way, so p + w forward (read p, write w), and
     2 p + w more backward (read p and the gradient of w, write the gradient of p). ``macs``: a
-    count, not a ratio."""
+    count, not a ratio, and empty where nothing sees it."""
     device, cast = setting.device, DTYPES[setting.dtype]
     with torch.no_grad():
         folded = teacher._fold()
@@ -65,7 +65,7 @@ def _row(
         row[f"{prefix}seconds"] = quantiles(seconds)["median"]
         row[f"{prefix}gb_s"] = f"{moved / 1e9 / float(row[f'{prefix}seconds']):.3g}"
     counts = counted(call)
-    row |= {"ops": counts.ops, "macs": counts.macs}
+    row |= {"ops": counts.ops, "macs": "" if counts.opaque else counts.macs}
     if setting.device == "cuda":
         row["launches"] = launches(call)
     return row

@@ -40,7 +40,7 @@ def sentence(row: Row) -> str:
 
 def setting(row: Row) -> str:
     """What rows of a table share."""
-    tools = ", ".join(f"{k} {row[k]}" for k in ("torch", "cuda", "allocator") if row.get(k))
+    tools = ", ".join(f"{k} {row[k]}" for k in ("torch", "triton", "cuda", "driver", "allocator") if row.get(k))
     return (
         f"{row['network']} x{row['width']}, {row['size']} px, batch {row['batch']}, "
         f"{row['dtype']}; {row['machine']}, {row['threads']} threads, {tools}"
@@ -92,7 +92,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     ]
     axes.errorbar(middle, places, xerr=spread, fmt="o", capsize=3, label="time, 20 % to 80 %")
     macs = [(float(r["macs"]), y) for r, y in zip(shown, places, strict=True) if r.get("macs")]
-    axes.plot(*zip(*macs, strict=True), "|", ms=12, color="tab:orange", label="multiply-adds")
+    if macs:
+        axes.plot(*zip(*macs, strict=True), "|", ms=12, color="tab:orange", label="multiply-adds")
     axes.axvline(1, color="black", lw=0.8)
     labels = [f"{name(r)}  {' '.join(filter(None, (r['branches'], r['way'])))}" for r in shown]
     axes.set_yticks(list(places), labels, fontsize=8)

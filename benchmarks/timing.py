@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError
@@ -73,17 +74,20 @@ def quantiles(values: Sequence[float]) -> Row:
 # --------------------------------------------------------------------------- counts
 class Counter(TorchDispatchMode):
     """Ops that reach the dispatcher and compute (views do not), and multiply-adds of those that
-    PyTorch has a formula for: convolutions and matrix products."""
+    PyTorch has a formula for: convolutions and matrix products. ``opaque``: there were ops of
+    gpdfx's own, whose products nothing sees."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ops = self.macs = 0
+        self.opaque = False
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = op(*args, **(kwargs or {}))
         self.ops += not op.is_view
+        self.opaque |= op.namespace == "gpdfx"
         formula = flop_registry.get(op.overloadpacket)
         if formula is not None:
             self.macs += int(formula(*args, **(kwargs or {}), out_val=out)) // 2
@@ -132,6 +136,13 @@ def machine(device: str = "cpu") -> Row:
         "torch": torch.__version__,
         "triton": triton,
         "cuda": (torch.version.cuda or "") if device == "cuda" else "",
+        "driver": _driver() if device == "cuda" else "",
         "threads": torch.get_num_threads(),
         "machine": torch.cuda.get_device_name() if device == "cuda" else name,
     }
+
+
+def _driver() -> str:
+    """Of the first GPU."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
