@@ -40,7 +40,8 @@ def sentence(row: Row) -> str:
 
 def setting(row: Row) -> str:
     """What rows of a table share."""
-    tools = ", ".join(f"{k} {row[k]}" for k in ("torch", "triton", "cuda", "driver", "allocator") if row.get(k))
+    shown = ("torch", "triton", "cuda", "driver", "allocator")
+    tools = ", ".join(f"{k} {row[k]}" for k in shown if row.get(k))
     return (
         f"{row['network']} x{row['width']}, {row['size']} px, batch {row['batch']}, "
         f"{row['dtype']}; {row['machine']}, {row['threads']} threads, {tools}"

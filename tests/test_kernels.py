@@ -182,6 +182,32 @@ def test_matrices_of_shares_end_with_their_tables() -> None:
 
 
 @interpreted
+def test_a_graph_under_capture_leaves_nothing_but_what_it_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is made meanwhile is the graph's; shares that were there stay as long as the graph."""
+    from gpdfx.kernels.fold import launch
+
+    case = Case(Layer(1, 2, 2, (), "linear"), "lowrank", torch.float32)
+    owned = [t.detach().clone() for t in case.tensors]
+    monkeypatch.setattr(launch, "TABLES", launch.Tables())
+    launch.forward([case.site], [owned], True, torch.float32)
+    before = dict(launch.TABLES.made)
+    (matrix,) = launch.TABLES.shares.values()
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda x: x)
+    for k in range(2):
+        (pair,) = launch.forward([case.site], [owned], True, torch.float32)
+        torch.testing.assert_close(pair, reference.forward(case.site, owned, True, True))
+        assert before.keys() == launch.TABLES.made.keys()
+        assert [id(x) for x in launch.TABLES.shares.values()] == [id(matrix)]
+        kept = launch.TABLES.captured.values()
+        assert any(x is matrix for x in kept) == (k == 0)
+        owned[2].mul_(2)  # other shares, which are made in the graph
+        launch.TABLES.captured.clear()
+
+
+@interpreted
 def test_kernels_are_there_for_channels_last() -> None:
     layer = Layer(1, 2, 3, (2, 2), "conv")
     case = Case(layer, "orepa", torch.float32)
@@ -239,17 +265,21 @@ def test_kernels_on_a_gpu(which: str, dtype: torch.dtype, poisoned: None) -> Non
 
 @gpu[0]
 @gpu[1]
-def test_a_step_on_a_gpu_is_the_step_on_the_cpu() -> None:
+def test_a_step_on_a_gpu_is_the_step_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     model, _, x = plain_teacher("auto")
     gpd = GPD(model, example_inputs=(x,)).eval()
     y = torch.randint(0, 5, (len(x),))
     found = []
-    for device in ("cpu", "cuda"):
+    for device, call in (
+        ("cpu", gpd),
+        ("cuda", gpd),
+        ("cuda", torch.compile(gpd, fullgraph=True, dynamic=False)),
+    ):
         gpd.to(device).zero_grad()
-        for call in (gpd, torch.compile(gpd, fullgraph=True)):
-            gpd.zero_grad()
-            call(x.to(device), y.to(device)).loss.backward()
-            found.append([p.grad.cpu() for p in gpd.parameters() if p.grad is not None])
+        call(x.to(device), y.to(device)).loss.backward()
+        grads = [p.grad for p in gpd.parameters() if p.grad is not None]
+        found.append([g.clone().cpu() for g in grads])  # `to` moves the gradients, too
     for one in found[1:]:
         torch.testing.assert_close(one, found[0], rtol=1e-3, atol=1e-4)

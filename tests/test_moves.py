@@ -87,6 +87,46 @@ def test_channels_last_stays() -> None:
         assert p.stride() == model.get_parameter(name).stride(), name
 
 
+def test_moved_to_channels_last_shares_and_branches_keep_their_order() -> None:
+    """They have four or five dimensions and are no images."""
+    case = NETWORKS["unet"]
+    model = case.model()
+    gpd = gpdfx.GPD(model, ratio=2, branches="auto", example_inputs=case.inputs())
+    x = case.inputs()[0]
+    before = gpd.teacher(x)
+    own = ("_shares.", "_branches.")
+    tensors = {**dict(gpd.teacher.named_parameters()), **dict(gpd.teacher.named_buffers())}
+    strides = {name: t.stride() for name, t in tensors.items() if name.startswith(own)}
+    assert {len(s) for s in strides.values()} >= {4, 5}
+    gpd.to(memory_format=torch.channels_last)
+    moved = {**dict(gpd.teacher.named_parameters()), **dict(gpd.teacher.named_buffers())}
+    assert all(moved[name] is t for name, t in tensors.items() if name in strides)
+    assert all(moved[name].stride() == stride for name, stride in strides.items())
+    for name, _ in model.named_parameters():
+        p = moved[name]
+        assert p.ndim != 4 or p.is_contiguous(memory_format=torch.channels_last), name
+    torch.testing.assert_close(gpd.teacher(x), before)
+    gpd.double()
+    assert {t.dtype for t in gpd.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("branches", ["dbb", "mobileone"])
+def test_under_autocast_normalized_branches_keep_their_statistics_type(branches: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    x = torch.randn(4, 3, 9, 9)
+    found = []
+    for half in (False, True):
+        teacher = gpdfx.expand(model, 2, branches=branches, scales="scratch", example_inputs=(x,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = teacher.train()(x)
+        y.float().square().mean().backward()
+        found.append({name: b.clone() for name, b in teacher.named_buffers() if "running" in name})
+        found[-1]["y"] = y
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(found[1], found[0], rtol=5e-2, atol=5e-2, check_dtype=False)
+    assert {b.dtype for name, b in found[1].items() if name != "y"} == {torch.float32}
+
+
 def told(program: Program) -> list[str]:
     """All that a pass could change in place."""
     nodes = [

@@ -285,14 +285,16 @@ def test_captured_steps_are_the_eager_ones(changes: dict[str, Any]) -> None:
     eager = stepper(ranks, **{**changes, "compile": "none"})
     fast = stepper(ranks, cuda_graph=True, **changes)
     x, y = X.cuda(), Y.cuda()
+    skipped = 0
     for at in range(8):
         chosen = (x[:3], y[:3]) if at == 4 else (x + at, y.roll(at))
         found = [one(*chosen, at) for one in (eager, fast)]
-        assert found[0] is not None
-        assert found[1] is not None
+        skipped += found[0] is None
+        assert (found[0] is None) == (found[1] is None)
         exact = not changes or "plain" in changes
         if "compile" not in changes:  # whose dropout draws otherwise
             assert found[0] == pytest.approx(found[1], rel=1e-4 if exact else 3e-2)
+    assert skipped <= (4 if changes.get("amp") == "fp16" else 0)  # its scale begins too large
     assert fast.run.graph is not None  # type: ignore[attr-defined]
 
 

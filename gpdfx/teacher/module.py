@@ -308,8 +308,13 @@ class _Ordered(nn.Module):
     moved to ``channels_last``, which is for tensors of four or five dimensions."""
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> _Ordered:
-        more, first = (None,) * 6, (0,) * 6
-        return super()._apply(lambda t: fn(t[more])[first], recurse)
+        def moved(t: Tensor) -> Tensor:
+            wide = t[(None,) * 6]
+            made: Tensor = fn(wide)
+            return t if made is wide else made[(0,) * 6]
+
+        super()._apply(moved, recurse)
+        return self
 
 
 def _add_module(root: nn.Module, path: str, module: nn.Module) -> None:

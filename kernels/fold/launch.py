@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ class Layout:
             self.put("EXPAND", branch.expand)
             self.put("POINT", self.pointer(point), self.pointer(depth), number)
         else:
-            filters = filters_of(branch, self.layer, str(self.origin.device))
+            filters = TABLES.filters(branch, self.layer, self.origin.device)
             weight = self.pointer(self.dense(own["weight"]))
             step = self.taps if len(filters) > 1 else 0
             row = (weight, self.pointer(filters), step, number)
@@ -145,8 +145,8 @@ class Layout:
 
 
 @lru_cache(maxsize=4096)
-def filters_of(branch: Branch, layer: Layer, device: str) -> Tensor:
-    """f of a summand w[o, i] f[o, x]: (channels or 1, taps)."""
+def filters_of(branch: Branch, layer: Layer) -> Tensor:
+    """f of a summand w[o, i] f[o, x]: (channels or 1, taps), on the CPU."""
     taps = math.prod(layer.kernel)
     if isinstance(branch, Frequency):
         filters = branch.constants(layer)["filters"].reshape(layer.channels, taps)
@@ -155,48 +155,105 @@ def filters_of(branch: Branch, layer: Layer, device: str) -> Tensor:
     else:
         filters = torch.zeros(1, taps)
         filters[:, some(branch, layer)] = 1
-    return filters.float().contiguous().to(device)
+    return filters.float().contiguous()
 
 
 # --------------------------------------------------------------------------- of many
 class Tables:
     """What stays from step to step: device copies of tables whose pointers did not change, lists
     of programs, shares as matrices (channels, in). Tables and lists are small and of a number that
-    is bounded; a matrix ends with the table of shares that it is of."""
+    is bounded; a matrix ends with the table of shares that it is of.
+
+    A CUDA graph under capture owns what is made meanwhile, and makes it again at every replay:
+    nothing of that stays here but ``captured``, the host's memory that it copies from, and what it
+    found made."""
 
     def __init__(self) -> None:
         self.made: OrderedDict[Any, Tensor] = OrderedDict()
         self.shares: OrderedDict[Any, Tensor] = OrderedDict()
+        self.constants: OrderedDict[Any, Tensor] = OrderedDict()
+        self.captured: dict[int, Tensor] = {}  # by address, as long as the process
 
     def upload(self, numbers: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         """``numbers``: a tuple of tuples."""
         key = numbers, dtype, device
-        if key not in self.made:
-            table = torch.tensor(numbers, dtype=dtype)
-            if device.type == "cuda":
-                table = table.pin_memory()
-            self.made[key, "host"] = table  # a captured graph copies it again at every replay
-            self.made[key] = table.to(device, non_blocking=True)
-            while len(self.made) > 256:
-                self.made.popitem(last=False)
-        return self.made[key]
+        make = partial(torch.tensor, numbers, dtype=dtype)
+        return self.get(self.made, key, device, lambda: self.copy(make(), device), 256)
+
+    def filters(self, branch: Branch, layer: Layer, device: torch.device) -> Tensor:
+        """``filters_of`` them, on the device."""
+        host, key = filters_of(branch, layer), (branch, layer, device)
+        return self.get(self.constants, key, device, lambda: self.copy(host, device), 4096)
+
+    def copy(self, host: Tensor, device: torch.device) -> Tensor:
+        if capturing(device):
+            host = host.pin_memory()
+            self.captured[host.data_ptr()] = host
+        return host.to(device, non_blocking=True)
 
     def share(self, site: Site, tensors: Sequence[Tensor]) -> Tensor:
         table, classes = tensors[site.first - 2 : site.first]
         written = 0 if table.is_inference() else version(table)
         key = site, table.data_ptr(), classes.data_ptr(), written, table.device
-        if key not in self.shares:
-            how = site.share
-            assert how is not None
-            split = list(how.split) if how.split else None
-            ones = torch.ones_like(tensors[0], dtype=torch.float32)
-            shares = share(ones, table, classes, how.at, how.dim, split)
-            matrix = load(site.layer, shares)[..., 0].reshape(site.layer.channels, -1)
-            self.shares[key] = matrix.contiguous()  # until another may take the table's address
+        fresh = key not in self.shares
+        make = partial(matrix, site, tensors[0], table, classes)
+        found = self.get(self.shares, key, table.device, make, 1024)
+        if fresh:  # until another may take the table's address
             weakref.finalize(table.untyped_storage(), self.shares.pop, key, None)
-            while len(self.shares) > 1024:
-                self.shares.popitem(last=False)
-        return self.shares[key]
+        return found
+
+    def get(
+        self,
+        kept: OrderedDict[Any, Tensor],
+        key: Any,
+        device: torch.device,
+        make: Callable[[], Tensor],
+        limit: int,
+    ) -> Tensor:
+        """A tensor of ``kept``, which is made if it is not there."""
+        if capturing(device):
+            if key not in kept:
+                return make()
+            self.captured[kept[key].data_ptr()] = kept[key]
+        elif key not in kept:
+            kept[key] = beside(device, make)
+            while len(kept) > limit:
+                kept.popitem(last=False)
+        return kept[key]
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph records what is launched."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@lru_cache
+def stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def beside(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+    """A tensor that outlives a call: on a stream of its own, so that it takes no memory from the
+    pool of a graph that warms up on the current one."""
+    if device.type != "cuda":
+        return make()
+    own, current = stream(device), torch.cuda.current_stream(device)
+    own.wait_stream(current)
+    with torch.cuda.stream(own):
+        made = make()
+    current.wait_stream(own)
+    made.record_stream(current)
+    return made
+
+
+def matrix(site: Site, origin: Tensor, table: Tensor, classes: Tensor) -> Tensor:
+    """A site's shares as (channels, in)."""
+    how = site.share
+    assert how is not None
+    split = list(how.split) if how.split else None
+    ones = torch.ones_like(origin, dtype=torch.float32)
+    shares = share(ones, table, classes, how.at, how.dim, split)
+    return load(site.layer, shares)[..., 0].reshape(site.layer.channels, -1).contiguous()
 
 
 TABLES = Tables()
