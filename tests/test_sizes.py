@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 import gpdfx
+from gpdfx.calls.sizes import Sizes, Symbol
 from gpdfx.passes.capture import export, limits
 
 from .networks import NETWORKS
@@ -217,6 +218,13 @@ def test_a_condition_on_the_batch_leaves_the_rest_of_it_free(by: int, example: i
     close(teacher, model, 4 * by, 3, 9, 7)
     with pytest.raises(gpdfx.InputError, match=f"% {by}"):
         teacher(torch.randn(4 * by + 1, 3, 9, 7).double())
+
+
+@pytest.mark.parametrize(("condition", "batch"), [("n % 3 == 0", 6), ("n > 9", 10), ("n > 1", 4)])
+def test_the_check_cuts_the_batch_to_what_conditions_allow(condition: str, batch: int) -> None:
+    sizes = Sizes((("n", 3),), {"n": Symbol(0, 0, 1, 0)}, (condition,))
+    (cut,) = sizes.smaller([torch.randn(12, 3)], 8, 4, ["x"]) or [torch.empty(0)]
+    assert cut.shape == (batch, 3)
 
 
 class Drops(nn.Module):

@@ -146,13 +146,19 @@ class Sizes:
     def smaller(
         self, flat: Sequence[Any], size: int, samples: int, names: list[str]
     ) -> list[Any] | None:
-        """The example's values, cut where a size that is free is larger, or the batch."""
+        """The example's values, cut where a size that is free is larger, or the batch: to the
+        first number from ``samples`` on that the graph claims to hold for."""
         shapes = [tuple(x.shape) for x in flat]
-        values, batch = self.read(flat), self.free("batch", shapes)
-        for name, at in self.symbols.items():
-            most = samples if name in batch else (size - at.offset) // at.scale
-            values[name] = min(values[name], most)
-        return self.moved(flat, values, names)
+        example, batch = self.read(flat), self.free("batch", shapes)
+        largest = max((example[name] for name in batch), default=samples)
+        for most in range(samples, max(largest, samples) + 1):
+            values = dict(example)
+            for name, at in self.symbols.items():
+                limit = most if name in batch else (size - at.offset) // at.scale
+                values[name] = min(example[name], limit)
+            if (moved := self.moved(flat, values, names)) is not None:
+                return moved
+        return None
 
     def pinned(self, shapes: list[tuple[int, ...]], level: str) -> Sizes:
         """As this, but only the symbols of a lower level are free; all else is the example's."""
