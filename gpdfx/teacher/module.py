@@ -79,6 +79,7 @@ class Teacher(nn.Module):
             net.__dict__[registry] = self.__dict__[registry]
         object.__setattr__(self, "_net", net)
         self._folds = {one.weight: module_of(one.weight) for one in program.branched}
+        self._modules.update({name.split(".")[0]: _Ordered() for name in self._folds.values()})
         for one in program.branched:
             weight = program.tensors[program.alias.get(one.weight, one.weight)]
             seed = options.seed + zlib.crc32(one.weight.encode())
@@ -117,11 +118,11 @@ class Teacher(nn.Module):
     def _register(self, program: Widened) -> None:
         tensors = {n: self._initial(n, t, program.maps[n]) for n, t in program.tensors.items()}
         tensors |= {name: tensors[first] for name, first in program.alias.items()}
-        tensors |= program.shares | program.constants
         lasting = {*program.student.state_dict(keep_vars=True), *program.shares}
-        ours = [*program.shares, *(module_of(one.weight) for one in program.branched)]
-        self._modules.update({name.split(".")[0]: _Ordered() for name in ours})
         for name, tensor in tensors.items():
+            attach(self, name, tensor, persistent=name in lasting)
+        self._modules.update({name.split(".")[0]: _Ordered() for name in program.shares})
+        for name, tensor in (program.shares | program.constants).items():
             attach(self, name, tensor, persistent=name in lasting)
         self._modules.update(program.children)
         self._buffers_name = unused("student_buffers", self._modules)
