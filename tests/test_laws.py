@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 import gpdfx
 from gpdfx.check.facts import MASK, difference, typical
 from gpdfx.check.laws import SEQUENCE
+from gpdfx.check.streaming import StreamingTeacher, jittered
 from gpdfx.errors import InputError, LossyError
 from gpdfx.passes.widen import Widened
 
-from .helpers import program_of, python_shell, verify
+from .helpers import compiled, program_of, python_shell, verify
 
 aten = torch.ops.aten
 
@@ -448,3 +449,24 @@ def test_what_is_left_out_is_said() -> None:
     assert check is not None
     assert any(SEQUENCE in text for text in check.left_out)
     assert "not certified" in str(teacher.report())
+
+
+def test_copies_are_jittered_by_different_numbers() -> None:
+    x = torch.ones(128, 64, 3, 3, dtype=torch.float64)
+    y = jittered(x, torch.Generator().manual_seed(0))
+    assert y.shape == x.shape
+    assert 1 < float(y.min()) < float(y.max()) < 1.1
+    assert (y[:64] != y[64:]).all()
+    assert (y[:, :32] != y[:, 32:]).all()
+
+
+def test_of_layers_alike_one_has_branches_with_values() -> None:
+    """The smallest; of the others the check looks at weight, scales and the student's part."""
+    model = nn.Sequential(*(nn.Conv2d(n, 2 * n, 3) for n in (4, 8, 16)), nn.Conv2d(32, 3, 1))
+    call = ((torch.randn(2, 4, 9, 9),), {})
+    teacher = StreamingTeacher(compiled(program_of(model, call, branches="orepa"), call))
+    drawn = {
+        name: all(not p.is_meta for p in teacher.get_submodule(f"_branches.{name}").parameters())
+        for name in ("0.weight", "1.weight", "2.weight")
+    }
+    assert drawn == {"0.weight": True, "1.weight": True, "2.weight": False}

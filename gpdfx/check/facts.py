@@ -96,18 +96,21 @@ def difference(reference: Tensor, other: Tensor | None, floor: float = 0.0) -> f
         return 0.0
     if not (reference.is_floating_point() or reference.is_complex()):
         return 0.0 if torch.equal(reference, other) else math.inf
-    gap, size = (reference - other).abs(), reference.abs()
+    gap, size = (reference - other).abs(), None
     largest = float(gap.max())
     if not math.isfinite(largest):  # a mask of -inf, as a rule
         same = (reference == other) | (reference.isnan() & other.isnan())
         if not (same | (reference.isfinite() & other.isfinite())).all():
             return math.inf
         gap = gap.masked_fill(same, 0)
-        largest, size = float(gap.max()), size.nan_to_num(nan=1.0, posinf=1.0)
+        largest, size = float(gap.max()), reference.abs().nan_to_num(nan=1.0, posinf=1.0)
     if not largest:
         return 0.0
     scale = max(typical(reference), floor)
-    error = float((gap / size.clamp_min_(scale)).max()) if scale else math.inf
+    if not scale:
+        return math.inf
+    size = reference.abs() if size is None else size
+    error = float(gap.div_(size.clamp_min_(scale)).max())
     return error if not math.isnan(error) else math.inf
 
 

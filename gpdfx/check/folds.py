@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..branches.layer import Layer
 from ..kernels import copies
 from ..kernels.fold import Site, elements, fold, key_of, load, owned, store
 from ..passes.branch import LAYERS
@@ -38,12 +37,12 @@ ORIGIN, SCALES = "origin", "scales"
 
 @dataclass(frozen=True)
 class _Layer:
-    """The fold of one weight. ``kind``: all that it is but for numbers and sizes; ``names``: of
+    """The fold of one weight. ``form``: all that it is but for numbers and sizes; ``names``: of
     its tensors, by what the call takes them for; ``site``: if it is in the fused fold."""
 
     weight: str
     elements: int
-    kind: Any
+    form: Any
     names: Mapping[str, str]
     call: Call
     site: Site | None = None
@@ -69,8 +68,8 @@ def fold_errors(teacher: StreamingTeacher, seed: int) -> Errors:
         tensors = {key: teacher._folding.read(name).detach() for key, name in one.names.items()}
         own, narrow = teacher.gather(one.weight), teacher._given[one.weight]
         errors[Fact(Law.FOLD, one.weight)] = one.start_error(tensors, own, narrow)
-        if one.kind not in tried:
-            tried.add(one.kind)
+        if one.weight in teacher.folded if one.site else one.form not in tried:
+            tried.add(one.form)
             errors |= _errors(one, tensors, expected, seed)
     return errors
 
@@ -84,27 +83,14 @@ def _layers(teacher: StreamingTeacher) -> Iterator[_Layer]:
             keys += [f"{k}" for k in range(len(keys), site.size)]
             call = partial(_of_site, weight, site)
             named = dict(zip(keys, names, strict=True))
-            yield _Layer(weight, elements(site.layer), _kind(site), named, call, site)
+            yield _Layer(weight, elements(site.layer), site.form, named, call, site)
     for path in folding.singles:
         fold: Fold = teacher._net.get_submodule(path)  # type: ignore[assignment]
         one = fold.branched
-        kind = one.chosen, one.bias is None, one.layer.layout, one.layer.kernel
+        form = one.chosen, one.bias is None, one.layer.layout, one.layer.kernel
         named = {ORIGIN: one.weight, SCALES: f"{path}.scales"}
         call = partial(_of_single, teacher, fold)
-        yield _Layer(one.weight, elements(one.layer), kind, named, call)
-
-
-def _kind(site: Site) -> Any:
-    """A site but for its sizes."""
-
-    def many(layer: Layer) -> Layer:
-        groups, outputs, inputs = (min(n, 2) for n in layer.shape[:3])
-        return Layer(groups, outputs, inputs, layer.kernel, layer.layout)
-
-    blocks = () if site.cut is None else (site.cut.g, site.cut.o, site.cut.i)
-    cut = tuple((outer > 1, wide > narrow) for outer, wide, narrow in blocks)
-    share = site.share and (site.share.at, site.share.dim, site.share.split is None)
-    return many(site.layer), many(site.narrow), site.branches, cut, share
+        yield _Layer(one.weight, elements(one.layer), form, named, call)
 
 
 def _of_site(weight: str, site: Site, tensors: Tensors) -> Folded:

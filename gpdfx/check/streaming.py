@@ -9,7 +9,7 @@ network saves beside its parameters (activations) is saved as ever.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, ValuesView
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..algebra.gather import scatter
 from ..kernels import copies
+from ..kernels.fold import elements
 from ..passes.folded import Folded, Lowered, Make, merged, plain, students, teachers
 from ..passes.program import CallSite, Mode, copied, mutated
 from ..teacher.captured import Section
@@ -62,6 +63,7 @@ class StreamingTeacher(Teacher):
     """A teacher whose parameters follow from those of the student that it was given last, its
     gradients too: by the chain rule those of the student, summed over copies.
 
+    ``folded``: the smallest layer of each form of fused folds; branches of others have no values.
     ``names``: those that are gathered; one that a graph writes to is a real one. ``graphs``: as
     they run; ``sections``: made of them; ``sites``: what they are graphs of. ``noise``: a seed;
     every copy of a number then differs from the others, by a tenth at most.
@@ -70,7 +72,11 @@ class StreamingTeacher(Teacher):
     def __init__(self, compiled: Compiled) -> None:
         program = compiled.program
         written = {x.target for _, n in program.each() for _, x in mutated(n) if x.op == "get_attr"}
+        sites = {name: one.site for name, one in program.lowered.items()}
+        by_size = sorted(sites, key=lambda name: elements(sites[name].layer), reverse=True)
         self.__dict__.update(
+            folded={sites[name].form: name for name in by_size}.values(),
+            _lowered=program.lowered,
             names=frozenset(
                 name
                 for name, tensor in program.tensors.items()
@@ -86,17 +92,21 @@ class StreamingTeacher(Teacher):
         )
         super().__init__(compiled)
         self._size = sum(8 * self._net.get_parameter(name).numel() for name in self.names)
-        self._lowered = program.lowered
         self._folding.read_with(self._tensor)
 
     names: frozenset[str]
+    folded: ValuesView[str]
     graphs: dict[str, fx.Graph]
     sections: dict[str, Section]
     sites: dict[str, CallSite]
     noise: int | None
+    _lowered: Mapping[str, Lowered]
     _given: dict[str, Tensor]
     _kept: dict[str, Tensor]
     _made: dict[int, _Made]
+
+    def _draws(self, name: str) -> bool:
+        return name in self.folded or name not in self._lowered
 
     def _section(self, key: str, mode: Mode, graph: fx.Graph, compiled: Compiled) -> Section:
         graph = self.graphs[key] = copied(graph)
@@ -143,8 +153,7 @@ class StreamingTeacher(Teacher):
         draw = torch.Generator().manual_seed(seed)
         for p in self.parameters():
             if p.is_floating_point() and not p.is_meta:
-                noise = torch.rand(p.shape[-1:], generator=draw, dtype=torch.float64)
-                p.mul_(1 + 0.1 * noise.to(p))
+                p.copy_(jittered(p, draw))
 
     @property
     def sources(self) -> dict[str, Tensor]:
@@ -193,8 +202,7 @@ class StreamingTeacher(Teacher):
         wide = self.widen(name, self._given[name].detach())
         if self.noise is not None and wide.is_floating_point():
             draw = torch.Generator().manual_seed(self.noise + zlib.crc32(name.encode()))
-            noise = torch.rand(wide.shape[-1:], generator=draw, dtype=torch.float64)
-            wide = wide * (1 + 0.1 * noise.to(wide))
+            wide = jittered(wide, draw)
         return wide
 
     def share(self, x: Tensor, *rest: Any) -> Tensor:
@@ -290,3 +298,14 @@ class StreamingTeacher(Teacher):
             )
         result: Tensor = x
         return result
+
+
+def jittered(x: Tensor, draw: torch.Generator) -> Tensor:
+    """Every number larger by a tenth at most; copies, which lie at regular distances, by different
+    ones: the noise repeats after a prime number."""
+    noise = 1 + 0.1 * torch.rand(4093, generator=draw, dtype=torch.float64).to(x)
+    flat = x.reshape(-1)
+    whole = len(flat) // len(noise) * len(noise)
+    rest = flat[whole:]
+    parts = (flat[:whole].view(-1, len(noise)) * noise).view(-1), rest * noise[: len(rest)]
+    return torch.cat(parts).view(x.shape)

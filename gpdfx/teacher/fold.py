@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from functools import partial
 
@@ -67,10 +68,18 @@ class Fold(nn.Module):
 
     ``scales``: (1 + branches, channels), of those that are not normalized; the origin's begin at
     1, the others at 0, so that nothing changes, and each gets a gradient at once; with ``live``
-    they begin as for training from scratch.
+    they begin as for training from scratch. Branches that are not ``drawn`` have no values.
     """
 
-    def __init__(self, branched: Branched, like: Tensor, seed: int, *, live: bool = False) -> None:
+    def __init__(
+        self,
+        branched: Branched,
+        like: Tensor,
+        seed: int,
+        *,
+        live: bool = False,
+        drawn: bool = True,
+    ) -> None:
         super().__init__()
         self.branched = branched
         layer, chosen = branched.layer, branched.chosen
@@ -84,10 +93,12 @@ class Fold(nn.Module):
         draw = torch.Generator().manual_seed(seed)
         for name, branch in named.items():
             own = nn.Module()
-            for key, value in branch.init(layer, draw).items():
-                own.register_parameter(key, nn.Parameter(value.to(like)))
-            for key, value in branch.constants(layer).items():
-                own.register_buffer(key, value.to(like), persistent=False)
+            with contextlib.nullcontext() if drawn else torch.device("meta"):
+                parameters, constants = branch.init(layer, draw), branch.constants(layer)
+            for key, value in parameters.items():
+                own.register_parameter(key, nn.Parameter(value.to(like) if drawn else value))
+            for key, value in constants.items():
+                own.register_buffer(key, value.to(like) if drawn else value, persistent=False)
             self.add_module(name, own)
         shift = branched.bias is not None
         self.norms: Mapping[str, BranchNorm] = nn.ModuleDict(  # type: ignore[assignment]

@@ -83,7 +83,8 @@ class Teacher(nn.Module):
         for one in program.branched:
             weight = program.tensors[program.alias.get(one.weight, one.weight)]
             seed = options.seed + zlib.crc32(one.weight.encode())
-            fold = Fold(one, weight.detach(), seed, live=options.scales == "scratch")
+            live, drawn = options.scales == "scratch", self._draws(one.weight)
+            fold = Fold(one, weight.detach(), seed, live=live, drawn=drawn)
             _add_module(self, module_of(one.weight), fold)
         self._means: dict[str, Mean] = {}
         for name, _ in self._student.named_parameters() if options.extract == "mean" else ():
@@ -102,6 +103,10 @@ class Teacher(nn.Module):
         self._report = describe(self) if describe else None
 
     # ---- construction
+    def _draws(self, name: str) -> bool:
+        """Whether branches of a weight get values."""
+        return True
+
     def _section(self, key: str, mode: Mode, graph: fx.Graph, compiled: Compiled) -> Section:
         """A graph as code."""
         return Section(mode, graph, compiled.sizes[key])

@@ -143,6 +143,19 @@ class Site:
         """The student's layer."""
         return self.layer if self.cut is None else self.cut.layer(self.layer)
 
+    @cached_property
+    def form(self) -> Any:
+        """All that it is but for its sizes."""
+
+        def small(layer: Layer) -> Layer:
+            groups, outputs, inputs = (min(n, 2) for n in layer.shape[:3])
+            return Layer(groups, outputs, inputs, layer.kernel, layer.layout)
+
+        blocks = () if self.cut is None else (self.cut.g, self.cut.o, self.cut.i)
+        cut = tuple((outer > 1, wide > narrow) for outer, wide, narrow in blocks)
+        share = self.share and (self.share.at, self.share.dim, self.share.split is None)
+        return small(self.layer), small(self.narrow), self.branches, cut, share
+
 
 TYPES: dict[str, type[Any]] = {t.__name__: t for t in (Site, Cut, Share, Layer, *FORMULAS)}
 """What a key is made of."""
