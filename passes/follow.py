@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from ..errors import CaptureError
+from ..torch_private import tree_leaves
 from .capture.inline import inline
 from .capture.submodules import recapture
 from .program import Program, duplicate, is_tensor, value
@@ -133,7 +134,9 @@ def asked(node: fx.Node) -> set[torch.dtype]:
 
 
 def _reads_floats(node: fx.Node) -> bool:
-    return any(value(n).is_floating_point() for n in node.all_input_nodes if is_tensor(n))
+    """Its inputs may be several tensors in one, as of a split."""
+    given = tree_leaves([value(n) for n in node.all_input_nodes])
+    return any(x.is_floating_point() for x in given if isinstance(x, torch.Tensor))
 
 
 # --------------------------------------------------------------------------- limits of a dtype

@@ -13,7 +13,7 @@ from gpdfx.passes.canonicalize import canonicalize
 from gpdfx.passes.capture.export import capture, whole
 from gpdfx.passes.capture.inline import inline
 from gpdfx.passes.capture.submodules import recapture
-from gpdfx.passes.follow import follow, follow_device
+from gpdfx.passes.follow import bakes_constants, follow, follow_device
 from gpdfx.passes.program import Program, value
 
 from .networks import NETWORKS
@@ -56,6 +56,22 @@ def test_types_that_capture_baked_follow(dtype: torch.dtype) -> None:
     torch.testing.assert_close(y, want, rtol=tolerance, atol=tolerance)
     y.sum().backward()
     assert all(p.grad is not None and p.grad.dtype is dtype for p in teacher.parameters())
+
+
+class Splits(nn.Module):
+    """Tensors out of several at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1)
+        return torch.stack((a, b), 0).unbind(0)[1] + torch.var_mean(a, 1, keepdim=True)[0]
+
+
+def test_a_split_bakes_no_type() -> None:
+    """So that no second capture looks for it."""
+    splits = nn.Sequential(nn.Linear(4, 8), Splits(), nn.Dropout(0.1))
+    for model, shape, bakes in ((splits, (2, 4), False), (Baking(), (2, 3, 6), True)):
+        program = capture(model, whole(model, (torch.randn(shape),), {}), False, "batch")
+        assert bakes_constants(program) == bakes
 
 
 def test_devices_that_capture_baked_follow() -> None:
