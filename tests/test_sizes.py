@@ -227,6 +227,29 @@ def test_the_check_cuts_the_batch_to_what_conditions_allow(condition: str, batch
     assert cut.shape == (batch, 3)
 
 
+class Nearly(nn.Module):
+    """Another path for three samples, which the norm after it all but takes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv2d(3, 1, 3), nn.Conv2d(1, 1, 1), nn.GroupNorm(1, 1)
+        self.c = nn.Conv2d(1, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 20 * self.a(x)
+        x = x * 0.5 if x.shape[0] == 3 else x + self.b(x)
+        return self.c(self.norm(x))
+
+
+def test_a_path_that_differs_by_little_is_another_one() -> None:
+    """Rounding would differ by less."""
+    model = Nearly()
+    teacher = gpdfx.expand(model, example_inputs=(torch.randn(4, 3, 8, 8),), branches=None)
+    close(teacher, model, 5, 3, 9, 7)
+    with pytest.raises(gpdfx.InputError, match="!= 3"):
+        teacher(torch.randn(3, 3, 8, 8).double())
+
+
 class Drops(nn.Module):
     """In train mode a small batch is often dropped whole, and with it what tells two ways apart."""
 

@@ -21,20 +21,21 @@ from ..calls import tree
 from ..calls.sizes import Sizes, evaluate, names_in
 from ..passes.capture.limits import LEVELS
 from ..teacher.captured import Section
-from .facts import Law, difference
+from .facts import Law, Observed, difference
 from .faults.locate import call_of, calls_of, run_section
 from .observe import drew, keep_rng, observe
-from .visit import Pair
+from .visit import Pair, nudged
 
 VISITS, SEEDS = 8, 5
 """Sizes at which one graph is tried across its conditions; how often, where it draws."""
 FAR = 1e-6
-"""A graph that does not hold at a size is wrong by far."""
+"""What differs by more is no rounding, even amplified."""
 
 
-def free_sizes(pair: Pair) -> dict[str, tuple[Sizes, str]]:
+def free_sizes(pair: Pair, floor: float) -> dict[str, tuple[Sizes, str]]:
     """Graph -> the sizes that it holds for, and their level of ``LEVELS``: what one mode of a
-    module refuses, the other one does, too."""
+    module refuses, the other one does, too. ``floor``: what rounding may make without being
+    amplified."""
     teacher, found = pair.teacher, dict[str, tuple[Sizes, str]]()
     for training in (False, True):
         student = pair.copy().train(training)
@@ -43,7 +44,8 @@ def free_sizes(pair: Pair) -> dict[str, tuple[Sizes, str]]:
         for key, section in teacher.sections.items():
             if section.training == training:
                 path = teacher.sites[key].path
-                visits = _Visits(pair, student, student.get_submodule(path), section)
+                module = student.get_submodule(path)
+                visits = _Visits(pair, student, module, section, min(floor, FAR))
                 found[key] = visits.of(call_of(section, calls.get(path, [])))
     pair.reload()
     lowest: dict[str, str] = {}
@@ -65,6 +67,7 @@ class _Visits:
     student: nn.Module
     module: nn.Module
     section: Section
+    floor: float
 
     def of(self, flat: Any) -> tuple[Sizes, str]:
         """The sizes that were seen to hold, and the level of ``LEVELS`` that was."""
@@ -114,15 +117,19 @@ class _Visits:
         draws may drop what differs: it has to agree for several seeds."""
         for seed in range(self.pair.seed, self.pair.seed + SEEDS):
             self.pair.reload()
-            before = dict(self.pair.student.named_buffers())
             with torch.no_grad(), keep_rng():
-                for name, buffer in self.student.named_buffers():
-                    if name in before and before[name].shape == buffer.shape:
-                        buffer.copy_(before[name])
+                self._restore()
                 verdict, by_chance = self._agree_once(flat, seed)
             if not (verdict and by_chance):
                 return verdict
         return True
+
+    def _restore(self) -> None:
+        """Give the student its buffers again."""
+        before = dict(self.pair.student.named_buffers())
+        for name, buffer in self.student.named_buffers():
+            if name in before and before[name].shape == buffer.shape:
+                buffer.copy_(before[name])
 
     def _agree_once(self, flat: list[Any], seed: int) -> tuple[bool | None, bool]:
         """``_agree`` for one seed, and whether random numbers were drawn."""
@@ -136,9 +143,17 @@ class _Visits:
             got = observe(run, inputs, seed, copy=tree.copied)
         except Exception:  # the graph is not free in this size, whatever capture said
             return False, False
-        outputs = (fact for fact in expected if fact.law is Law.OUTPUTS)
-        same = all(difference(expected[f], got.get(f)) <= FAR for f in outputs)
-        return same, drew(expected, seed)
+        far = _distance(expected, got)
+        if self.floor < far <= FAR:
+            self._restore()
+            other = observe(nudged(self.module, seed), inputs, seed)
+            return far <= 50 * _distance(expected, other), drew(expected, seed)
+        return far <= self.floor, drew(expected, seed)
+
+
+def _distance(expected: Observed, got: Observed) -> float:
+    outputs = (fact for fact in expected if fact.law is Law.OUTPUTS)
+    return max((difference(expected[fact], got.get(fact)) for fact in outputs), default=0.0)
 
 
 def _candidates(flat: Any, sizes: Sizes) -> Iterator[tuple[dict[str, int], bool]]:

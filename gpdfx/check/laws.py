@@ -116,7 +116,7 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
         pair.load()
         with teacher._folded_once():
             if weights == "probe":
-                free = free_sizes(pair)
+                free = free_sizes(pair, SINGLE if attempt.loose else TOLERANCE)
                 if attempt.cut and any(free[k][1] != m.level for k, m in program.modes.items()):
                     raise UndecidedError("it is not free in its sizes")
             for mode in ("eval", "train"):

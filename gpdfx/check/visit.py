@@ -229,14 +229,19 @@ def _drop_missing(expected: Observed, got: Observed) -> None:
 
 def rounding(pair: Pair, mode: str, seen: Visit) -> Errors:
     """The relative change of all that is observed when each weight changes its last bit."""
-    student = duplicate(pair.student, ours=True)
-    draw = torch.Generator().manual_seed(pair.seed)
-    with torch.no_grad():
-        for p in student.parameters():
-            if p.is_floating_point():
-                step = torch.randint(-1, 2, p.shape, generator=draw)
-                p.mul_(1 + torch.finfo(p.dtype).eps * step.to(p))
+    student = nudged(pair.student, pair.seed)
     _, got, _, _ = _run_student(pair, student, mode, (seen.gradients,), seen.turns)
     _drop_missing(seen.expected, got)
     parameters = dict(student.named_parameters())
     return errors_of(seen.expected, got, scales_of(seen.expected, pair.inputs, parameters))
+
+
+@torch.no_grad()
+def nudged(module: nn.Module, seed: int) -> nn.Module:
+    """A copy, whose weights differ in their last bits."""
+    module, draw = duplicate(module, ours=True), torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        if p.is_floating_point():
+            step = torch.randint(-1, 2, p.shape, generator=draw)
+            p.mul_(1 + torch.finfo(p.dtype).eps * step.to(p))
+    return module
