@@ -364,7 +364,7 @@ def masked(s: Source) -> None:
     qkv, proj = s.layer(f"nn.Linear({s.c}, {3 * s.c})"), s.layer(f"nn.Linear({s.c}, {s.c})")
     hidden = (
         "torch.ones(x.shape[1], x.shape[1]).triu(1).bool()",
-        "torch.arange(x.shape[1]) >= x.shape[1] - 1",
+        "(torch.arange(x.shape[1]) >= x.shape[1] - 1)[None]",
         "(x.detach().sum(2) < x.detach().sum(2).amax(1, keepdim=True) - 2)[:, None]",
         "torch.arange(x.shape[1])[:, None] < 1",  # for all tokens of one row
     )
