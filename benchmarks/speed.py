@@ -52,17 +52,8 @@ FIELDS = (
     *KEY,
     *("median", "low", "high", "pairs", "steps", "seconds", "against_seconds", "macs", "ops"),
     *("against_ops", "launches", "against_launches", "peak_mib", "against_peak_mib", "compile_s"),
-    *(
-        "against_compile_s",
-        "gb_s",
-        "against_gb_s",
-        "error",
-        "torch",
-        "triton",
-        "cuda",
-        "driver",
-        "threads",
-    ),
+    *("against_compile_s", "gb_s", "against_gb_s", "error"),
+    *("torch", "triton", "cuda", "driver", "threads"),
     "machine",
 )
 

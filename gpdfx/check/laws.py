@@ -116,7 +116,7 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
         pair.load()
         with teacher._folded_once():
             if weights == "probe":
-                free = free_sizes(pair, SINGLE if attempt.loose else TOLERANCE)
+                free = free_sizes(pair, _floor(attempt))
                 if attempt.cut and any(free[k][1] != m.level for k, m in program.modes.items()):
                     raise UndecidedError("it is not free in its sizes")
             for mode in ("eval", "train"):
@@ -133,8 +133,7 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
                     left_out[told] = None
         if weights == "probe":
             errors = branch_errors(program) | fold_errors(teacher, attempt.seed)
-            allowed = SINGLE if attempt.loose else TOLERANCE
-            findings.append(worst("fold", errors, Law.FOLD.title, allowed))
+            findings.append(worst("fold", errors, Law.FOLD.title, _floor(attempt)))
             if not findings[-1].holds:
                 raise lossy(findings[-1])
         del student, pair
@@ -148,6 +147,11 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
 
 
 # --------------------------------------------------------------------------- laws
+def _floor(attempt: Attempt) -> float:
+    """What rounding may make without being amplified."""
+    return SINGLE if attempt.loose else TOLERANCE
+
+
 def _same_function(
     program: Widened, pair: Pair, attempt: Attempt, weights: str, mode: str
 ) -> tuple[Visit, list[Finding], list[str]]:
@@ -158,7 +162,7 @@ def _same_function(
     if seen.silent and weights == "probe":
         raise UndecidedError(f"every output is zero or nan in {mode} mode", remedy=_ZERO)
     noise: Errors = {}
-    floor = SINGLE if attempt.loose else TOLERANCE
+    floor = _floor(attempt)
     if not seen.worst[1] <= floor:
         noise = {f: 50 * x for f, x in rounding(pair, mode, seen).items()}
     unsteady = {f for f, x in noise.items() if f.law is Law.GENERATORS and not math.isfinite(x)}

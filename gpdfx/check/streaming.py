@@ -9,7 +9,7 @@ network saves beside its parameters (activations) is saved as ever.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, ValuesView
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -75,7 +75,7 @@ class StreamingTeacher(Teacher):
         sites = {name: one.site for name, one in program.lowered.items()}
         by_size = sorted(sites, key=lambda name: elements(sites[name].layer), reverse=True)
         self.__dict__.update(
-            folded={sites[name].form: name for name in by_size}.values(),
+            folded=frozenset({sites[name].form: name for name in by_size}.values()),
             _lowered=program.lowered,
             names=frozenset(
                 name
@@ -95,7 +95,7 @@ class StreamingTeacher(Teacher):
         self._folding.read_with(self._tensor)
 
     names: frozenset[str]
-    folded: ValuesView[str]
+    folded: frozenset[str]
     graphs: dict[str, fx.Graph]
     sections: dict[str, Section]
     sites: dict[str, CallSite]

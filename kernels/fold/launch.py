@@ -144,7 +144,6 @@ class Layout:
         return found
 
 
-@lru_cache(maxsize=4096)
 def filters_of(branch: Branch, layer: Layer) -> Tensor:
     """f of a summand w[o, i] f[o, x]: (channels or 1, taps), on the CPU."""
     taps = math.prod(layer.kernel)
@@ -177,13 +176,20 @@ class Tables:
     def upload(self, numbers: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         """``numbers``: a tuple of tuples."""
         key = numbers, dtype, device
-        make = partial(torch.tensor, numbers, dtype=dtype)
-        return self.get(self.made, key, device, lambda: self.copy(make(), device), 256)
+        return self.get(
+            self.made,
+            key,
+            device,
+            lambda: self.copy(torch.tensor(numbers, dtype=dtype), device),
+            256,
+        )
 
     def filters(self, branch: Branch, layer: Layer, device: torch.device) -> Tensor:
         """``filters_of`` them, on the device."""
-        host, key = filters_of(branch, layer), (branch, layer, device)
-        return self.get(self.constants, key, device, lambda: self.copy(host, device), 4096)
+        key = branch, layer, device
+        return self.get(
+            self.constants, key, device, lambda: self.copy(filters_of(branch, layer), device), 4096
+        )
 
     def copy(self, host: Tensor, device: torch.device) -> Tensor:
         if capturing(device):
@@ -195,7 +201,7 @@ class Tables:
         table, classes = tensors[site.first - 2 : site.first]
         written = 0 if table.is_inference() else version(table)
         key = site, table.data_ptr(), classes.data_ptr(), written, table.device
-        fresh = key not in self.shares
+        fresh = key not in self.shares and not capturing(table.device)
         make = partial(matrix, site, tensors[0], table, classes)
         found = self.get(self.shares, key, table.device, make, 1024)
         if fresh:  # until another may take the table's address
