@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 import gpdfx
 from gpdfx.check.facts import MASK, difference, typical
 from gpdfx.check.laws import SEQUENCE
-from gpdfx.check.streaming import StreamingTeacher, jittered
+from gpdfx.check.streaming import StreamingTeacher, conv2d, jitter
 from gpdfx.errors import InputError, LossyError
 from gpdfx.passes.widen import Widened
 
@@ -453,11 +453,52 @@ def test_what_is_left_out_is_said() -> None:
 
 def test_copies_are_jittered_by_different_numbers() -> None:
     x = torch.ones(128, 64, 3, 3, dtype=torch.float64)
-    y = jittered(x, torch.Generator().manual_seed(0))
-    assert y.shape == x.shape
+    y = x.clone()
+    jitter(y, torch.Generator().manual_seed(0))
     assert 1 < float(y.min()) < float(y.max()) < 1.1
     assert (y[:64] != y[64:]).all()
     assert (y[:, :32] != y[:, 32:]).all()
+
+
+def test_numbers_in_any_memory_format_are_jittered() -> None:
+    x = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    jitter(x, torch.Generator().manual_seed(0))
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert (x > 1).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "options"),
+    [
+        (2, 3, ([1, 1], [1, 1])),  # one product
+        (4, 3, ([2, 2], [1, 1])),
+        (5, (3, 1), ([2, 1], [1, 0], [1, 1])),
+        (5, 2, ([1], [0], [2])),
+        (4, 1, ()),
+        (3, 3, ([1, 1], [1, 1], [1, 1], 2)),
+        (32, 3, ([1, 1], [1, 1])),  # PyTorch's own
+    ],
+)
+@pytest.mark.parametrize("kind", [torch.contiguous_format, torch.channels_last])
+def test_the_checks_convolution_is_a_convolution(
+    size: int, kernel: int | tuple[int, int], options: tuple[Any, ...], kind: torch.memory_format
+) -> None:
+    groups = options[3] if len(options) > 3 else 1
+    torch.manual_seed(0)
+    layer = nn.Conv2d(16, 256, kernel, groups=groups).double().to(memory_format=kind)
+    x = torch.randn(2, 16, size, size, dtype=torch.float64, requires_grad=True)
+    plain = torch.ops.aten.conv2d.default(x, layer.weight, layer.bias, *options)
+    ours = conv2d(x, layer.weight, layer.bias, *options)
+    sources = [x, layer.weight, layer.bias]
+    cotangent = torch.randn_like(plain)
+    assert ours.stride() == plain.stride()
+    torch.testing.assert_close(ours, plain)
+    for own, other in zip(
+        torch.autograd.grad((ours * cotangent).sum(), sources),
+        torch.autograd.grad((plain * cotangent).sum(), sources),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, other)
 
 
 def test_of_layers_alike_one_has_branches_with_values() -> None:

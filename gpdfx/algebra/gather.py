@@ -16,9 +16,10 @@ BLOCK = 2**14
 less than a call for each."""
 
 
-def gather(tensor: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
+def gather(tensor: Tensor, maps: tuple[Frozen, ...], into: Tensor | None = None) -> Tensor:
     """``T[i, j, ...] = S[p(i), q(j), ...]``, one map per dimension, in the tensor's memory format:
-    channels-last weights stay so. The tensor itself where no axis is wide."""
+    channels-last weights stay so. The tensor itself where no axis is wide. ``into``: memory that
+    may be used, the result of another call for the same maps."""
     if not any(frozen.wide for frozen in maps):
         return tensor
     shape, kind = [frozen.teacher for frozen in maps], _memory_format(tensor)
@@ -28,11 +29,12 @@ def gather(tensor: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
                 index = torch.from_numpy(frozen.map).to(tensor.device)
                 tensor = tensor.index_select(dim, index)
         return tensor.contiguous(memory_format=kind)
-    wide = torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=kind)
+    if into is None or into.dtype is not tensor.dtype:
+        into = torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=kind)
     for block in itertools.product(*(frozen.runs for frozen in maps)):
-        into = tuple(slice(to, to + n) for to, _, n in block)
-        wide[into] = tensor[tuple(slice(at, at + n) for _, at, n in block)]
-    return wide
+        copy = tuple(slice(to, to + n) for to, _, n in block)
+        into[copy] = tensor[tuple(slice(at, at + n) for _, at, n in block)]
+    return into
 
 
 def scatter(wide: Tensor, maps: tuple[Frozen, ...]) -> Tensor:

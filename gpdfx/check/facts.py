@@ -68,16 +68,19 @@ MASK = 5e3
 ORDERS = 1e-9
 """The typical size of a tensor is no more than this below its largest number under 1e12: what is
 smaller may be a difference of numbers that were as large."""
+EXACT = 1e-12
+"""Of the typical size: what differs by less is told so, and not element by element."""
+PIECE = 2**18
+"""Elements that are looked at in one go: large memory costs more than what is done in it."""
 
 
 def typical(x: Tensor) -> float:
     """The root mean square of what is not extreme, so that no mask can hide the rest."""
     x = x.detach()
     size = x.abs() if x.is_complex() else x
-    largest = float(torch.linalg.vector_norm(size, math.inf)) if size.numel() else 0.0
-    if largest < MASK:  # the usual case; false for nan, too
-        total = torch.linalg.vector_norm(size, dtype=torch.float64)
-        return float(total) / math.sqrt(max(size.numel(), 1))
+    total = float(torch.linalg.vector_norm(size, dtype=torch.float64))
+    if total < MASK or float(torch.linalg.vector_norm(size, math.inf)) < MASK:  # as a rule
+        return total / math.sqrt(max(size.numel(), 1))
     size = size.abs()
     size = size[size.isfinite() & (size > 0)].to(torch.float64)
     usual, bounded = size[size < MASK], size[size < 1e12]
@@ -96,22 +99,32 @@ def difference(reference: Tensor, other: Tensor | None, floor: float = 0.0) -> f
         return 0.0
     if not (reference.is_floating_point() or reference.is_complex()):
         return 0.0 if torch.equal(reference, other) else math.inf
-    gap, size = (reference - other).abs(), None
-    largest = float(gap.max())
+    largest, size = _largest_gap(reference, other), None
     if not math.isfinite(largest):  # a mask of -inf, as a rule
         same = (reference == other) | (reference.isnan() & other.isnan())
         if not (same | (reference.isfinite() & other.isfinite())).all():
             return math.inf
-        gap = gap.masked_fill(same, 0)
-        largest, size = float(gap.max()), reference.abs().nan_to_num(nan=1.0, posinf=1.0)
+        reference, other = (x.masked_fill(same, 0) for x in (reference, other))
+        largest, size = (
+            _largest_gap(reference, other),
+            reference.abs().nan_to_num(nan=1.0, posinf=1.0),
+        )
     if not largest:
         return 0.0
     scale = max(typical(reference), floor)
     if not scale:
         return math.inf
+    if largest <= EXACT * scale:
+        return largest / scale
     size = reference.abs() if size is None else size
-    error = float(gap.div_(size.clamp_min_(scale)).max())
+    error = float((reference - other).abs().div_(size.clamp_min_(scale)).max())
     return error if not math.isnan(error) else math.inf
+
+
+def _largest_gap(a: Tensor, b: Tensor) -> float:
+    """``max |a - b|``."""
+    pieces = zip(a.flatten().split(PIECE), b.flatten().split(PIECE), strict=True)
+    return float(torch.stack([torch.linalg.vector_norm(x - y, math.inf) for x, y in pieces]).max())
 
 
 def errors_of(reference: Observed, other: Observed, scales: Callable[[Fact], float]) -> Errors:

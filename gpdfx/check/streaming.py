@@ -9,12 +9,13 @@ network saves beside its parameters (activations) is saved as ever.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -31,6 +32,8 @@ from ..teacher.folding import Lazy
 from ..teacher.module import Teacher
 from ..torch_private import StorageReference, storage_key, storage_reference, version
 
+aten = torch.ops.aten
+
 KEEP = 2**30
 """Bytes of wide parameters, in float64, up to which they are gathered once and kept (faster)."""
 
@@ -45,18 +48,38 @@ class _Made(NamedTuple):
 
 class _Gathered(torch.autograd.Function):
     """``wide``, which was gathered from ``own`` and multiplied by ``shares``, if there are any,
-    with the gradient of that."""
+    with the gradient of that. ``memory``: what its backward may use."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, wide: Tensor, maps: Maps, shares: Any) -> Tensor:
-        ctx.maps, ctx.shares = maps, shares
+    def forward(
+        ctx: Any, own: Tensor, wide: Tensor, maps: Maps, shares: Any, memory: _Memory
+    ) -> Tensor:
+        ctx.maps, ctx.shares, ctx.memory = maps, shares, memory
         return wide.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = grads
-        grad = grad if ctx.shares is None else copies.share(grad, *ctx.shares)
-        return scatter(grad, ctx.maps), None, None, None
+        if ctx.shares is not None:
+            out = None if torch.is_grad_enabled() else ctx.memory.like(grad)
+            grad = copies.share(grad, *ctx.shares, out=out)
+        return scatter(grad, ctx.maps), None, None, None, None
+
+
+class _Memory:
+    """Large memory that is used again: to get it anew takes longer than to write to it."""
+
+    def __init__(self) -> None:
+        self.flat = torch.empty(0)
+        self.wide: dict[str, Tensor] = {}
+
+    def like(self, x: Tensor) -> Tensor | None:
+        """Until the next call: a tensor that looks like this one."""
+        if not x.is_contiguous():
+            return None
+        if self.flat.dtype is not x.dtype or self.flat.numel() < x.numel():
+            self.flat = x.new_empty(x.numel())
+        return self.flat[: x.numel()].view(x.shape)
 
 
 class StreamingTeacher(Teacher):
@@ -89,6 +112,7 @@ class StreamingTeacher(Teacher):
             _given={},
             _kept={},
             _made={},
+            _memory=_Memory(),
         )
         super().__init__(compiled)
         self._size = sum(8 * self._net.get_parameter(name).numel() for name in self.names)
@@ -102,8 +126,9 @@ class StreamingTeacher(Teacher):
     noise: int | None
     _lowered: Mapping[str, Lowered]
     _given: dict[str, Tensor]
-    _kept: dict[str, Tensor]
+    _kept: dict[tuple[str, bool], Tensor]  # name, and with shares or without
     _made: dict[int, _Made]
+    _memory: _Memory
 
     def _draws(self, name: str) -> bool:
         return name in self.folded or name not in self._lowered
@@ -117,6 +142,8 @@ class StreamingTeacher(Teacher):
                 graph.erase_node(node)
         for node in graph.find_nodes(op="call_function", target=copies.share):
             node.target = self.share
+        for node in graph.find_nodes(op="call_function", target=aten.conv2d.default):
+            node.target = conv2d
         self.sites[key] = mode.site
         self.sections[key] = section = super()._section(key, mode, graph, compiled)
         return section
@@ -137,8 +164,12 @@ class StreamingTeacher(Teacher):
 
     def forget_student(self) -> None:
         """Hold no tensors of a student any more."""
-        self._kept.clear()
+        self._forget_kept()
         self._given.clear()
+
+    def _forget_kept(self) -> None:
+        self._memory.wide |= {name: wide for (name, _), wide in self._kept.items()}
+        self._kept.clear()
 
     def forget_calls(self) -> None:
         """Let the user's Python between the parts have the state of the first call again."""
@@ -149,11 +180,11 @@ class StreamingTeacher(Teacher):
     def perturb(self, seed: int) -> None:
         """Change every parameter by at most a tenth, its copies by different numbers."""
         self.noise = seed
-        self._kept.clear()
+        self._forget_kept()
         draw = torch.Generator().manual_seed(seed)
         for p in self.parameters():
             if p.is_floating_point() and not p.is_meta:
-                p.copy_(jittered(p, draw))
+                jitter(p, draw)
 
     @property
     def sources(self) -> dict[str, Tensor]:
@@ -180,29 +211,29 @@ class StreamingTeacher(Teacher):
         own, maps = self._given[name], self._facts.maps[name]
         if self.noise is None and not any(m.wide for m in maps):
             return own
-        wide = self._kept.get(name)
+        wide = self._kept.get((name, False))
         if wide is None:
             wide = self._gather(name)
             if self._size <= KEEP:
-                self._kept[name] = wide
+                self._kept[name, False] = wide
             else:
                 self._know(wide, partial(self._gather, name))
         return self._differentiable(own, wide, maps, None)
 
-    @staticmethod
-    def _differentiable(own: Tensor, wide: Tensor, maps: Maps, shares: Any) -> Tensor:
+    def _differentiable(self, own: Tensor, wide: Tensor, maps: Maps, shares: Any) -> Tensor:
         if not own.requires_grad:
             return wide
         with torch.enable_grad():  # it may be read in a region without, and again outside
-            made: Tensor = _Gathered.apply(own, wide, maps, shares)
+            made: Tensor = _Gathered.apply(own, wide, maps, shares, self._memory)
         return made
 
     @torch.no_grad()
     def _gather(self, name: str) -> Tensor:
-        wide = self.widen(name, self._given[name].detach())
+        own = self._given[name].detach()
+        wide = self.widen(name, own, self._memory.wide.pop(name, None))
         if self.noise is not None and wide.is_floating_point():
-            draw = torch.Generator().manual_seed(self.noise + zlib.crc32(name.encode()))
-            wide = jittered(wide, draw)
+            wide = wide.clone() if wide is own else wide
+            jitter(wide, torch.Generator().manual_seed(self.noise + zlib.crc32(name.encode())))
         return wide
 
     def share(self, x: Tensor, *rest: Any) -> Tensor:
@@ -246,10 +277,12 @@ class StreamingTeacher(Teacher):
         shares: Any = (*tables, how.at, how.dim, split)
         if self._size > KEEP:
             return self.share(self.gather(name), *shares)
-        key = teachers(name)
+        key = name, True
         if key not in self._kept:
             with torch.no_grad():
-                self._kept[key] = copies.share(self._gather(name), *shares)
+                wide = self._gather(name)
+                fresh = wide.data_ptr() != own.data_ptr()
+                self._kept[key] = copies.share(wide, *shares, out=wide if fresh else None)
         return self._differentiable(own, self._kept[key], self._facts.maps[name], shares)
 
     def _of_branch(self, fold: Fold, name: str) -> Tensor:
@@ -300,12 +333,39 @@ class StreamingTeacher(Teacher):
         return result
 
 
-def jittered(x: Tensor, draw: torch.Generator) -> Tensor:
-    """Every number larger by a tenth at most; copies, which lie at regular distances, by different
-    ones: the noise repeats after a prime number."""
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> Tensor:
+    """PyTorch's, which in float64 reads the weight once for every sample; where that is most of the
+    work, all samples in one product."""
+    options = stride, padding, dilation
+    plain = x.dtype is torch.float64 and x.is_cpu and x.ndim == 4 and groups == 1
+    if plain and x.is_contiguous() and weight.is_contiguous() and weight.stride(-1) == 1:
+        like = aten.conv2d.default(*(t.to("meta") for t in (x, weight)), None, *options)
+        samples, channels = like.shape[:2]
+        if 4 * like.numel() <= channels**2:
+            both = [tuple(o) * (2 // len(o)) for o in (dilation, padding, stride)]
+            columns = F.unfold(x, tuple(weight.shape[2:]), *both)
+            rows = columns.transpose(1, 2).flatten(0, 1)  # sample and place: all that reads it
+            y = F.linear(rows, weight.flatten(1), bias).view(samples, -1, channels)
+            return y.transpose(1, 2).contiguous().view(like.shape)
+    made: Tensor = aten.conv2d.default(x, weight, bias, *options, groups)
+    return made
+
+
+def jitter(x: Tensor, draw: torch.Generator) -> None:
+    """Make every number larger by a tenth at most, in place; copies, which lie at regular
+    distances, by different ones: the noise repeats after a prime number."""
     noise = 1 + 0.1 * torch.rand(4093, generator=draw, dtype=torch.float64).to(x)
-    flat = x.reshape(-1)
+    flat = x.reshape(-1)  # a view, or a copy
     whole = len(flat) // len(noise) * len(noise)
-    rest = flat[whole:]
-    parts = (flat[:whole].view(-1, len(noise)) * noise).view(-1), rest * noise[: len(rest)]
-    return torch.cat(parts).view(x.shape)
+    flat[:whole].view(-1, len(noise)).mul_(noise)
+    flat[whole:].mul_(noise[: len(flat) - whole])
+    if not x.is_contiguous():
+        x.copy_(flat.view(x.shape))
