@@ -113,7 +113,7 @@ def visit(pair: Pair, mode: str, *, differentiate: bool, calls: int = 1) -> Visi
     parameters = dict(run.named_parameters())
     errors = errors_of(expected, got, scales_of(expected, pair.inputs, parameters))
     asked = {f: x for f, x in expected.items() if f.law is Law.PARAMETERS}
-    moved = {str(f.which) for f, x in asked.items() if bool((x != 0).any())}
+    moved = {str(f.which) for f, x in asked.items() if bool(x.any())}
     if gradients == "none":  # unknown
         moved = set(parameters)
     shown = {f: x for f, x in expected.items() if _shows(f, x)}
