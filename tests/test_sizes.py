@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 import gpdfx
 from gpdfx.calls.sizes import Sizes, Symbol
+from gpdfx.check.facts import Fact, Law
+from gpdfx.check.observe import reached
 from gpdfx.passes.capture import export, limits
 
 from .networks import NETWORKS
@@ -248,6 +251,47 @@ def test_a_path_that_differs_by_little_is_another_one() -> None:
     close(teacher, model, 5, 3, 9, 7)
     with pytest.raises(gpdfx.InputError, match="!= 3"):
         teacher(torch.randn(3, 3, 8, 8).double())
+
+
+@pytest.mark.parametrize(
+    ("holds", "shape"),
+    [
+        (lambda x: len(x) == 3, (3, 3, 8, 8)),
+        (lambda x: x.shape[0] == 1, (1, 3, 8, 8)),
+        (lambda x: x.shape[2] != 5, (4, 3, 5, 8)),
+        (lambda x: x.shape[2] == 1, (4, 3, 1, 8)),
+    ],
+)
+@pytest.mark.parametrize("part", [True, False])
+def test_a_path_without_gradients_is_another_one(
+    holds: Callable[[Tensor], bool], shape: tuple[int, ...], part: bool
+) -> None:
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1)
+            self.c = nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.a(x), self.b(x)
+            a = a.detach() if holds(x) else a
+            b = b.detach() if holds(x) and not part else b
+            return self.c(a + b)
+
+    model = Held()
+    teacher = gpdfx.expand(model, example_inputs=(torch.randn(4, 3, 8, 8),), branches=None)
+    with pytest.raises(gpdfx.InputError):
+        teacher(torch.randn(shape))
+
+
+def test_what_gradients_come_to() -> None:
+    a, b, c, d = (torch.randn(3, requires_grad=True) for _ in range(4))
+    sources = {Fact(Law.PARAMETERS, n): x for n, x in zip("abcd", (a, b, c, d), strict=True)}
+    with torch.no_grad():
+        constant = c * 2
+    outputs = (a * b.detach()).relu() + a, constant, d
+    seen = {Fact(Law.OUTPUTS, k): y for k, y in enumerate(outputs)}
+    assert {fact.which for fact in reached(seen, sources)} == {"a", "d"}
 
 
 class Drops(nn.Module):

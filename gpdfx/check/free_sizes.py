@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,9 @@ from ..calls import tree
 from ..calls.sizes import Sizes, evaluate, names_in
 from ..passes.capture.limits import LEVELS
 from ..teacher.captured import Section
-from .facts import Law, Observed, difference
+from .facts import Fact, Inputs, Law, Observed, difference
 from .faults.locate import call_of, calls_of, run_section
-from .observe import drew, keep_rng, observe
+from .observe import GRADIENTS, drew, keep_rng, observe
 from .visit import Pair, nudged
 
 VISITS, SEEDS = 8, 5
@@ -45,8 +45,9 @@ def free_sizes(pair: Pair, floor: float) -> dict[str, tuple[Sizes, str]]:
             if section.training == training:
                 path = teacher.sites[key].path
                 module = student.get_submodule(path)
-                visits = _Visits(pair, student, module, section, min(floor, FAR))
-                found[key] = visits.of(call_of(section, calls.get(path, [])))
+                flat = call_of(section, calls.get(path, []))
+                visits = _Visits(pair, student, module, section, path, flat, min(floor, FAR))
+                found[key] = visits.of(flat)
     pair.reload()
     lowest: dict[str, str] = {}
     for key, (_, level) in found.items():
@@ -67,7 +68,10 @@ class _Visits:
     student: nn.Module
     module: nn.Module
     section: Section
+    path: str
+    flat: Any
     floor: float
+    levels: list[str] = field(default_factory=lambda: list(GRADIENTS))
 
     def of(self, flat: Any) -> tuple[Sizes, str]:
         """The sizes that were seen to hold, and the level of ``LEVELS`` that was."""
@@ -133,22 +137,66 @@ class _Visits:
 
     def _agree_once(self, flat: list[Any], seed: int) -> tuple[bool | None, bool]:
         """``_agree`` for one seed, and whether random numbers were drawn."""
-        inputs, teacher = self.section.call.unflatten(flat), self.pair.teacher
-        try:
-            expected = observe(self.module, inputs, seed)
-        except Exception:  # a size that the student cannot have: try another
+        inputs = self.section.call.unflatten(flat)
+        expected = self._student(inputs, seed)
+        if expected is None:  # a size that the student cannot have: try another
             return None, False
         try:
-            run = partial(run_section, teacher, self.section)
-            got = observe(run, inputs, seed, copy=tree.copied)
+            got = self._teacher(inputs, seed)
         except Exception:  # the graph is not free in this size, whatever capture said
             return False, False
         far = _distance(expected, got)
         if self.floor < far <= FAR:
             self._restore()
             other = observe(nudged(self.module, seed), inputs, seed)
-            return far <= 50 * _distance(expected, other), drew(expected, seed)
-        return far <= self.floor, drew(expected, seed)
+            near = far <= 50 * _distance(expected, other)
+        else:
+            near = far <= self.floor
+        return near and self._reach_alike(expected, got, seed), drew(expected, seed)
+
+    def _student(self, inputs: Inputs, seed: int) -> Observed | None:
+        """What the module shows, and what its gradients come to, if it runs."""
+        own = dict(self.module.named_parameters())
+        for level in dict.fromkeys((*self.levels, "none")):
+            try:
+                for p in own.values():
+                    p.requires_grad_(level != "none" and p.is_floating_point())
+                seen = observe(self.module, inputs, seed, level, parameters=own, reach=True)
+                self.levels[:] = [level]
+                return seen
+            except Exception:
+                self._restore()
+            finally:
+                for p in own.values():  # other copies borrow them
+                    p.requires_grad_(False)
+        return None
+
+    def _teacher(self, inputs: Inputs, seed: int) -> Observed:
+        """What the graph shows of the same."""
+        teacher, path = self.pair.teacher, self.path
+        own = {n: f"{path}.{n}".lstrip(".") for n, _ in self.module.named_parameters()}
+        sources = {n: teacher.sources[name] for n, name in own.items() if name in teacher.sources}
+        run, level = partial(run_section, teacher, self.section), self.levels[0]
+        with teacher.saving():
+            return observe(
+                run, inputs, seed, level, parameters=sources, reach=True, copy=tree.copied
+            )
+
+    def _reach_alike(self, expected: Observed, got: Observed, seed: int) -> bool:
+        """Gradients come to as much of both, or what is another was so for the example."""
+        apart = _gradients_of(expected) ^ _gradients_of(got)
+        if not apart:
+            return True
+        self._restore()
+        example = self.section.call.unflatten(self.flat)
+        before = self._student(example, seed)
+        return before is not None and apart == _gradients_of(before) ^ _gradients_of(
+            self._teacher(example, seed)
+        )
+
+
+def _gradients_of(seen: Observed) -> set[Fact]:
+    return {fact for fact in seen if fact.law in (Law.INPUTS, Law.PARAMETERS)}
 
 
 def _distance(expected: Observed, got: Observed) -> float:

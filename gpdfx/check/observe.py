@@ -30,12 +30,14 @@ def observe(
     parts: dict[str, nn.Module] | None = None,
     given: Observed | None = None,
     number: int = 0,
+    reach: bool = False,
     copy: Callable[[Any], Any] = tree.fresh,
 ) -> Observed:
     """Run ``call`` with seeded generators; its outputs, those of ``parts`` on the way, the
     gradients of a random projection of them with respect to the floating inputs and to
     ``parameters``, and the states of the generators. ``given``: what the parts of another run
     returned; the user's Python goes on with these. ``number``: of the call in a sequence;
+    ``reach``: for a gradient, only that there is one (true for what an output depends on);
     ``copy``: of the inputs (a teacher knows objects among them by identity)."""
     args, kwargs = tree.map_leaves(partial(_leaf, gradients == "all"), copy(inputs))
     leaves = tree.leaves((args, kwargs))
@@ -48,7 +50,10 @@ def observe(
             seen[Fact(Law.OUTPUTS, k, call=number)] = y
     after = states()
     if on:
-        seen |= _gradients(seen, leaves if gradients == "all" else [], parameters or {}, seed)
+        sources = {Fact(Law.INPUTS, k): x for k, x in enumerate(leaves) if floating(x)}
+        sources = sources if gradients == "all" else {}
+        sources |= {Fact(Law.PARAMETERS, name): p for name, p in (parameters or {}).items()}
+        seen |= reached(seen, sources) if reach else _gradients(seen, sources, seed)
     seen = {fact: y.detach() for fact, y in seen.items()}
     seen[Fact(Law.OUTPUTS, "structure", call=number)] = _shape(outputs, structure)
     return seen | {Fact(Law.GENERATORS, k, call=number): x for k, x in after.items()}
@@ -58,9 +63,7 @@ def _leaf(differentiable: bool, x: Any) -> Any:
     return x.requires_grad_(differentiable and floating(x)) if isinstance(x, Tensor) else x
 
 
-def _gradients(
-    seen: Observed, leaves: list[Any], parameters: Mapping[str, Tensor], seed: int
-) -> Observed:
+def _gradients(seen: Observed, sources: Observed, seed: int) -> Observed:
     """Of a random projection, by the inputs and the parameters that it depends on."""
     draw = torch.Generator().manual_seed(seed + 1)
     total = torch.zeros((), dtype=torch.float64)
@@ -68,8 +71,6 @@ def _gradients(
         cotangent = torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y.device)
         if y.requires_grad:
             total = total + (y.real.double() * cotangent).nan_to_num(0.0, 0.0, 0.0).sum().cpu()
-    sources = {Fact(Law.INPUTS, k): x for k, x in enumerate(leaves) if floating(x)}
-    sources |= {Fact(Law.PARAMETERS, name): p for name, p in parameters.items()}
     if not (total.requires_grad and sources):
         return {}
     total.backward(inputs=list(sources.values()))
@@ -77,6 +78,20 @@ def _gradients(
     for x in sources.values():
         x.grad = None
     return found
+
+
+def reached(seen: Observed, sources: Observed) -> Observed:
+    """Those that a backward would come to."""
+    waiting, leaves = [y.grad_fn for y in seen.values()], {id(y) for y in seen.values()}
+    met = set(waiting)
+    while waiting:
+        node: Any = waiting.pop()
+        if node is not None:
+            leaves.add(id(getattr(node, "variable", None)))
+            following = {other for other, _ in node.next_functions} - met
+            met |= following
+            waiting += following
+    return {fact: torch.tensor(True) for fact, x in sources.items() if id(x) in leaves}
 
 
 # --------------------------------------------------------------------------- generators
