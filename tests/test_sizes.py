@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 import gpdfx
 from gpdfx.calls.sizes import Sizes, Symbol
+from gpdfx.check.attempts import trial_inputs
 from gpdfx.check.facts import Fact, Law
 from gpdfx.check.observe import reached
+from gpdfx.check.streaming import StreamingTeacher
 from gpdfx.passes.capture import export, limits
 
+from .helpers import compiled, program_of
 from .networks import NETWORKS
 
 
@@ -228,6 +231,22 @@ def test_the_check_cuts_the_batch_to_what_conditions_allow(condition: str, batch
     sizes = Sizes((("n", 3),), {"n": Symbol(0, 0, 1, 0)}, (condition,))
     (cut,) = sizes.smaller([torch.randn(12, 3)], 8, 4, ["x"]) or [torch.empty(0)]
     assert cut.shape == (batch, 3)
+
+
+@pytest.mark.parametrize(("frames", "samples"), [(4, 4), (64, 2)])
+def test_two_samples_of_a_video_are_enough(frames: int, samples: int) -> None:
+    class Video(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv3d(1, 4, 3, 8), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x.reshape(-1, 1, frames, 80, 80)).mean(2))
+
+    example = (torch.randn(5, 1, frames, 80, 80),), {}
+    made = compiled(program_of(Video(), example), example)
+    (x,), _ = trial_inputs(made.program, StreamingTeacher(made), example)[0]
+    assert x.shape == (samples, 1, frames, 80, 80)
 
 
 class Nearly(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import LossyError
 from ..passes.follow import bakes_constants, casts_on_purpose
@@ -18,9 +18,10 @@ from .streaming import StreamingTeacher
 from .visit import WrittenError
 
 PROBES = 3
-SMALL, SAMPLES = (64, 96, 128), 4
+SMALL, SAMPLES, LARGE = (64, 96, 128), (4, 2), 2**20
 """Free sizes are cut to one of these, the batch to so many: the fewer, the sooner the check is
-over; fewer samples leave batch norm too few values."""
+over; fewer samples leave batch norm too few values, but of inputs with as many numbers as a
+video."""
 
 
 class StaleError(LossyError):
@@ -104,7 +105,10 @@ def _smaller(program: Widened, teacher: StreamingTeacher, example: Inputs) -> In
     call = sections[0].call
     flat = call.flatten(*example)
     for size in SMALL:
-        cut = [section.sizes.smaller(flat, size, SAMPLES, call.names) for section in sections]
+        for samples in SAMPLES:
+            cut = [section.sizes.smaller(flat, size, samples, call.names) for section in sections]
+            if max((x.numel() for x in cut[0] or () if isinstance(x, Tensor)), default=0) < LARGE:
+                break
         if cut[0] is None or any(moved is None for moved in cut):
             continue
         shapes = [[x.shape for x in moved or ()] for moved in (flat, *cut)]
