@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 import gpdfx
 from gpdfx.check.facts import MASK, difference, typical
 from gpdfx.check.laws import SEQUENCE
-from gpdfx.check.streaming import StreamingTeacher, conv2d, jitter
+from gpdfx.check.probe import jitter
+from gpdfx.check.streaming import StreamingTeacher, conv2d
 from gpdfx.errors import InputError, LossyError
 from gpdfx.passes.widen import Widened
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import LossyError
 from ..passes.follow import bakes_constants, casts_on_purpose
@@ -107,7 +107,7 @@ def _smaller(program: Widened, teacher: StreamingTeacher, example: Inputs) -> In
     for size in SMALL:
         for samples in SAMPLES:
             cut = [section.sizes.smaller(flat, size, samples, call.names) for section in sections]
-            if max((x.numel() for x in cut[0] or () if isinstance(x, Tensor)), default=0) < LARGE:
+            if all(x.numel() < LARGE for x in cut[0] or ()):
                 break
         if cut[0] is None or any(moved is None for moved in cut):
             continue

@@ -105,10 +105,8 @@ def difference(reference: Tensor, other: Tensor | None, floor: float = 0.0) -> f
         if not (same | (reference.isfinite() & other.isfinite())).all():
             return math.inf
         reference, other = (x.masked_fill(same, 0) for x in (reference, other))
-        largest, size = (
-            _largest_gap(reference, other),
-            reference.abs().nan_to_num(nan=1.0, posinf=1.0),
-        )
+        largest = _largest_gap(reference, other)
+        size = reference.abs().nan_to_num(nan=1.0, posinf=1.0)
     if not largest:
         return 0.0
     scale = max(typical(reference), floor)

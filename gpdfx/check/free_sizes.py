@@ -47,7 +47,7 @@ def free_sizes(pair: Pair, floor: float) -> dict[str, tuple[Sizes, str]]:
                 module = student.get_submodule(path)
                 flat = call_of(section, calls.get(path, []))
                 visits = _Visits(pair, student, module, section, path, flat, min(floor, FAR))
-                found[key] = visits.of(flat)
+                found[key] = visits.found()
     pair.reload()
     lowest: dict[str, str] = {}
     for key, (_, level) in found.items():
@@ -62,7 +62,8 @@ def free_sizes(pair: Pair, floor: float) -> dict[str, tuple[Sizes, str]]:
 
 @dataclass(frozen=True)
 class _Visits:
-    """One graph beside its module, at other sizes."""
+    """One graph beside its module, at other sizes. ``flat``: the tensors of the example's call;
+    ``levels``: of ``GRADIENTS``, those that the module may have."""
 
     pair: Pair
     student: nn.Module
@@ -73,41 +74,41 @@ class _Visits:
     floor: float
     levels: list[str] = field(default_factory=lambda: list(GRADIENTS))
 
-    def of(self, flat: Any) -> tuple[Sizes, str]:
+    def found(self) -> tuple[Sizes, str]:
         """The sizes that were seen to hold, and the level of ``LEVELS`` that was."""
-        sizes, level = self.section.sizes, self._level(flat)
+        sizes, level = self.section.sizes, self._level()
         if level == LEVELS[-1]:
             return replace(sizes, assumed=()), level
         ones = (f"{name} != 1" for name in sizes.symbols)
         sizes = replace(sizes, assumed=tuple(dict.fromkeys((*sizes.assumed, *ones))))
-        needed = self._across(flat, sizes)
+        needed = self._across(sizes)
         return replace(sizes, conditions=(*sizes.conditions, *needed), assumed=()), level
 
-    def _level(self, flat: Any) -> str:
+    def _level(self) -> str:
         """The first level at which both agree in the first size that the student can have."""
         sizes, names = self.section.sizes, self.section.call.names
         relations = [c for c in sizes.assumed if not _unit(c)]
-        for level in LEVELS[:-1] if flat else ():
+        for level in LEVELS[:-1] if self.flat else ():
             verdicts = (
                 self._agree(moved)
-                for moved in sizes.elsewhere(flat, level, names)
+                for moved in sizes.elsewhere(self.flat, level, names)
                 if all(evaluate(c, sizes.read(moved)) for c in relations)
             )
             if next((agree for agree in verdicts if agree is not None), False):
                 return level
         return LEVELS[-1]
 
-    def _across(self, flat: Any, sizes: Sizes) -> list[str]:
+    def _across(self, sizes: Sizes) -> list[str]:
         """The conditions across which they were not seen to agree."""
         innocent, seen = set[str](), set[frozenset[str]]()
         visits, runs = 0, 0
-        for values, degenerate in _candidates(flat, sizes):
+        for values, degenerate in _candidates(self.flat, sizes):
             open_ = set(sizes.assumed) - innocent
             broken = frozenset(c for c in open_ if not evaluate(c, values))
             broken -= frozenset(c for c in broken if degenerate and not _unit(c))
             if broken in seen or visits == VISITS or runs == 3 * VISITS:
                 continue
-            moved = sizes.moved(flat, values, self.section.call.names)
+            moved = sizes.moved(self.flat, values, self.section.call.names)
             if not broken or moved is None:
                 continue
             seen.add(broken)
@@ -145,14 +146,12 @@ class _Visits:
             got = self._teacher(inputs, seed)
         except Exception:  # the graph is not free in this size, whatever capture said
             return False, False
-        far = _distance(expected, got)
-        if self.floor < far <= FAR:
+        far, allowed = _distance(expected, got), self.floor
+        if allowed < far <= FAR:
             self._restore()
             other = observe(nudged(self.module, seed), inputs, seed)
-            near = far <= 50 * _distance(expected, other)
-        else:
-            near = far <= self.floor
-        return near and self._reach_alike(expected, got, seed), drew(expected, seed)
+            allowed = 50 * _distance(expected, other)
+        return far <= allowed and self._reach_alike(expected, got, seed), drew(expected, seed)
 
     def _student(self, inputs: Inputs, seed: int) -> Observed | None:
         """What the module shows, and what its gradients come to, if it runs."""
@@ -173,9 +172,8 @@ class _Visits:
 
     def _teacher(self, inputs: Inputs, seed: int) -> Observed:
         """What the graph shows of the same."""
-        teacher, path = self.pair.teacher, self.path
-        own = {n: f"{path}.{n}".lstrip(".") for n, _ in self.module.named_parameters()}
-        sources = {n: teacher.sources[name] for n, name in own.items() if name in teacher.sources}
+        teacher = self.pair.teacher
+        sources = teacher.sources_of(self.path, self.module)
         run, level = partial(run_section, teacher, self.section), self.levels[0]
         with teacher.saving():
             return observe(

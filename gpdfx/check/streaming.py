@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..algebra.gather import scatter
+from ..algebra.gather import gather, scatter
 from ..kernels import copies
 from ..kernels.fold import elements
 from ..passes.folded import Folded, Lowered, Make, merged, plain, students, teachers
@@ -31,6 +31,7 @@ from ..teacher.fold import Fold
 from ..teacher.folding import Lazy
 from ..teacher.module import Teacher
 from ..torch_private import StorageReference, storage_key, storage_reference, version
+from .probe import jitter
 
 aten = torch.ops.aten
 
@@ -194,6 +195,12 @@ class StreamingTeacher(Teacher):
         real = {n for n, p in self._given.items() if n not in given and p.requires_grad}
         return given | {n: self._net.get_parameter(n).requires_grad_() for n in sorted(real)}
 
+    def sources_of(self, path: str, module: nn.Module) -> dict[str, Tensor]:
+        """Those of the student's module at a path, by its names."""
+        sources, prefix = self.sources, f"{path}." if path else ""
+        names = (name for name, _ in module.named_parameters())
+        return {n: sources[prefix + n] for n in names if prefix + n in sources}
+
     def own_gradient(self, name: str, gradient: Tensor) -> Tensor:
         """The gradient of one of ``sources`` as that of the student's parameter."""
         return gradient if name in self.names else scatter(gradient, self._facts.maps[name])
@@ -230,7 +237,7 @@ class StreamingTeacher(Teacher):
     @torch.no_grad()
     def _gather(self, name: str) -> Tensor:
         own = self._given[name].detach()
-        wide = self.widen(name, own, self._memory.wide.pop(name, None))
+        wide = gather(own, self._facts.maps[name], self._memory.wide.pop(name, None))
         if self.noise is not None and wide.is_floating_point():
             wide = wide.clone() if wide is own else wide
             jitter(wide, torch.Generator().manual_seed(self.noise + zlib.crc32(name.encode())))
@@ -357,15 +364,3 @@ def conv2d(
             return y.transpose(1, 2).contiguous().view(like.shape)
     made: Tensor = aten.conv2d.default(x, weight, bias, *options, groups)
     return made
-
-
-def jitter(x: Tensor, draw: torch.Generator) -> None:
-    """Make every number larger by a tenth at most, in place; copies, which lie at regular
-    distances, by different ones: the noise repeats after a prime number."""
-    noise = 1 + 0.1 * torch.rand(4093, generator=draw, dtype=torch.float64).to(x)
-    flat = x.reshape(-1)  # a view, or a copy
-    whole = len(flat) // len(noise) * len(noise)
-    flat[:whole].view(-1, len(noise)).mul_(noise)
-    flat[whole:].mul_(noise[: len(flat) - whole])
-    if not x.is_contiguous():
-        x.copy_(flat.view(x.shape))

@@ -245,10 +245,10 @@ class Teacher(nn.Module):
             return mean
         return take_first(wide, self._facts.maps[name])
 
-    def widen(self, name: str, own: Tensor, into: Tensor | None = None) -> Tensor:
+    def widen(self, name: str, own: Tensor) -> Tensor:
         """A tensor like the teacher's parameter or buffer ``name``, out of one like the student's:
-        every copy takes the student's value. ``into``: as in ``gather``."""
-        return gather(own, self._facts.maps_of(name), into)
+        every copy takes the student's value."""
+        return gather(own, self._facts.maps_of(name))
 
     @torch.no_grad()
     def load_student(self, student: nn.Module) -> None:

@@ -71,7 +71,7 @@ def guilty_part(pair: Pair, mode: str, allowed: float) -> str | None:
         module, inputs = student.get_submodule(path), section.call.unflatten(flat)
         run = partial(run_section, teacher, section)
         own = dict(module.requires_grad_().named_parameters())
-        sources = {n: p for n in own if (p := teacher.sources.get(f"{path}.{n}")) is not None}
+        sources = teacher.sources_of(path, module)
         with contextlib.suppress(Exception):  # a module that cannot be differentiated
             expected = observe(module, inputs, pair.seed, "all", parameters=own)
             got = observe(run, inputs, pair.seed, "all", parameters=sources, copy=tree.copied)
