@@ -22,7 +22,7 @@ from .check import laws
 from .check.certificate import Check
 from .check.observe import keep_rng
 from .control import ExpandOptions, make_control
-from .custom_ops import check_rules
+from .custom_ops import check_rules, learn_functions
 from .errors import CaptureError, GpdfxError, InputError, LossyError, check_choice
 from .memory import give_back
 from .passes import PASSES
@@ -201,6 +201,7 @@ def compile_program(
         dynamic = min((mode.level for mode in program.modes.values()), key=LEVELS.index)
         clock.lap("capture")
         try:
+            learn_functions(program)
             widened: Widened = passes.run(program)
             check_rules(widened)
             return widened

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from .check.op import check_rule, shown
+from .check.op import Fault, check_rule, draws, shown
 from .errors import InputError
+from .kernels.user_function import UserFunction
 from .passes.infer import Inferred
-from .passes.program import is_tensor, module_path, source, value
+from .passes.program import Program, is_tensor, module_path, source, value
 from .passes.rules import CUSTOM, rule_of
+from .passes.rules.elementwise import elementwise
 from .passes.rules.signature import Signature, SignatureError, parse, sig, tensor_arguments
 from .passes.rules.writer import Rule
 from .torch_private import custom_overload, hint, is_overload, is_packet, tree_leaves, tree_map
@@ -84,6 +86,42 @@ def check_rules(program: Inferred) -> None:
             static = [op.is_static(x) for x in given if is_tensor(x)]
             args, kwargs = tree_map(_number, (tuple(node.args), dict(node.kwargs)))
             _check(op.rule, args, kwargs, static, node)
+
+
+def learn_functions(program: Program) -> None:
+    """Find out along which dimensions the user's functions treat elements alike, by running them,
+    forward and backward."""
+    graphs = [mode.graph for mode in program.modes.values()]
+    graphs += [child.graph for child in program.children.values()]  # type: ignore[misc]
+    known: dict[Any, UserFunction] = {}
+    for node in (node for graph in graphs for node in graph.nodes):
+        if isinstance(node.target, UserFunction):
+            args = tree_map(_number, tuple(node.args))
+            twin = known.setdefault((node.target, *map(shown, args)), node.target)
+            if twin is node.target:
+                _learn(twin, args)
+            node.target.learn_from(twin)
+
+
+def _learn(function: UserFunction, args: tuple[Any, ...]) -> None:
+    function.draws = draws(function, args)
+    if function.draws:
+        function.why = "it draws random numbers, at the student's width"
+        return
+    rank = max((x.ndim for x in args if isinstance(x, Tensor)), default=0)
+
+    def fault(moving: Collection[int]) -> Fault | None:
+        return check_rule(elementwise(moving), function, args, {}, (), strict=False)
+
+    moving: Collection[int] = range(rank)
+    found = fault(moving)
+    if found and not found.untried:
+        moving = [d for d in range(rank) if not fault([d])]
+        found = fault(moving) if moving else found
+    if found:
+        function.why = f"it is not elementwise: {found.text}"
+    else:
+        function.rule = elementwise(moving)
 
 
 def _number(x: Any) -> Any:

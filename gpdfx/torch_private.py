@@ -7,8 +7,11 @@ and the registries of a module (``_parameters``, ``_buffers``, ``_modules``).
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +20,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
+from torch.utils import checkpoint as _checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
@@ -119,6 +123,135 @@ def without_function_modes() -> Iterator[None]:
 def without_modes() -> AbstractContextManager[Any]:
     """Switch off all dispatch modes (counters, fake tensors) around what is not theirs to see."""
     return _disable_current_modes()
+
+
+# --------------------------------------------------------------------------- functions, checkpoints
+@contextmanager
+def functions(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """Hand the calls of ``torch.autograd.Function.apply`` that this thread makes to
+    ``handle(kind, args, kwargs)``, but those that are made inside ``handle``, or under a transform
+    of ``torch.func``. Relies on ``apply`` being a class method that all functions inherit."""
+    thread, within = threading.get_ident(), False
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal within
+        transformed = torch._C._are_functorch_transforms_active()
+        if threading.get_ident() != thread or within or transformed:
+            return original.__get__(None, kind)(*args, **kwargs)
+        within = True
+        try:
+            return handle(kind, args, kwargs)
+        finally:
+            within = False
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original
+
+
+def is_traced() -> bool:
+    """True where calls become nodes of a graph; not in the kernel of an operator that has become
+    one, where PyTorch itself runs functions (the backward of a custom operator)."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
+class Checkpoints:
+    """What becomes of the calls of ``torch.utils.checkpoint.checkpoint`` while ``checkpoints``
+    lasts: reentrant ones become such as are not (the same gradients; these can be asked for by
+    ``torch.autograd.grad``, and go to parameters that are no leaves)."""
+
+    def region(
+        self, reentrant: bool, preserve: bool, args: tuple[Any, ...]
+    ) -> AbstractContextManager[Any] | None:
+        """Where the function runs instead of under a checkpoint, if it does. ``preserve``: the
+        random state."""
+        return None
+
+    def again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What the backward runs in its place."""
+        return function
+
+
+_STACK = threading.local()
+
+
+@contextmanager
+def checkpoints(handler: Checkpoints) -> Iterator[None]:
+    """``handler`` for the checkpoints of this thread."""
+    _redirect_checkpoints()
+    stack = _STACK.__dict__.setdefault("handlers", [])
+    stack.append(handler)
+    try:
+        yield
+    finally:
+        stack.pop()
+
+
+@cache
+def _redirect_checkpoints() -> None:
+    """Once in a process: let checkpoints ask for a handler of their thread; there is no public way
+    to see them. Relies on ``checkpoint`` calling ``CheckpointFunction.apply`` or a generator by its
+    name in the module."""
+    name = "_checkpoint_without_reentrant_generator"
+    name = f"{name}_impl" if hasattr(_checkpoint, f"{name}_impl") else name
+    generator, kind = getattr(_checkpoint, name), _checkpoint.CheckpointFunction
+    signature = inspect.signature(generator)
+
+    def handler() -> Checkpoints | None:
+        found = getattr(_STACK, "handlers", None)
+        return found[-1] if found else None
+
+    def generated(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if (own := handler()) is None:
+            return generator(function, *args, **kwargs)
+        given = signature.bind(function, *args, **kwargs).arguments
+        preserve = given.get("preserve_rng_state", True)
+        region = own.region(False, preserve, given.get("args", ()))
+        if region is None:
+            return generator(own.again(function), *args, **kwargs)
+        return _around(region)
+
+    def applied(function: Any, preserve: bool, *args: Any) -> Any:
+        if (own := handler()) is None:
+            return super(kind, kind).apply(function, preserve, *args)
+        if (region := own.region(True, preserve, args)) is not None:
+            with region:
+                return function(*args)
+        return reentrant(function, preserve, args)
+
+    setattr(_checkpoint, name, generated)
+    kind.apply = applied
+
+
+def _around(region: AbstractContextManager[Any]) -> Iterator[None]:
+    with region:
+        yield
+
+
+def reentrant(function: Any, preserve: bool, args: tuple[Any, ...]) -> Any:
+    """As a reentrant checkpoint without being one: no gradient, not even of parameters, unless one
+    of the arguments takes one; all of it is computed again."""
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        with torch.no_grad():
+            return function(*args)
+    with _checkpoint.set_checkpoint_early_stop(False):
+        return recomputed(function, preserve, args)
+
+
+def recomputed(function: Any, preserve: bool, args: tuple[Any, ...]) -> Any:
+    """Under a checkpoint that is not reentrant and trusts the function to repeat itself."""
+    return _checkpoint.checkpoint(
+        function,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=preserve,
+        determinism_check="none",
+    )
 
 
 # --------------------------------------------------------------------------- tensors without data

@@ -172,7 +172,8 @@ def _is_number(node: fx.Node) -> bool:
 def _infer_op(result: Inference, op: Op) -> Any:
     rule, point = op.rule, result.solver.checkpoint()
     if rule is None:
-        return bridge(result, op, BridgeReason("no rule", "no rule for this op"))
+        text = getattr(op.node.target, "why", "no rule for this op")
+        return bridge(result, op, BridgeReason("no rule", text))
     why, kind = "", "conflict"
     for renewed in _attempts(result, op):
         op.reset({n: _renew(op, n) for n in renewed}, why)

@@ -209,7 +209,8 @@ class GraphWriter:
         )
         if wide and isinstance(axes, list):
             outputs = [w.call(operator.getitem, new, k) for k in range(len(axes))]
-            return [w.spread(x, a, dims) for x, a in zip(outputs, axes, strict=True)], True
+            places = [[d for d in range(len(a)) if dims is None or d in dims] for a in axes]
+            return list(map(w.spread, outputs, axes, places)), True
         return (w.spread(new, axes, dims) if wide else new), wide
 
     def _number(self, node: fx.Node) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gpdfx.algebra.frozen import Frozen
+from gpdfx.calls import tree
 from gpdfx.check import laws
 from gpdfx.check.certificate import Check
 from gpdfx.compiler import compile_program
@@ -90,3 +92,32 @@ def python_shell(teacher: Teacher) -> nn.Module | None:
 def run_teacher(teacher: Teacher, folded: Any, *args: Any, features: Any = None) -> Any:
     """A call on given folded weights; ``features``: takes those that were asked for."""
     return teacher._run_teacher(folded, args, {}, features)
+
+
+def trains_as(
+    model: nn.Module, teacher: Teacher, *inputs: Any, who: str = "both", rtol: float = 1e-4
+) -> None:
+    """Assert that teacher and student give what the model gives: the outputs of one call, the
+    gradients of a projection of them with respect to every parameter, and the buffers after it."""
+    for run in (teacher, teacher.student) if who == "both" else (getattr(teacher, who, teacher),):
+        own = copy.deepcopy(model)
+        own.train(model.training)
+        results = []
+        for network in (own, run):
+            torch.manual_seed(0)
+            outputs = [y for y in tree.leaves(network(*inputs)) if isinstance(y, Tensor)]
+            draw = torch.Generator().manual_seed(1)
+            total = sum((y * torch.randn(y.shape, generator=draw)).sum() for y in outputs)
+            total.backward()  # type: ignore[union-attr]
+            results.append([y.detach() for y in outputs])
+        torch.testing.assert_close(*results, rtol=rtol, atol=1e-5)
+        wide = dict(teacher.named_parameters())
+        scale = max(float(p.grad.abs().max()) for p in own.parameters() if p.grad is not None)
+        for name, p in own.named_parameters():
+            got = wide[name].grad
+            assert (p.grad is None) == (got is None), name
+            if p.grad is not None and got is not None:
+                folded = summed(got, facts(teacher).maps_of(name))
+                gap = float((folded - p.grad).abs().max())
+                assert gap <= rtol * scale, f"{name}: {gap:.1e} of {scale:.1e}"
+        teacher.zero_grad()

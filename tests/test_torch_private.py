@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpdfx
@@ -309,3 +314,108 @@ def test_a_counter_without_modules_counts_all_the_same() -> None:
         y = net(x.requires_grad_())
         torch.autograd.grad(y.sum(), x)
     assert counter.get_total_flops() == 2 * 2 * 3 * (4 * 6 + 6 * 2)
+
+
+# --------------------------------------------------------------------------- calls that are seen
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return Same.apply(x) * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * 2
+
+
+class Same(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def test_functions_are_seen_in_this_thread_alone() -> None:
+    """Not those inside a handler; afterwards all is as it was."""
+    seen, x = [], torch.ones(2)
+    before = torch.autograd.Function.__dict__["apply"]
+
+    def handle(kind: Any, args: Any, kwargs: Any) -> Any:
+        seen.append(kind)
+        return kind.apply(*args, **kwargs)
+
+    with torch_private.functions(handle):
+        assert torch.equal(Twice.apply(x), 2 * x)
+        other = threading.Thread(target=Same.apply, args=(x,))
+        other.start()
+        other.join()
+    assert seen == [Twice]
+    assert torch.autograd.Function.__dict__["apply"] is before
+
+
+def test_the_kernel_of_an_operator_is_not_traced() -> None:
+    seen = []
+
+    @torch.library.custom_op("gpdfx_tests::tripled", mutates_args=())
+    def tripled(x: Tensor) -> Tensor:
+        return x * 3
+
+    tripled.register_fake(torch.empty_like)
+    tripled.register_autograd(lambda ctx, g: g * 3)
+
+    class Net(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return tripled(Same.apply(super().forward(x)))
+
+    def handle(kind: Any, args: Any, kwargs: Any) -> Any:
+        seen.append((kind is Same, torch_private.is_traced()))
+        return kind.apply(*args, **kwargs)
+
+    with torch_private.functions(handle):
+        torch.export.export(Net(2, 2), (torch.ones(3, 2),))
+    assert set(seen) == {(True, True), (False, False)}
+    assert not torch_private.is_traced()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_ask_the_handler_of_their_thread(reentrant: bool) -> None:
+    layer, x = nn.Linear(2, 3), torch.ones(4, 2, requires_grad=True)
+    runs: list[str] = []
+
+    class Handler(torch_private.Checkpoints):
+        def again(self, function: Any) -> Any:
+            def counted(*args: Any) -> Any:
+                runs.append("again")
+                return function(*args)
+
+            runs.append("asked")
+            return counted
+
+    with torch_private.checkpoints(Handler()):
+        y = checkpoint(layer, x, use_reentrant=reentrant)
+    assert runs == ["asked"]
+    gradients = torch.autograd.grad(y.sum(), (x, layer.weight))
+    assert runs == ["asked", "again"]
+    layer(x).sum().backward()
+    torch.testing.assert_close(gradients, (x.grad, layer.weight.grad))
+    checkpoint(layer, x, use_reentrant=reentrant)  # no handler any more
+    assert runs == ["asked", "again"]
+
+
+def test_regions_take_the_place_of_checkpoints() -> None:
+    layer, x, seen = nn.Linear(2, 3), torch.ones(4, 2, requires_grad=True), list[Any]()
+
+    class Handler(torch_private.Checkpoints):
+        @contextlib.contextmanager
+        def region(self, reentrant: bool, preserve: bool, args: Any) -> Iterator[None]:
+            seen.append((reentrant, preserve, args))
+            yield
+            seen.append("left")
+
+    with torch_private.checkpoints(Handler()):
+        for reentrant in (False, True):
+            y = checkpoint(layer, x, use_reentrant=reentrant, preserve_rng_state=reentrant)
+            assert torch.equal(y, layer(x))
+    assert seen == [(False, False, (x,)), "left", (True, True, (x,)), "left"]

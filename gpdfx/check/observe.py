@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import tree
+from ..torch_private import Checkpoints, checkpoints
 from .facts import Fact, Inputs, Law, Observed, floating
 
 GRADIENTS = {"all": "", "parameters": "of inputs", "none": "of anything"}
@@ -43,7 +44,8 @@ def observe(
     leaves = tree.leaves((args, kwargs))
     _seed(seed)
     on = gradients != "none"
-    with _watching(parts or {}, given or {}, number) as seen, torch.set_grad_enabled(on):
+    watched = _watching(parts or {}, given or {}, number)
+    with watched as seen, torch.set_grad_enabled(on), checkpoints(Checkpoints()):
         outputs, structure = tree.flatten(call(*args, **kwargs))
     for k, y in enumerate(outputs):
         if isinstance(y, Tensor):

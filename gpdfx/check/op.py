@@ -65,6 +65,20 @@ def check_rule(
     return None
 
 
+def draws(op: Any, args: Any) -> bool:
+    """Whether a call of an op on tensors like these moves torch's generator; if it cannot be run,
+    it might."""
+    with torch.no_grad(), keep_rng():
+        try:
+            args, kwargs, _ = _sample(op, args, {}, True)
+        except Fault:
+            return True
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        _run(op, args, kwargs)
+        return not torch.equal(before, torch.get_rng_state())
+
+
 def shown(x: Any) -> str:
     """An argument, a tensor by shape and type."""
     if not isinstance(x, Tensor):

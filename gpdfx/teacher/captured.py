@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import types
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from torch import fx, nn
 
 from ..calls.sizes import Sizes
 from ..errors import InputError
-from ..passes.folded import Folded, reads
+from ..kernels.regions import exit_recompute, recompute
+from ..passes.folded import Folded, read, reads
 from ..passes.program import Mode, copied
 
 
@@ -24,7 +26,7 @@ class Section:
         self.reads_folded = bool(reads(graph))
         self.training, self.call, self.out = mode.site.training, mode.site.call, mode.out
         self.sizes = sizes
-        graph = copied(graph)
+        graph = _outlined(copied(graph))
         _read_late(graph)
         self.code = _Code.of(graph)
 
@@ -95,6 +97,56 @@ def _read_late(graph: fx.Graph) -> None:
     for node in (*graph.find_nodes(op="get_attr"), *reads(graph).values()):
         if node.users:
             min(node.users).prepend(node)
+
+
+def _outlined(graph: fx.Graph) -> fx.Graph:
+    """With every region that is computed again as one call of a function, innermost first."""
+    while ends := graph.find_nodes(op="call_function", target=exit_recompute):
+        end = min(ends)
+        _outline(graph, end.args[0], end)
+    return graph
+
+
+def _outline(graph: fx.Graph, start: fx.Node, end: fx.Node) -> None:
+    given, reentrant, preserve = start.args
+    inside, node = list[fx.Node](), start.next
+    while node is not end:
+        inside += [] if node.op == "get_attr" or node.target is read else [node]
+        node = node.next
+    own = set(inside)
+    inputs = dict.fromkeys(x for n in inside for x in n.all_input_nodes if x not in own)
+    results = [n for n in inside if any(user not in own for user in n.users)]
+    body, inner = fx.Graph(), dict[fx.Node, fx.Node]()
+    first = [body.placeholder(f"given_{k}") for k in range(len(given))]  # type: ignore[arg-type]
+    for x in inputs:
+        inner[x] = body.placeholder(x.name)
+    for n in inside:
+        inner[n] = body.node_copy(n, inner.__getitem__)
+    body.output(tuple(inner[n] for n in results))
+    with graph.inserting_before(end):
+        region = Region(_Code.of(body), len(first), reentrant, preserve)  # type: ignore[arg-type]
+        made = graph.call_function(region, (*given, *inputs))  # type: ignore[misc]
+        for k, n in enumerate(results):
+            n.replace_all_uses_with(
+                graph.call_function(operator.getitem, (made, k)), lambda user: user not in own
+            )
+    for n in (end, *reversed(inside), start):
+        graph.erase_node(n)
+
+
+class Region:
+    """Code of which no activation is saved, as a graph calls it."""
+
+    def __init__(self, code: _Code, given: int, reentrant: bool, preserve: bool) -> None:
+        self.code, self.rest = code, (given, reentrant, preserve)
+        self.__name__ = self.__qualname__ = "region"
+        self.__module__ = __name__
+
+    def __call__(self, *inputs: Any) -> Any:
+        return recompute(partial(self.code.function, None), *self.rest, *inputs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Region, (self.code, *self.rest)
 
 
 class _Code:

@@ -7,8 +7,9 @@ import itertools
 import zlib
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from ..passes.capture.submodules import slow_attention
 from ..passes.folded import Folded, merged, module_of, students
 from ..passes.program import Mode, duplicate, unused
 from ..passes.widen import Widened
+from ..torch_private import Checkpoints, checkpoints
 from .captured import Part, Section
 from .compiled import Compiled, Facts
 from .extract import Mean, take_first
@@ -189,11 +191,7 @@ class Teacher(nn.Module):
         tensors = dict(self.student_parameters(folded))
         for name, _ in self._student.named_buffers():
             tensors[name] = take_first(self._tensor(name), self._facts.maps_of(name))
-        self._held.maps[:] = [folded]  # type: ignore[list-item]
-        try:
-            return self._run(self._python_shell, tensors, args, kwargs)
-        finally:
-            self._held.maps[:] = [{}]
+        return self._run(self._python_shell, tensors, args, kwargs, folded)
 
     def _run_student(
         self, folded: Folded, args: Any, kwargs: Any, own: Mapping[str, Tensor] | None = None
@@ -204,20 +202,32 @@ class Teacher(nn.Module):
         return self._run(self._student, tensors | self._student_buffers(), args, kwargs)
 
     def _run(
-        self, module: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: dict[str, Any]
+        self,
+        module: nn.Module,
+        tensors: dict[str, Tensor],
+        args: Any,
+        kwargs: dict[str, Any],
+        folded: Folded | None = None,
     ) -> Any:
         """Run the user's module on other tensors; what it keeps of them is forgotten after, also
-        a buffer that it registers, but one that it replaces by another is written down."""
+        a buffer that it registers, but one that it replaces by another is written down. What it has
+        under a checkpoint runs again on the same ones. ``folded``: what its parts read."""
         own = {name: tensors[name] for name, _ in module.named_buffers()}
         held = [(part, dict(part._buffers)) for part in module.modules()]
+        reading = self._held.maps[:]
+        self._held.maps[:] = [folded or {}]  # type: ignore[list-item]
+        compiling = torch.compiler.is_compiling()  # the compiler runs no Python again
+        checkpointed = _Again(partial(self._run_again, module, tensors, folded))
         try:
-            result = functional_call(module, tensors, args, kwargs, tie_weights=True)
+            with nullcontext() if compiling else checkpoints(checkpointed):
+                result = functional_call(module, tensors, args, kwargs, tie_weights=True)
             with torch.no_grad():
                 for name, buffer in own.items():
                     if tensors[name] is not buffer and tensors[name].shape == buffer.shape:
                         buffer.copy_(tensors[name])
             return result
         finally:
+            self._held.maps[:] = reading
             for part, before in held:
                 for leaf in [k for k, b in part._buffers.items() if b is not before.get(k, b)]:
                     part._buffers[leaf] = before[leaf]
@@ -226,6 +236,19 @@ class Teacher(nn.Module):
             for path, attribute, pristine in self._caches:
                 again = pristine if isinstance(pristine, Tensor) else copy.copy(pristine)
                 module.get_submodule(path).__dict__[attribute] = again
+
+    def _run_again(
+        self,
+        module: nn.Module,
+        tensors: dict[str, Tensor],
+        folded: Folded | None,
+        function: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """``_run`` for a function that belongs to the module."""
+        within = {f"module.{name}": x for name, x in tensors.items()}
+        return self._run(_Within(module, function), within, args, kwargs, folded)
 
     # ---- between student and teacher
     def student_parameters(self, folded: Folded | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -306,6 +329,32 @@ class Teacher(nn.Module):
         super()._apply(fn, recurse)
         self._student._apply(lambda t: apply_to(fn, t), recurse)
         return self
+
+
+# --------------------------------------------------------------------------- checkpoints
+class _Again(Checkpoints):
+    """Checkpoints that run their function by ``run(function, ...)`` the second time."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+
+    def again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(self.run, function)
+
+
+class _Within(nn.Module):
+    """A function that reads a module's tensors, as a module."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """One of the module's own."""
+        return self.module.get_submodule(target)
 
 
 # --------------------------------------------------------------------------- tensors by name

@@ -26,6 +26,7 @@ from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
 from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
 from . import limits
+from .intercept import forget, intercepted, put_back
 from .limits import LEVELS
 
 
@@ -73,6 +74,7 @@ def with_module(
         if functional:
             export = export.run_decompositions({})
         module: Any = export.module(check_guards=False)
+        put_back(module)
         graph = copied(module.graph)  # names are ours from here on, not its attributes
         _drop_writes_to_itself(graph)
         for node in graph.nodes:
@@ -87,6 +89,7 @@ def with_module(
                     for k, (path, kind) in stack.items()
                 }
         modes[key] = Mode(graph, site, out, level)
+    forget()
     return program
 
 
@@ -211,7 +214,7 @@ def _export_site(
     unique = [n if names.count(n) == 1 else f"{n}_{k}" for k, n in enumerate(names)]
     flat.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in unique])  # type: ignore[attr-defined]
     module.forward = flat
-    with limits.quiet(), limits.time_limit(patience):
+    with limits.quiet(), limits.time_limit(patience), intercepted():
         shapes = dict(zip(unique, free, strict=True)) if free else None
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
     if any(limits.has_unknown_size(node.meta.get("val")) for node in exported.graph.nodes):

@@ -92,7 +92,11 @@ class _Hush(logging.Filter):
         return threading.get_ident() != self.thread
 
 
-_NOISY = ("torch.export._trace", "torch.fx.experimental.symbolic_shapes")
+_NOISY = (
+    "torch.export._trace",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch._subclasses.fake_tensor",
+)
 """Loggers that tell at length of an export that fails."""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...kernels.user_function import UserFunction
 from .tables import (
     contraction,
     factory,
@@ -35,7 +36,10 @@ CUSTOM: dict[Any, Rule] = {}
 
 
 def rule_of(op: Any) -> Rule | None:
-    """The rule of an overload: its row, or the one for every pointwise op, or none (a bridge)."""
+    """The rule of an overload: its row, or the one for every pointwise op, or none (a bridge); of
+    a user's function the one that it was seen to bear out."""
+    if isinstance(op, UserFunction):
+        return op.rule  # type: ignore[no-any-return]
     name = op._schema.name if hasattr(op, "_schema") else ""
     tags = getattr(op, "tags", ())
     random_ = torch.Tag.nondeterministic_seeded in tags

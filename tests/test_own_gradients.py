@@ -1,0 +1,320 @@
+"""Gradients of the user's own: ``torch.autograd.Function``, and hooks on activations."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+import gpdfx
+from gpdfx.teacher.module import Teacher
+
+from .helpers import trains_as
+
+
+# --------------------------------------------------------------------------- functions
+class Round(Function):
+    """A straight-through quantizer; ``steps`` is no tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, steps: int) -> Tensor:
+        return (x * steps).round() / steps
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class Reverse(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, strength: float) -> Tensor:
+        ctx.strength = strength
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return -ctx.strength * grads[0], None
+
+
+class Learned(Function):
+    """Learned step size: one scale for all, or one a channel, that has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return (x / scale).round().clamp(-4, 3) * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        inside = ((x / scale) > -4) & ((x / scale) < 3)
+        by_scale = torch.where(inside, (x / scale).round() - x / scale, (x / scale).clamp(-4, 3))
+        by_scale = (by_scale * grads[0]).sum_to_size(scale.shape)
+        return grads[0] * inside, by_scale
+
+
+class Swish(Function):
+    """Saves its input alone; the new form with a context of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+        return x * x.sigmoid()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = x.sigmoid()
+        return grads[0] * s * (1 + x * (1 - s))
+
+
+class Spike(Function):
+    @staticmethod
+    def forward(ctx: Any, v: Tensor) -> Tensor:
+        ctx.save_for_backward(v)
+        return (v > 0).to(v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (v,) = ctx.saved_tensors
+        return grads[0] / (1 + 10 * v.abs()) ** 2
+
+
+class Sign(Function):
+    """A binary weight with the mean of its row as scale: not elementwise along the row."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        ctx.save_for_backward(w)
+        return w.sign() * w.abs().mean(1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (w,) = ctx.saved_tensors
+        return grads[0] * (w.abs() < 1)
+
+
+class Halves(Function):
+    """Two results, one that is no tensor, a list of tensors as argument, positions that matter."""
+
+    @staticmethod
+    def forward(ctx: Any, xs: list[Tensor], x: Tensor, flag: bool = True) -> Any:
+        ctx.half = x.shape[1] // 2
+        return x[:, : ctx.half] + xs[0][:, : ctx.half], x[:, ctx.half :].clone(), "no tensor"
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, 3 * torch.cat([grads[0], grads[1]], 1), None
+
+
+class Nearest(Function):
+    """The nearest code, whose gradient goes to what it is near to."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, codes: Tensor) -> Any:
+        index = torch.cdist(z, codes).argmin(-1)
+        ctx.mark_non_differentiable(index)
+        return codes[index], index
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
+
+
+class Stochastic(Function):
+    """Draws at the shape that it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (x * 4 + torch.rand_like(x)).floor() / 4
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+# --------------------------------------------------------------------------- networks
+class QuantizedConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(Round.apply(x, 16), Round.apply(self.weight, 8), self.bias, padding=1)
+
+
+class Quantized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = QuantizedConv(3, 8, 3), QuantizedConv(8, 8, 3)
+        self.norm, self.c = nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.norm(self.b(self.a(x).relu())).mean((2, 3)))
+
+
+class Steps(nn.Module):
+    """Learned steps of activations (one a channel) and of a weight (one for all)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(8, 12), nn.Linear(12, 4)
+        self.one = nn.Parameter(torch.full((), 0.2))
+        self.each = nn.Parameter(torch.rand(12) + 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = Learned.apply(self.a.weight, self.one)
+        return self.c(Learned.apply(F.linear(x, weight, self.a.bias), self.each))
+
+
+class Adversary(nn.Module):
+    """Embedding, reversal before one of two heads; activations by name, in a loop over depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.deep = nn.Embedding(9, 8), nn.ModuleList(nn.Linear(8, 8) for _ in "ab")
+        self.left, self.right = nn.Linear(8, 3), nn.Linear(8, 2)
+
+    def forward(self, i: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.words(i)
+        for layer in self.deep:
+            h = h + Swish.apply(layer(h))
+        return self.left(h), self.right(Reverse.apply(h, 0.3))
+
+
+class Spiking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, total = x.new_zeros(len(x), 12), x.new_zeros(len(x), 4)
+        for _ in range(3):
+            v = 0.5 * v + self.a(x)
+            s = Spike.apply(v - 0.2)
+            v, total = v - s.detach() * 0.2, total + self.c(s)
+        return total
+
+
+class Binary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        return self.c(F.linear(h, Sign.apply(self.b.weight), self.b.bias).tanh())
+
+
+class Splits(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two, word = Halves.apply([self.b(x)], self.a(x), True)
+        assert word == "no tensor"
+        return self.c(one * two)
+
+
+class Straight(nn.Module):
+    """Vector quantization; a result without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(8, 6), nn.Linear(6, 4)
+        self.register_buffer("codes", torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        code, index = Nearest.apply(self.a(x), self.codes)
+        return self.c(code), index.float()
+
+
+class Rounding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():  # one without gradients, too
+            y = Round.apply(x, 4)
+        return self.c(Stochastic.apply(self.a(y).relu()))
+
+
+class Hooks(nn.Module):
+    """Hooks on activations: one scales, one only looks; one clips, which is not linear in what
+    copies get, and must see their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        early = h * 2  # a use before the hook, whose gradient goes through it, too
+        if h.requires_grad:
+            h.register_hook(lambda g: 0.1 * g)
+            h.register_hook(lambda g: None)
+        y = self.b(h.relu() + early)
+        if y.requires_grad:
+            y.register_hook(lambda g: g.clamp(-0.1, 0.1))
+        return self.c(y.relu())
+
+
+TEXT = torch.randint(0, 9, (3, 5), generator=torch.Generator().manual_seed(0))
+CASES: dict[str, tuple[type[nn.Module], Any, int]] = {
+    "quantized": (Quantized, (3, 8, 8), 0),
+    "learned steps": (Steps, (8,), 0),
+    "adversary": (Adversary, None, 0),
+    "spiking": (Spiking, (8,), 0),
+    "binary": (Binary, (8,), 0),
+    "splits": (Splits, (8,), 1),
+    "vector quantizer": (Straight, (8,), 1),
+    "draws": (Rounding, (8,), 1),
+    "hooks": (Hooks, (8,), 1),
+}
+"""Network, shape of a sample, and how many nodes are bridged."""
+
+
+def made(name: str) -> tuple[nn.Module, Tensor, Teacher]:
+    torch.manual_seed(0)
+    kind, size, _ = CASES[name]
+    model, x = kind(), TEXT if size is None else torch.randn(4, *size)
+    return model, x, gpdfx.expand(model, 1.5, example_inputs=(x,), branches=None)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_the_users_function(name: str) -> None:
+    model, x, teacher = made(name)
+    report = teacher.report()
+    assert not report.apart
+    assert len({b.node for b in report.bridged}) == CASES[name][2], report.bridged
+    trains_as(model.eval(), teacher.eval(), x)
+    trains_as(model.train(), copy.deepcopy(teacher).train(), x)
+
+
+@pytest.mark.parametrize("name", ["quantized", "splits", "hooks"])
+def test_functions_go_through_the_compiler(name: str) -> None:
+    model, x, teacher = made(name)
+    model.eval(), teacher.eval()
+    compiled = torch.compile(teacher, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).square().sum().backward()
+    mine = {n: p.grad for n, p in teacher.named_parameters()}
+    teacher.zero_grad()
+    teacher(x).square().sum().backward()
+    for n, p in teacher.named_parameters():
+        torch.testing.assert_close(mine[n], p.grad, msg=n)
+
+
+def test_a_teacher_with_functions_is_pickled() -> None:
+    model, x, teacher = made("quantized")
+    again = pickle.loads(pickle.dumps(teacher))
+    trains_as(model, again, x)
