@@ -20,6 +20,7 @@ from . import passes
 from .calls.examples import example_call
 from .check import laws
 from .check.certificate import Check
+from .check.faults.blame import REMEDY, python_of
 from .check.observe import keep_rng
 from .control import ExpandOptions, make_control
 from .custom_ops import check_rules, learn_functions
@@ -35,7 +36,7 @@ from .passes.program import Program, duplicate, source_line
 from .passes.rules.writer import DynamicAxis
 from .passes.widen import Widened
 from .report.report import Report, make_report
-from .teacher.compiled import Compiled, Inputs, find_caches
+from .teacher.compiled import Caches, Compiled, Inputs, find_caches
 from .teacher.module import Teacher
 from .torch_private import is_compiled, is_fake, without_function_modes, without_modes
 
@@ -134,8 +135,13 @@ def expand(
     with _undisturbed(model):
         example = example_call(model, example_inputs, example_kwargs)
         caches = find_caches(model, example)  # first: what fails here is the user's to mend
+        python, kept = python_of(model, example, seed, caches)
+        caches = tuple(cache for cache in caches if cache not in kept)
         clock.lap("capture")
-        compiled, check = _checked(model, example, options, caches, clock, verify)
+        apart = {one.path: str(one) for one in python}
+        compiled, check = _checked(
+            model, example, options, caches, clock, tuple(kept), verify, apart
+        )
         program = compiled.program
 
         def describe(teacher: Teacher) -> Report:
@@ -154,17 +160,20 @@ def _checked(
     model: nn.Module,
     example: Inputs,
     options: ExpandOptions,
-    caches: tuple[tuple[str, str], ...],
+    caches: Caches,
     clock: Clock,
+    kept: Caches,
     verify: bool,
+    apart: Mapping[str, str],
 ) -> tuple[Compiled, Check | None]:
     """What the teacher is built from, and its certificate. A module of which the check finds that
-    its graph is not its function is taken apart; if that does not help, the first error counts."""
-    apart, first = dict[str, str](), None
+    its graph is not its function is taken ``apart``, too; if that does not help, the first error
+    counts."""
+    first, most = None, len(apart) + APART
     while True:
         try:
             compiled = Compiled.of(
-                compile_program(model, example, options, clock, apart), example, caches
+                compile_program(model, example, options, clock, apart), example, caches, kept
             )
         except CaptureError as error:
             raise first or error from error
@@ -176,7 +185,7 @@ def _checked(
             return replace(compiled, sizes=check.sizes), check
         except LossyError as error:
             first = first or error
-            if error.apart is None or error.apart in apart or len(apart) == APART:
+            if error.apart is None or error.apart in apart or len(apart) == most:
                 raise first from error
             apart = {**apart, error.apart: str(error).splitlines()[0]}
         finally:  # before the teacher is made: both would not always fit
@@ -229,7 +238,7 @@ def capture_model(
     student = duplicate(model)
     try:
         if apart:
-            raise CaptureError(next(iter(apart.values())))
+            raise CaptureError(next(iter(apart.values())), remedy=REMEDY)
         return capture(student, whole(student, *example), functional, dynamic)
     except CaptureError as why:
         return capture_parts(student, *example, functional, dynamic, why, apart)

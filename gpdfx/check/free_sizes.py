@@ -20,8 +20,9 @@ from torch import nn
 from ..calls import tree
 from ..calls.sizes import Sizes, evaluate, names_in
 from ..passes.capture.limits import LEVELS
+from ..passes.program import CallSite
 from ..teacher.captured import Section
-from .facts import Fact, Inputs, Law, Observed, difference
+from .facts import Fact, Inputs, Law, Observed, difference, floating
 from .faults.locate import call_of, calls_of, run_section
 from .observe import GRADIENTS, drew, keep_rng, observe
 from .visit import Pair, nudged
@@ -45,7 +46,7 @@ def free_sizes(pair: Pair, floor: float) -> dict[str, tuple[Sizes, str]]:
             if section.training == training:
                 path = teacher.sites[key].path
                 module = student.get_submodule(path)
-                flat = call_of(section, calls.get(path, []))
+                flat = call_of(section, [*calls.get(path, []), _as(pair, teacher.sites[key])])
                 visits = _Visits(pair, student, module, section, path, flat, min(floor, FAR))
                 found[key] = visits.found()
     pair.reload()
@@ -58,6 +59,14 @@ def free_sizes(pair: Pair, floor: float) -> dict[str, tuple[Sizes, str]]:
         for key, (sizes, _) in found.items()
         if (site := teacher.sites[key])
     }
+
+
+def _as(pair: Pair, site: CallSite) -> CallSite:
+    """The call that a module was captured with, in the student's dtype; other weights may take
+    another branch, and not come to it."""
+    dtype = next((p.dtype for p in pair.student.parameters() if floating(p)), torch.float32)
+    cast = tuple(x.to(dtype) if floating(x) else x for x in site.tensors)
+    return replace(site, tensors=cast)
 
 
 @dataclass(frozen=True)

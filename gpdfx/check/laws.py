@@ -48,10 +48,6 @@ _ZERO = (
     "with random weights this network answers nothing on this example: pass example_inputs that "
     "reach its output, or verify=False"
 )
-_PYTHON = (
-    "expand keeps modules that do so as your Python where it can take the network apart; else let "
-    "forward depend on nothing but its inputs, parameters and buffers"
-)
 SEQUENCE = "sequence of calls"
 _SIZES = "other sizes, one sample, across conditions"
 
@@ -71,19 +67,19 @@ def verify(compiled: Compiled, *, seed: int = 0) -> Check:
         try:
             return _verify(compiled, seed)
         except LossyError as error:
-            student, example, caches = compiled.program.student, compiled.example, compiled.caches
-            found = blame.blame(student, example, seed, caches)
+            found = blame.blame(compiled.program.student, compiled.example, seed)
             if found is None or isinstance(error, UndecidedError | StaleError):
                 raise
             text = f"{found.text}, which no graph does: {str(error).splitlines()[0]}"
-            raise LossyError(text, source=found.source, remedy=_PYTHON, apart=found.path) from error
+            raise LossyError(
+                text, source=found.source, remedy=blame.REMEDY, apart=found.path
+            ) from error
 
 
 def _verify(compiled: Compiled, seed: int) -> Check:
     program, teacher = compiled.program, StreamingTeacher(compiled)
     casts = _same_casts(program)
     narrow, left_out = _in_own_dtype(compiled, teacher, seed)
-    left_out += _lost_state(compiled, seed)
     tries = attempts(program, trial_inputs(program, teacher, compiled.example), seed)
     attempt = next(tries)
     while True:
@@ -210,12 +206,8 @@ def _student_follows(teacher: StreamingTeacher, inputs: Inputs, seed: int) -> Fi
         teacher.student(*args, **kwargs)  # whatever it caches, it caches now
         teacher.perturb(seed)
         plain = filled(teacher, fresh)
-        before = {n: x.clone() for n, x in plain.state_dict(keep_vars=True).items()}
-        before |= teacher._student_buffers()
-        observe(plain, inputs, seed)  # it may keep state, too: in attributes; all else is put back
-        for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
-            if name in before and before[name].shape == tensor.shape:
-                tensor.copy_(before[name])
+        for (path, name), value in teacher.python_state().items():  # kept on purpose: no cache
+            setattr(plain.get_submodule(path), name, value)
         expected = observe(plain, inputs, seed)
         got = observe(teacher.student, inputs, seed)
     errors = {f: difference(x, got.get(f)) for f, x in expected.items()}
@@ -228,21 +220,6 @@ def _student_follows(teacher: StreamingTeacher, inputs: Inputs, seed: int) -> Fi
             "forward, or in train()",
         )
     return finding
-
-
-def _lost_state(compiled: Compiled, seed: int) -> list[str]:
-    """No part stands for a module that keeps state in plain attributes. Of a network in one piece
-    the sequence of calls says whether that moves anything; what is not moved in so few is told."""
-    parts = compiled.program.parts
-    found = blame.state(compiled.program.student, compiled.example, seed, compiled.caches)
-    if found is None:
-        return []
-    if parts == [""]:
-        return [f"{found.text}, which the teacher does not; no output changed in {CALLS} calls"]
-    if any(f"{found.path}.".startswith(f"{part}.") for part in parts):
-        text = f"{found.text}, which no graph does"
-        raise LossyError(text, source=found.source, remedy=_PYTHON, apart=found.path)
-    return []
 
 
 # --------------------------------------------------------------------------- dtypes

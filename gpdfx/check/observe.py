@@ -42,7 +42,7 @@ def observe(
     ``copy``: of the inputs (a teacher knows objects among them by identity)."""
     args, kwargs = tree.map_leaves(partial(_leaf, gradients == "all"), copy(inputs))
     leaves = tree.leaves((args, kwargs))
-    _seed(seed)
+    seed_all(seed)
     on = gradients != "none"
     watched = _watching(parts or {}, given or {}, number)
     with watched as seen, torch.set_grad_enabled(on), checkpoints(Checkpoints()):
@@ -97,7 +97,7 @@ def reached(seen: Observed, sources: Observed) -> Observed:
 
 
 # --------------------------------------------------------------------------- generators
-def _seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -117,7 +117,7 @@ def states() -> dict[str, Tensor]:
 def drew(seen: Observed, seed: int) -> bool:
     """True if torch's generator moved in a call that was observed."""
     with keep_rng():
-        _seed(seed)
+        seed_all(seed)
         start = states()
     return any(not torch.equal(x, seen[Fact(Law.GENERATORS, name)]) for name, x in start.items())
 

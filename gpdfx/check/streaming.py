@@ -8,6 +8,7 @@ network saves beside its parameters (activations) is saved as ever.
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -111,6 +112,7 @@ class StreamingTeacher(Teacher):
             sites={},
             noise=None,
             _given={},
+            _attributes=compiled.kept,
             _kept={},
             _made={},
             _memory=_Memory(),
@@ -171,6 +173,12 @@ class StreamingTeacher(Teacher):
     def _forget_kept(self) -> None:
         self._memory.wide |= {name: wide for (name, _), wide in self._kept.items()}
         self._kept.clear()
+
+    def python_state(self) -> dict[tuple[str, str], Any]:
+        """A copy of what the student's Python keeps from call to call."""
+        keys: Sequence[tuple[str, str]] = self._attributes  # type: ignore[assignment]
+        held = {key: vars(self._student.get_submodule(key[0])) for key in keys}
+        return copy.deepcopy({key: own[key[1]] for key, own in held.items() if key[1] in own})
 
     def forget_calls(self) -> None:
         """Let the user's Python between the parts have the state of the first call again."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib
 import operator
 import types
@@ -29,6 +31,14 @@ class Section:
         graph = _outlined(copied(graph))
         _read_late(graph)
         self.code = _Code.of(graph)
+
+    def alike(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call has the mode and the structure of this one's, whatever its sizes."""
+        if self.training == training:
+            with contextlib.suppress(InputError):
+                self.call.flatten(args, kwargs)
+                return True
+        return False
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The tensors of a call. Raises ``InputError`` for one that the graph does not hold for."""
@@ -80,15 +90,26 @@ class Part:
         )
 
     def take_over(self, module: nn.Module, net: nn.Module, folded: Folded) -> None:
-        """Let a user's module run this instead of its forward; its hooks are in the graph.
-        ``folded``: filled when it runs."""
+        """Let a user's module run this instead of its forward; its hooks are in the graph. What
+        the example never called like this (a branch that it did not take) runs as the user's
+        Python. ``folded``: filled when it runs."""
+        plain = copy.copy(module)  # over the same parameters, buffers and modules
         module.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
-        module.forward = partial(self._forward, net, folded, module)
+        module.forward = partial(self._forward, net, folded, module, plain)
 
     def _forward(
-        self, net: nn.Module, folded: Folded, module: nn.Module, *args: Any, **kwargs: Any
+        self,
+        net: nn.Module,
+        folded: Folded,
+        module: nn.Module,
+        plain: nn.Module,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        return self(net, folded, module.training, args, kwargs)
+        if any(section.alike(module.training, args, kwargs) for section in self.sections):
+            return self(net, folded, module.training, args, kwargs)
+        plain.training = module.training
+        return plain(*args, **kwargs)
 
 
 def _read_late(graph: fx.Graph) -> None:

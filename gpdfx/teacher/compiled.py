@@ -24,24 +24,26 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of an example call."""
 
 Caches = tuple[tuple[str, str], ...]
-"""Module and attribute of tensors that a student keeps outside its registries."""
+"""Module and attribute of what a student keeps outside its registries."""
 
 
 @dataclass(frozen=True)
 class Compiled:
     """``program``: the result of all passes; ``example``: the call it was captured with;
-    ``sizes``: graph -> which input sizes it accepts; ``caches``: see ``find_caches``."""
+    ``sizes``: graph -> which input sizes it accepts; ``caches``: see ``find_caches``; ``kept``:
+    attributes that the student's Python keeps from call to call."""
 
     program: Widened
     example: Inputs
     sizes: Mapping[str, Sizes]
     caches: Caches
+    kept: Caches = ()
 
     @staticmethod
-    def of(program: Widened, example: Inputs, caches: Caches) -> Compiled:
+    def of(program: Widened, example: Inputs, caches: Caches, kept: Caches = ()) -> Compiled:
         """With the sizes that capture left free."""
         sizes = {key: input_sizes(mode.graph) for key, mode in program.modes.items()}
-        return Compiled(program, example, sizes, caches)
+        return Compiled(program, example, sizes, caches, kept)
 
     def pinned(self, levels: Mapping[str, str]) -> Compiled:
         """As this, but part by part only the example's input sizes are accepted, except for those

@@ -8,11 +8,13 @@ between the parts stays the user's Python, and sees the student's widths.
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,6 +29,8 @@ from .limits import LEVELS
 
 Calls = dict[str, list[CallSite]]
 
+RUNS = 8
+"""How often a network is run, at most, to see all of its modules called."""
 GRAPHS = 8
 """Structures of calls of one module; one with more is taken apart."""
 
@@ -118,13 +122,26 @@ def recapture(
 
 # --------------------------------------------------------------------------- recording
 def record(student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
-    """How every module is called in one run of each mode, up to where it fails if it does."""
+    """How every module is called in one run of each mode, up to where it fails if it does; in
+    further ones, with other random numbers, if there are some that are not (layer drop)."""
     calls: Calls = {}
+    owners = {path for path, part in student.named_modules() if list(part.parameters())}
     for training in (True, False):
-        run = duplicate(student).train(training)
-        own_args, own_kwargs = tree.fresh((args, kwargs))
-        with contextlib.suppress(Exception), recording(run, calls):
-            run(*own_args, **own_kwargs)
+        for seed in range(RUNS):
+            met: Calls = {}
+            run = duplicate(student).train(training)
+            own_args, own_kwargs = tree.fresh((args, kwargs))
+            if seed:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+            with contextlib.suppress(Exception), recording(run, met):
+                run(*own_args, **own_kwargs)
+            known = {path for path, sites in calls.items() if sites[-1].training == training}
+            for path in met.keys() - known:
+                calls.setdefault(path, []).extend(met[path])
+            if owners <= known | met.keys() or (seed >= 3 and met.keys() <= known):
+                break
     return calls
 
 

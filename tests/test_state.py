@@ -1,0 +1,254 @@
+"""State that forward keeps in Python, and draws from Python's and NumPy's generators."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gpdfx
+from gpdfx.errors import CaptureError
+from gpdfx.teacher.module import Teacher
+
+from .helpers import parts
+
+
+class Body(nn.Module):
+    """What stays to be captured beside the module that keeps something."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 12))
+        self.inner, self.head = inner, nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.stem(x)))
+
+
+class Warm(nn.Module):
+    """A warm-up that ends long after the calls of the check."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Linear(12, 12), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return x + self.layer(x).relu() * min(1.0, self.calls / 1000)
+
+
+class Average(nn.Module):
+    """Statistics in a plain attribute, used in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.zeros(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean
+
+
+class Initialised(nn.Module):
+    """By the first batch, once; the flag alone tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done, self.scale, self.layer = False, torch.tensor(1.0), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.done:
+            self.scale, self.done = 1 / x.detach().std(), True
+        return self.layer(x * self.scale)
+
+
+class First(nn.Module):
+    """Only the first call is another one, and only its result tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met, self.layer = False, nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.met:
+            return self.layer(x)
+        self.met = True
+        return self.layer(x) * 2
+
+
+class Memory(nn.Module):
+    """A bounded list of what was before, attended to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: deque[Tensor] = deque(maxlen=3)
+        self.layer = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        for one in self.before:
+            y = y + 0.1 * one
+        self.before.append(x.detach().mean(0))
+        return y
+
+
+class Tracked(nn.Module):
+    """In an object of no module, that a child changes and its parent reads."""
+
+    class Child(nn.Module):
+        """Counts."""
+
+        def __init__(self, shared: Any) -> None:
+            super().__init__()
+            self.shared, self.layer = shared, nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.shared.n += 1
+            return self.layer(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = SimpleNamespace(n=0)
+        self.child = self.Child(self.shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(x) / (1 + self.shared.n)
+
+
+class LayerDrop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if not (self.training and random.random() < 0.5):
+                x = x + layer(x).relu()
+        return x
+
+
+class Noise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * float(1 + np.random.rand()) if self.training else self.layer(x)
+
+
+class TrainBranch(nn.Module):
+    """A branch on values, in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and float(x.detach().mean()) > 0:
+            return self.other(x)
+        return self.layer(x)
+
+
+class Looked(nn.Module):
+    """Keeps what it last saw, for whoever looks: no state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last, self.seen = nn.Linear(12, 12), None, {"x": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x).relu()
+        self.last, self.seen["x"] = y.detach(), len(x.shape)
+        return y
+
+
+KINDS: dict[str, tuple[type[nn.Module], str]] = {
+    "warm-up": (Warm, "keeps the attribute calls"),
+    "average": (Average, "keeps the attribute mean"),
+    "initialised": (Initialised, "keeps the attribute scale"),
+    "first call": (First, "keeps the attribute met"),
+    "memory": (Memory, "keeps the attribute before"),
+    "object": (Tracked, "keeps the attribute shared"),
+    "layer drop": (LayerDrop, "draws from Python's generator"),
+    "noise": (Noise, "draws from NumPy's generator"),
+    "branch": (TrainBranch, "data-dependent"),
+}
+
+
+def made(build: Callable[[], nn.Module], **options: Any) -> tuple[nn.Module, Teacher]:
+    torch.manual_seed(0)
+    model = Body(build())
+    options = {"branches": None} | options
+    return model, gpdfx.expand(model, 2, example_inputs=(torch.randn(6, 8),), **options)
+
+
+def follows(model: nn.Module, call: Callable[..., Any], training: list[bool]) -> None:
+    """Several calls in a row give the same, gradients of the input too."""
+    draw = torch.Generator().manual_seed(5)
+    for number, mode in enumerate(training):
+        x, results = torch.randn(5, 8, generator=draw), []
+        for run in (model, call):
+            getattr(run, "__self__", run).train(mode)
+            for seed in (random.seed, np.random.seed, torch.manual_seed):
+                seed(number)
+            own = x.clone().requires_grad_()
+            y = run(own)
+            y.square().sum().backward()
+            results.append((y.detach(), own.grad))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_teacher_and_student_keep_their_own(name: str) -> None:
+    kind, why = KINDS[name]
+    model, teacher = made(kind)
+    report = teacher.report()
+    told = [text for path, text in report.apart.items() if path.startswith("inner")]
+    assert any(why in text for text in told), report.apart
+    assert {"stem", "head"} <= set(parts(teacher))
+    for call in (teacher, teacher.student):
+        follows(copy.deepcopy(model), call, [True, True, False, True, True, False])
+    twin = copy.deepcopy(teacher)
+    follows(gpdfx.collapse(twin), twin.student, [True, False, True])
+
+
+@pytest.mark.parametrize("name", ["warm-up", "average", "layer drop"])
+def test_without_a_check_they_are_kept_too(name: str) -> None:
+    model, teacher = made(KINDS[name][0], verify=False)
+    follows(model, teacher, [True, True, False])
+
+
+def test_what_is_only_looked_at_is_captured() -> None:
+    model, teacher = made(Looked)
+    assert list(parts(teacher)) == [""]
+    follows(model, teacher, [True, False])
+
+
+def test_nothing_of_a_network_can_be_captured() -> None:
+    """Said before the work, with the line and what to do."""
+
+    class Leaf(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.n = nn.Parameter(torch.randn(8, 4)), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.n += 1
+            return x @ self.weight * self.n
+
+    with pytest.raises(CaptureError) as caught:
+        gpdfx.expand(Leaf(), 2, example_inputs=(torch.randn(3, 8),))
+    text = str(caught.value)
+    assert "keeps the attribute n from call to call" in text
+    assert "self.n += 1" in text
+    assert "let forward depend on nothing but its inputs" in text
