@@ -20,7 +20,7 @@ from . import passes
 from .calls.examples import example_call
 from .check import laws
 from .check.certificate import Check
-from .check.faults.blame import REMEDY, python_of
+from .check.faults.python import REMEDY, python_of
 from .check.observe import keep_rng
 from .control import ExpandOptions, make_control
 from .custom_ops import check_rules, learn_functions
@@ -36,7 +36,7 @@ from .passes.program import Program, duplicate, source_line
 from .passes.rules.writer import DynamicAxis
 from .passes.widen import Widened
 from .report.report import Report, make_report
-from .teacher.compiled import Caches, Compiled, Inputs, find_caches
+from .teacher.compiled import Compiled, Inputs, Python, find_caches
 from .teacher.module import Teacher
 from .torch_private import is_compiled, is_fake, without_function_modes, without_modes
 
@@ -135,13 +135,9 @@ def expand(
     with _undisturbed(model):
         example = example_call(model, example_inputs, example_kwargs)
         caches = find_caches(model, example)  # first: what fails here is the user's to mend
-        python, kept = python_of(model, example, seed, caches)
-        caches = tuple(cache for cache in caches if cache not in kept)
+        python = python_of(model, example, seed, caches)
         clock.lap("capture")
-        apart = {one.path: str(one) for one in python}
-        compiled, check = _checked(
-            model, example, options, caches, clock, tuple(kept), verify, apart
-        )
+        compiled, check = _checked(model, example, options, python, clock, verify)
         program = compiled.program
 
         def describe(teacher: Teacher) -> Report:
@@ -160,20 +156,18 @@ def _checked(
     model: nn.Module,
     example: Inputs,
     options: ExpandOptions,
-    caches: Caches,
+    python: Python,
     clock: Clock,
-    kept: Caches,
     verify: bool,
-    apart: Mapping[str, str],
 ) -> tuple[Compiled, Check | None]:
     """What the teacher is built from, and its certificate. A module of which the check finds that
-    its graph is not its function is taken ``apart``, too; if that does not help, the first error
+    its graph is not its function is taken apart, too; if that does not help, the first error
     counts."""
-    first, most = None, len(apart) + APART
+    apart, first, most = dict(python.apart), None, len(python.apart) + APART
     while True:
         try:
             compiled = Compiled.of(
-                compile_program(model, example, options, clock, apart), example, caches, kept
+                compile_program(model, example, options, clock, apart), example, python
             )
         except CaptureError as error:
             raise first or error from error

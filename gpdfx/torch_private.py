@@ -131,25 +131,46 @@ def functions(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> 
     """Hand the calls of ``torch.autograd.Function.apply`` that this thread makes to
     ``handle(kind, args, kwargs)``, but those that are made inside ``handle``, or under a transform
     of ``torch.func``. Relies on ``apply`` being a class method that all functions inherit."""
-    thread, within = threading.get_ident(), False
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal within
-        transformed = torch._C._are_functorch_transforms_active()
-        if threading.get_ident() != thread or within or transformed:
-            return original.__get__(None, kind)(*args, **kwargs)
-        within = True
-        try:
-            return handle(kind, args, kwargs)
-        finally:
-            within = False
-
-    torch.autograd.Function.apply = classmethod(apply)
+    global _watchers
+    stack = _STACK.__dict__.setdefault("functions", [])
+    with _LOCK:
+        _watchers += 1
+        torch.autograd.Function.apply = classmethod(_apply)
+    stack.append(handle)
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original
+        stack.pop()
+        with _LOCK:
+            _watchers -= 1
+            if not _watchers:
+                torch.autograd.Function.apply = _APPLY
+
+
+_APPLY, _LOCK, _STACK = (
+    torch.autograd.Function.__dict__["apply"],
+    threading.Lock(),
+    threading.local(),
+)
+_watchers = 0
+"""How many handlers there are, in all threads."""
+
+
+def plain_apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
+    """``kind.apply``, handed to nobody."""
+    return _APPLY.__get__(None, kind)(*args, **kwargs)
+
+
+def _apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
+    stack = getattr(_STACK, "functions", None)
+    if not stack or torch._C._are_functorch_transforms_active():
+        return plain_apply(kind, *args, **kwargs)
+    handlers = stack[:]
+    stack.clear()
+    try:
+        return handlers[-1](kind, args, kwargs)
+    finally:
+        stack[:] = handlers
 
 
 def is_traced() -> bool:
@@ -175,9 +196,6 @@ class Checkpoints:
     def again(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What the backward runs in its place."""
         return function
-
-
-_STACK = threading.local()
 
 
 @contextmanager

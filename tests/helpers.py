@@ -16,7 +16,7 @@ from gpdfx.check.certificate import Check
 from gpdfx.compiler import compile_program
 from gpdfx.control import ExpandOptions, make_control
 from gpdfx.passes.widen import Widened
-from gpdfx.teacher.compiled import Compiled, Facts, Inputs, find_caches
+from gpdfx.teacher.compiled import Compiled, Facts, Inputs, Python, find_caches
 from gpdfx.teacher.folding import Folding
 from gpdfx.teacher.module import Teacher
 
@@ -53,7 +53,7 @@ def teacher_of(program: Widened, call: Inputs) -> Teacher:
 
 def compiled(program: Widened, call: Inputs) -> Compiled:
     """What a teacher is made from."""
-    return Compiled.of(program, call, find_caches(program.student, call))
+    return Compiled.of(program, call, Python(find_caches(program.student, call)))
 
 
 def facts(teacher: Teacher) -> Facts:

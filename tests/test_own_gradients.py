@@ -15,7 +15,7 @@ from torch.autograd import Function
 import gpdfx
 from gpdfx.teacher.module import Teacher
 
-from .helpers import trains_as
+from .helpers import parts, trains_as
 
 
 # --------------------------------------------------------------------------- functions
@@ -318,3 +318,72 @@ def test_a_teacher_with_functions_is_pickled() -> None:
     model, x, teacher = made("quantized")
     again = pickle.loads(pickle.dumps(teacher))
     trains_as(model, again, x)
+
+
+# --------------------------------------------------------------------------- backwards with modules
+class Reversible(Function):
+    """Saves its results alone: inputs and activations are made again from them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, f: nn.Module, g: nn.Module) -> Any:
+        with torch.no_grad():
+            a = x + f(y)
+            b = y + g(a)
+        ctx.f, ctx.g = f, g
+        ctx.save_for_backward(a, b)
+        return a, b
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        a, b = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+        da, db = grads
+        with torch.enable_grad():
+            made = ctx.g(a)
+            torch.autograd.backward(made, db)
+        da, y = da + a.grad, (b - made).detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.f(y), da)
+        return da, db + y.grad, None, None
+
+
+class Coupling(nn.Module):
+    def __init__(self, reversible: bool) -> None:
+        super().__init__()
+        self.reversible = reversible
+        self.f, self.g = (
+            nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 6)) for _ in "fg"
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        x, y = z.chunk(2, 1)
+        if self.reversible:
+            return torch.cat(Reversible.apply(x, y, self.f, self.g), 1)
+        if float(z.detach().mean()) < 1e9:  # as Python, too
+            x = x + self.f(y)
+        return torch.cat([x, y + self.g(x)], 1)
+
+
+def coupled(reversible: bool) -> nn.Module:
+    torch.manual_seed(0)
+    blocks = (Coupling(reversible) for _ in range(2))
+    return nn.Sequential(nn.Linear(8, 12), *blocks, nn.Linear(12, 4))
+
+
+@pytest.mark.parametrize("branches", [None, "auto"])
+def test_a_backward_that_calls_modules_has_the_tensors_of_its_call(branches: Any) -> None:
+    """It runs as the user's Python, its modules captured; branches too get their gradients."""
+    x, gradients = torch.randn(4, 8), []
+    for reversible in (True, False):
+        model = coupled(reversible)
+        teacher = gpdfx.expand(
+            model, 2, example_inputs=(x,), branches=branches, scales="scratch", seed=1
+        )
+        if reversible:
+            assert {"1.f", "1.g", "2.f", "2.g"} <= set(parts(teacher))
+            assert "is called with a module" in teacher.report().apart["1"]
+            if branches is None:
+                trains_as(model, teacher, x)
+        one, two = teacher.both(x)
+        (one.square().sum() + two.sum()).backward()
+        gradients.append({n: p.grad for n, p in teacher.named_parameters()})
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)

@@ -173,12 +173,12 @@ class Looked(nn.Module):
 
 
 KINDS: dict[str, tuple[type[nn.Module], str]] = {
-    "warm-up": (Warm, "keeps the attribute calls"),
-    "average": (Average, "keeps the attribute mean"),
-    "initialised": (Initialised, "keeps the attribute scale"),
-    "first call": (First, "keeps the attribute met"),
-    "memory": (Memory, "keeps the attribute before"),
-    "object": (Tracked, "keeps the attribute shared"),
+    "warm-up": (Warm, "keeps calls"),
+    "average": (Average, "keeps mean"),
+    "initialised": (Initialised, "keeps done, scale"),
+    "first call": (First, "keeps met"),
+    "memory": (Memory, "keeps before"),
+    "object": (Tracked, "keeps shared"),
     "layer drop": (LayerDrop, "draws from Python's generator"),
     "noise": (Noise, "draws from NumPy's generator"),
     "branch": (TrainBranch, "data-dependent"),
@@ -249,6 +249,6 @@ def test_nothing_of_a_network_can_be_captured() -> None:
     with pytest.raises(CaptureError) as caught:
         gpdfx.expand(Leaf(), 2, example_inputs=(torch.randn(3, 8),))
     text = str(caught.value)
-    assert "keeps the attribute n from call to call" in text
+    assert "keeps n from call to call" in text
     assert "self.n += 1" in text
     assert "let forward depend on nothing but its inputs" in text

@@ -27,8 +27,9 @@ from ..teacher.module import Teacher
 from .attempts import Attempt, StaleError, UndecidedError, attempts, trial_inputs
 from .certificate import TOLERANCE, Check, Finding, lossy, worst
 from .facts import Errors, Fact, Inputs, Law, difference, identical
-from .faults import blame
+from .faults.blame import blame
 from .faults.locate import first_difference, guilty_part
+from .faults.python import REMEDY
 from .folds import branch_errors, fold_errors
 from .free_sizes import FAR, free_sizes
 from .observe import GRADIENTS, keep_rng, observe
@@ -67,13 +68,11 @@ def verify(compiled: Compiled, *, seed: int = 0) -> Check:
         try:
             return _verify(compiled, seed)
         except LossyError as error:
-            found = blame.blame(compiled.program.student, compiled.example, seed)
+            found = blame(compiled.program.student, compiled.example, seed)
             if found is None or isinstance(error, UndecidedError | StaleError):
                 raise
             text = f"{found.text}, which no graph does: {str(error).splitlines()[0]}"
-            raise LossyError(
-                text, source=found.source, remedy=blame.REMEDY, apart=found.path
-            ) from error
+            raise LossyError(text, remedy=REMEDY, apart=found.path) from error
 
 
 def _verify(compiled: Compiled, seed: int) -> Check:

@@ -112,7 +112,7 @@ class StreamingTeacher(Teacher):
             sites={},
             noise=None,
             _given={},
-            _attributes=compiled.kept,
+            _attributes=compiled.python.kept,
             _kept={},
             _made={},
             _memory=_Memory(),

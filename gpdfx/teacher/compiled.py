@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,22 +28,32 @@ Caches = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
+class Python:
+    """What a student does outside any graph. ``caches``: see ``find_caches``; ``kept``: attributes
+    that change from call to call; ``late``: it has functions that call modules in their backward;
+    ``apart``: modules whose own code keeps something, or draws from Python's generators -> how."""
+
+    caches: Caches = ()
+    kept: Caches = ()
+    late: bool = False
+    apart: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Compiled:
     """``program``: the result of all passes; ``example``: the call it was captured with;
-    ``sizes``: graph -> which input sizes it accepts; ``caches``: see ``find_caches``; ``kept``:
-    attributes that the student's Python keeps from call to call."""
+    ``sizes``: graph -> which input sizes it accepts; ``python``: what no graph does."""
 
     program: Widened
     example: Inputs
     sizes: Mapping[str, Sizes]
-    caches: Caches
-    kept: Caches = ()
+    python: Python
 
     @staticmethod
-    def of(program: Widened, example: Inputs, caches: Caches, kept: Caches = ()) -> Compiled:
+    def of(program: Widened, example: Inputs, python: Python) -> Compiled:
         """With the sizes that capture left free."""
         sizes = {key: input_sizes(mode.graph) for key, mode in program.modes.items()}
-        return Compiled(program, example, sizes, caches, kept)
+        return Compiled(program, example, sizes, python)
 
     def pinned(self, levels: Mapping[str, str]) -> Compiled:
         """As this, but part by part only the example's input sizes are accepted, except for those

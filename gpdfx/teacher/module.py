@@ -7,7 +7,7 @@ import itertools
 import zlib
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,8 @@ from ..passes.capture.submodules import slow_attention
 from ..passes.folded import Folded, merged, module_of, students
 from ..passes.program import Mode, duplicate, unused
 from ..passes.widen import Widened
-from ..torch_private import Checkpoints, checkpoints
+from .again import Within
+from .again import again as run_again
 from .captured import Part, Section
 from .compiled import Compiled, Facts
 from .extract import Mean, take_first
@@ -71,8 +72,9 @@ class Teacher(nn.Module):
         object.__setattr__(self, "_student", duplicate(student, hidden))
         self._caches = [
             (path, name, copy.copy(vars(self._student.get_submodule(path))[name]))
-            for path, name in compiled.caches
+            for path, name in compiled.python.caches
         ]
+        self._late = compiled.python.late
         self._register(program)
         # Generated code names tensors as attributes; `_net` has the same registries and none of
         # this class's methods, so a student may call its own submodules `student` or `report`.
@@ -216,10 +218,9 @@ class Teacher(nn.Module):
         held = [(part, dict(part._buffers)) for part in module.modules()]
         reading = self._held.maps[:]
         self._held.maps[:] = [folded or {}]  # type: ignore[list-item]
-        compiling = torch.compiler.is_compiling()  # the compiler runs no Python again
-        checkpointed = _Again(partial(self._run_again, module, tensors, folded))
+        within = partial(self._run_again, module)
         try:
-            with nullcontext() if compiling else checkpoints(checkpointed):
+            with run_again(within, tensors, folded or {}, late=self._late):
                 result = functional_call(module, tensors, args, kwargs, tie_weights=True)
             with torch.no_grad():
                 for name, buffer in own.items():
@@ -241,14 +242,14 @@ class Teacher(nn.Module):
         self,
         module: nn.Module,
         tensors: dict[str, Tensor],
-        folded: Folded | None,
+        folded: Folded,
         function: Callable[..., Any],
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         """``_run`` for a function that belongs to the module."""
-        within = {f"module.{name}": x for name, x in tensors.items()}
-        return self._run(_Within(module, function), within, args, kwargs, folded)
+        own = {f"module.{name}": x for name, x in tensors.items()}
+        return self._run(Within(module, function), own, args, kwargs, folded)
 
     # ---- between student and teacher
     def student_parameters(self, folded: Folded | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -329,32 +330,6 @@ class Teacher(nn.Module):
         super()._apply(fn, recurse)
         self._student._apply(lambda t: apply_to(fn, t), recurse)
         return self
-
-
-# --------------------------------------------------------------------------- checkpoints
-class _Again(Checkpoints):
-    """Checkpoints that run their function by ``run(function, ...)`` the second time."""
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self.run = run
-
-    def again(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return partial(self.run, function)
-
-
-class _Within(nn.Module):
-    """A function that reads a module's tensors, as a module."""
-
-    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.module, self.function = module, function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """One of the module's own."""
-        return self.module.get_submodule(target)
 
 
 # --------------------------------------------------------------------------- tensors by name

@@ -1,202 +1,30 @@
-"""What Python does in a forward that a graph does not: state in attributes, draws from Python's
-and NumPy's generators, whatever makes two equal calls differ.
-
-A graph computes what the example's call computed. Where the user's forward does more, the module
-that does so has to stay the user's Python; here it is found and named.
-"""
+"""What makes a check fail that is no fault of the teacher: the user's forward does not repeat
+itself, or hooks run in its backward alone."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
-import os
-import re
-import types
-from collections import deque
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...calls import tree
 from ...passes.program import duplicate
-from ..facts import Inputs, Law, difference, floating, identical
-from ..observe import keep_rng, observe, seed_all, states
-from ..visit import other_inputs
-
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor)
-_CLOSED = (nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
-_REGISTRIES = frozenset((*nn.Module().__dict__, "training"))
-Attribute = tuple[str, str]
-"""The path of a module, and a name."""
-REMEDY = (
-    "expand keeps modules that do so as your Python where it can take the network apart; else let "
-    "forward depend on nothing but its inputs, parameters and buffers"
-)
+from ..facts import Inputs, Law, identical
+from ..observe import keep_rng, observe
+from .python import named
 
 
 @dataclass(frozen=True)
 class Blame:
-    """``path``: of the module whose Python does what no graph does; ``text``: what; ``source``:
-    where, as far as it is known."""
+    """``path``: of the module whose Python does what no graph does; ``text``: what."""
 
     path: str
     text: str
-    source: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.text} ({self.source})" if self.source else self.text
 
 
 def blame(student: nn.Module, inputs: Inputs, seed: int) -> Blame | None:
     """Of a check that failed: the first thing that is found, if there is one."""
     return _unsteady(student, inputs, seed) or _hooks(student)
-
-
-def python_of(
-    student: nn.Module, inputs: Inputs, seed: int, caches: Collection[Attribute]
-) -> tuple[list[Blame], set[Attribute]]:
-    """Before the capture: the modules whose own code keeps something in plain attributes from call
-    to call, or draws from Python's or NumPy's generators; and these attributes."""
-    kept, found = set[Attribute](), dict[str, Blame]()
-    for training in (True, False):
-        kept |= _kept(student, inputs, seed, caches, training)
-    for training in (True, False):
-        for path, what in _does(student, inputs, seed, kept, training):
-            module, (owner, name) = student.get_submodule(path), what
-            text, pattern = f"draws from {name}", r"\brandom\b|\bnp\.|\bnumpy\b"
-            if owner is not None:
-                whose = "" if owner == path else f" of {_named(owner, student)}"
-                text = f"keeps the attribute {name}{whose} from call to call"
-                pattern = rf"\.{name}\b"
-            text = f"forward of {_named(path, student)} {text}"
-            found.setdefault(path, Blame(path, text, _line(module, pattern)))
-    return list(found.values()), kept
-
-
-# --------------------------------------------------------------------------- state
-def _kept(
-    student: nn.Module,
-    inputs: Inputs,
-    seed: int,
-    caches: Collection[Attribute],
-    training: bool,
-) -> set[Attribute]:
-    """Attributes that are others after a call if another call was before; or all that changed, if
-    only the result tells. A cache of what parameters give is none."""
-    first = duplicate(student).train(training)
-    fresh, start = duplicate(first, ours=True), attributes(first)
-    buffers = {name: x.clone() for name, x in first.named_buffers()}
-    try:
-        _call(first, inputs, seed)
-        with torch.no_grad():  # statistics are no such state: they are the graph's, too
-            for name, x in first.named_buffers():
-                if name in buffers and buffers[name].shape == x.shape:
-                    x.copy_(buffers[name])
-        results = [_call(run, other_inputs(inputs, 1), seed) for run in (first, fresh)]
-    except Exception:  # a model that takes no second call has nothing to keep
-        return set()
-    after = attributes(first)
-    told, new = changed(after, attributes(fresh)), changed(start, after)
-    if told:  # and what goes with it: a flag that says that something is there
-        owners = {path for path, _ in told}
-        return told | {key for key in new if key[0] in owners}
-    return new - set(caches) if _apart(*results) else set()
-
-
-def _call(run: nn.Module, inputs: Inputs, seed: int) -> list[Tensor]:
-    """The floating results of a call, as in training."""
-    args, kwargs = tree.fresh(inputs)
-    with keep_rng(), torch.enable_grad():
-        seed_all(seed)
-        results = tree.leaves(run(*args, **kwargs))
-    return [y.detach() for y in results if isinstance(y, Tensor) and floating(y)]
-
-
-def _apart(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) != len(b) or any(difference(x, y) > 1e-4 for x, y in zip(a, b, strict=True))
-
-
-def attributes(
-    module: nn.Module, only: Collection[Attribute] | None = None
-) -> dict[Attribute, Any]:
-    """What modules keep in plain attributes: numbers, strings, tensors, containers, objects."""
-    return {
-        (path, name): _frozen(value)
-        for path, part in module.named_modules()
-        for name, value in vars(part).items()
-        if name not in _REGISTRIES and (only is None or (path, name) in only)
-    }
-
-
-def _frozen(value: Any, depth: int = 4) -> Any:
-    """A copy that later changes do not reach; of what has no plain state, the type."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, np.ndarray):
-        return [type(value), value.shape, value.tobytes()]
-    if isinstance(value, _CLOSED) or not depth:
-        return type(value)
-    if isinstance(value, list | tuple | set | deque):
-        return [type(value), *(_frozen(x, depth - 1) for x in value)]
-    if isinstance(value, Mapping):
-        return [type(value), *value, *(_frozen(x, depth - 1) for x in value.values())]
-    return [type(value), *(_frozen(x, depth - 1) for x in getattr(value, "__dict__", {}).items())]
-
-
-def changed(before: dict[Attribute, Any], after: dict[Attribute, Any]) -> set[Attribute]:
-    """The attributes that differ."""
-    return {k for k in before.keys() | after.keys() if not _same(before.get(k), after.get(k))}
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and identical(a, b)
-    try:
-        return type(a) is type(b) and bool(a == b or a != a)
-    except Exception:  # what cannot be compared
-        return True
-
-
-# --------------------------------------------------------------------------- who does it
-def _does(
-    student: nn.Module, inputs: Inputs, seed: int, kept: set[Attribute], training: bool
-) -> list[tuple[str, tuple[str | None, str]]]:
-    """Which module's own code changes one of these attributes, or draws: module, and what (an
-    attribute, or a generator)."""
-    run, found = duplicate(student).train(training), list[Any]()
-    running, before = [""], dict[Any, Any]()
-
-    def look(enter: str | None, *_: Any) -> None:
-        now: dict[Any, Any] = {(None, n): x for n, x in states().items() if n[0] != "t"}
-        now |= attributes(run, kept) if kept else {}
-        found.extend((running[-1], what) for what in changed(before, now) if before)
-        before.clear()
-        before.update(now)
-        running.pop() if enter is None else running.append(enter)
-
-    with contextlib.suppress(Exception), keep_rng(), contextlib.ExitStack() as hooks:
-        for path, module in run.named_modules():
-            for handle in (
-                module.register_forward_pre_hook(partial(look, path), prepend=True),
-                module.register_forward_hook(partial(look, None)),
-            ):
-                hooks.callback(handle.remove)
-        for k in range(2):
-            seed_all(seed)
-            args, kwargs = tree.fresh(other_inputs(inputs, k))
-            before.clear()
-            run(*args, **kwargs)
-            look("")
-    return found
 
 
 def _unsteady(student: nn.Module, inputs: Inputs, seed: int) -> Blame | None:
@@ -218,21 +46,5 @@ def _hooks(student: nn.Module) -> Blame | None:
     """Hooks that only the backward of the user's own module runs."""
     for path, module in student.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
-            return Blame(path, f"{_named(path, student)} has a backward hook")
+            return Blame(path, f"{named(path, student)} has a backward hook")
     return None
-
-
-def _line(module: nn.Module, pattern: str) -> str | None:
-    """The first line of a module's own code that a pattern matches in or under ``forward``."""
-    with contextlib.suppress(Exception):
-        file = os.path.basename(inspect.getsourcefile(type(module)) or "")
-        lines, first = inspect.getsourcelines(type(module))
-        hits = [(k, line) for k, line in enumerate(lines) if re.search(pattern, line)]
-        start = next((k for k, line in enumerate(lines) if re.search(r"def forward\b", line)), 0)
-        k, line = next((hit for hit in hits if hit[0] >= start), hits[0])
-        return f"{file}:{first + k} {line.strip()}"
-    return None
-
-
-def _named(path: str, student: nn.Module) -> str:
-    return f"{path or '(root)'} ({type(student.get_submodule(path)).__name__})"

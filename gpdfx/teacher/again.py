@@ -1,0 +1,118 @@
+"""The user's Python that runs once more in the backward, on the tensors of its call: checkpoints,
+and functions that call modules there (reversible blocks)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calls.tree import Pattern, Slot, pattern
+from ..passes.program import reached
+from ..torch_private import Checkpoints, checkpoints, functions, plain_apply
+
+Run = Callable[..., Any]
+"""``run(tensors, folded, function, *args, **kwargs)``: call a function while the student's modules
+have these tensors, and its parts these folded weights."""
+
+
+@contextmanager
+def again(
+    run: Run, tensors: Mapping[str, Tensor], folded: Mapping[str, Tensor], *, late: bool
+) -> Iterator[None]:
+    """While a student runs: let what it runs again have the same tensors. ``late``: there are
+    functions that call modules in their backward."""
+    if torch.compiler.is_compiling():  # the compiler runs no Python again
+        yield
+        return
+    with checkpoints(_Again(partial(run, tensors, folded))):
+        if not late:
+            yield
+            return
+        with functions(partial(_late, run, tensors, folded)):
+            yield
+
+
+class _Again(Checkpoints):
+    """Checkpoints that run their function by ``run(function, ...)`` the second time."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+
+    def again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(self.run, function)
+
+
+class Within(nn.Module):
+    """A function that reads a module's tensors, as a module."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """One of the module's own."""
+        return self.module.get_submodule(target)
+
+
+# --------------------------------------------------------------------------- functions
+def calls_modules(args: Any) -> bool:
+    """Whether a function is called with a module, or with what holds one."""
+    held = pattern(args, (Tensor,))[0].held
+    return any(any(reached(x)) for x in held if x is not Slot)
+
+
+def _late(
+    run: Run,
+    tensors: Mapping[str, Tensor],
+    folded: Mapping[str, Tensor],
+    kind: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if not (torch.is_grad_enabled() and calls_modules((args, kwargs))):
+        return kind.apply(*args, **kwargs)
+    arguments, given = pattern((args, kwargs), (Tensor,))
+    structure: list[Pattern] = []
+
+    def call(*inputs: Tensor) -> list[Tensor]:
+        args, kwargs = arguments.fill(inputs)
+        out, results = pattern(plain_apply(kind, *args, **kwargs), (Tensor,))
+        structure[:] = [out]
+        return results
+
+    def within(leaves: list[Tensor], function: Any, *args: Any) -> Any:
+        rest = iter(leaves)
+        own, others = ({name: next(rest) for name in names} for names in (tensors, folded))
+        return run(own, others, function, *args)
+
+    flat = (*tensors.values(), *folded.values())
+    results = _Late.apply(within, call, len(flat), *flat, *given)
+    return structure[0].fill(results)
+
+
+class _Late(torch.autograd.Function):
+    """Runs a function on leaves of its own, and so its backward: what that adds to the gradients
+    of parameters goes on from there to what they were made of."""
+
+    @staticmethod
+    def forward(ctx: Any, within: Any, call: Any, count: int, *flat: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in flat]
+        with torch.enable_grad():
+            results = within(leaves[:count], call, *leaves[count:])
+        ctx.within, ctx.leaves, ctx.results, ctx.count = within, leaves, results, count
+        return tuple(y.detach() for y in results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = [(y, g) for y, g in zip(ctx.results, gradients, strict=True) if y.requires_grad]
+        ys, grads = map(list, zip(*pairs, strict=True))
+        ctx.within(ctx.leaves[: ctx.count], torch.autograd.backward, ys, grads)
+        return (None, None, None, *(x.grad for x in ctx.leaves))
