@@ -8,6 +8,7 @@ A network is a list of steps drawn by hypothesis, which shrinks it. Every step a
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,50 @@ from .helpers import facts, summed
 from .networks import tensors_equal
 
 Draw = Callable[[Any], Any]
+
+
+PRELUDE = """import random
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Reverse(torch.autograd.Function):  # a gradient of its own, that is linear
+    @staticmethod
+    def forward(ctx, x, k):
+        ctx.k = k
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return -ctx.k * g, None
+
+
+class Surrogate(torch.autograd.Function):  # a step whose gradient is a bump
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return (x > 0).to(x.dtype) + x
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g / (1 + x.abs()) ** 2
+
+
+class Scaled(torch.autograd.Function):  # not elementwise along the last axis
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x / (1 + x.abs().mean(-1, keepdim=True))
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * x.abs().mean(-1, keepdim=True)
+"""
+"""What every network may use."""
 
 
 @dataclass
@@ -58,8 +103,7 @@ class Source:
         init = "\n        ".join(["super().__init__()", *self.init])
         body = "\n        ".join([*self.forward, "return x"])
         return (
-            "import torch\nimport torch.nn.functional as F\nfrom torch import nn\n\n\n"
-            f"class Net(nn.Module):\n    def __init__(self):\n        {init}\n\n"
+            f"{PRELUDE}\n\nclass Net(nn.Module):\n    def __init__(self):\n        {init}\n\n"
             f"    def forward(self, x):\n        {body}\n"
         )
 
@@ -413,6 +457,59 @@ def on_sizes(s: Source) -> None:
     s.add(f"    x = x + {a}(x)", *s.one((), ("else:", "    x = x * 0.5")))
 
 
+def own_gradient(s: Source) -> None:
+    """A function of the user's, of activations or of a weight, or a hook on an activation."""
+    wide = s.kind == "image"
+    a = s.layer(f"nn.Conv2d({s.c}, {s.c}, 1)" if wide else f"nn.Linear({s.c}, {s.c})")
+    call, hook = "F.conv2d" if wide else "F.linear", "y.register_hook(lambda g: g * 0.5)"
+    kind = s.one("Reverse.apply({}, 0.5)", "Surrogate.apply({})", "Scaled.apply({})")
+    s.add(
+        *s.one(
+            (f"x = {kind.format('x')}",),
+            (f"x = {kind.format(f'{a}(x)')} * 0.5 + x",),
+            (f"x = {call}(x, {kind.format(f'{a}.weight')}, {a}.bias)",),
+            (f"y = {a}(x)", "if y.requires_grad:", f"    {hook}", "x = x + y.tanh()"),
+        )
+    )
+
+
+def checkpointed(s: Source) -> None:
+    """Layers of which no activation is saved."""
+    wide, reentrant = s.kind == "image", s.one(True, False)
+    a = s.layer(f"nn.Conv2d({s.c}, {s.c}, 1)" if wide else f"nn.Linear({s.c}, {s.c})")
+    norm = s.layer(f"nn.GroupNorm(1, {s.c})" if wide else f"nn.LayerNorm({s.c})")
+    inside = s.one(f"{a}", f"lambda y: {norm}({a}(y)).relu()", f"lambda y: F.dropout({a}(y), 0.2)")
+    s.add(f"x = x + checkpoint({inside}, x, use_reentrant={reentrant})")
+
+
+def in_python(s: Source) -> None:
+    """State in an attribute, or a draw of Python's own: by the network itself."""
+    name = f"m{s.count}"
+    s.count += 1
+    wide = s.kind == "image"
+    a = s.layer(f"nn.Conv2d({s.c}, {s.c}, 1)" if wide else f"nn.Linear({s.c}, {s.c})")
+    s.init.append(f"self.{name} = 0")
+    forms = (
+        (f"self.{name} += 1", f"x = x + {a}(x) / self.{name}"),
+        ("if self.training:", f"    self.{name} += 1", f"x = x * (1 + 0.1 * self.{name})"),
+        (
+            "if self.training:",
+            f"    self.{name} = 0.5 * self.{name} + x.detach().mean()",
+            f"x = x - self.{name}",
+        ),
+        ("if not self.training or random.random() < 0.5:", f"    x = x + {a}(x)"),
+    )
+    s.add(*s.one(*forms))
+
+
+def in_eval_mode(s: Source) -> None:
+    """A norm or dropout that the user put into eval mode."""
+    norm = f"nn.BatchNorm2d({s.c})" if s.kind == "image" else f"nn.LayerNorm({s.c})"
+    a = s.layer(s.one(norm, "nn.Dropout(0.3)"))
+    s.init.append(f"{a}.eval()")
+    s.add(f"x = {a}(x)")
+
+
 def activation(s: Source) -> None:
     kinds = ("F.relu(x)", "F.relu(x * 2, inplace=True)", "F.gelu(x)", "F.hardswish(x)", "x.tanh()")
     s.add(f"x = {s.one(*kinds, 'F.leaky_relu(x, 0.1)', 'x.clamp(-2, 2)', 'x * 0.5 + 1')}")
@@ -436,8 +533,9 @@ TOKENS = (
     *(linear, token_norm, mlp, attention, mixer, tied, standardized, to_image, activation, dropout),
     *(recurrent, along, queries, groups, masked),
 )
-IMAGE_CALLS, TOKEN_CALLS = (image_state, on_sizes), (token_state, on_sizes, masked)
-"""Calls differ by more than their values."""
+EITHER_CALLS = (on_sizes, own_gradient, checkpointed, in_python, in_eval_mode)
+IMAGE_CALLS, TOKEN_CALLS = (image_state, *EITHER_CALLS), (token_state, *EITHER_CALLS, masked)
+"""Calls differ by more than their values, or do what no graph does."""
 
 
 @st.composite
@@ -492,7 +590,8 @@ def check(
                 assert ((name, dim) in stays) == bool(d.reason), (name, dim, d)
                 assert (d.teacher > d.student) == bool(d.group), (name, dim, d)
     model, teacher = model.double(), teacher.double()
-    _same_gradients(model.eval(), teacher.eval(), x.double())
+    _same_gradients(copy.deepcopy(model).eval(), copy.deepcopy(teacher).eval(), x.double())
+    _same_calls(model, teacher)  # in the modes that its modules were given in
     for training in (False, True):
         _same_calls(model.train(training), teacher.train(training))
     return report
@@ -502,7 +601,7 @@ def _same_gradients(model: nn.Module, teacher: Teacher, x: Tensor) -> None:
     """The student's view has its gradients, and so has the teacher, summed over copies."""
     found: list[dict[str, Tensor | None]] = []
     for run, owner in ((model, model), (teacher.student, teacher), (teacher, teacher)):
-        torch.manual_seed(2)  # dropout may be on in eval mode, too
+        _seed(2)  # dropout may be on in eval mode, too
         state = {n: b.clone() for n, b in owner.named_buffers()}
         run(x).square().sum().backward()
         found.append({name: p.grad for name, p in owner.named_parameters()})
@@ -531,21 +630,27 @@ def _same_calls(model: nn.Module, teacher: Teacher) -> None:
     for k, size in enumerate(SIZES):
         x = torch.randn(size, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
         try:
-            torch.manual_seed(k)
+            _seed(k)
             copy.deepcopy(model)(x)
         except Exception:  # its own code at a size that it is not for
             continue
         try:
-            torch.manual_seed(k)
-            got = teacher(x)
+            copy.deepcopy(teacher)(x)
         except gpdfx.InputError:
             assert size != SIZES[0]
             continue
-        torch.manual_seed(k)
+        _seed(k)
+        got = teacher(x)
+        _seed(k)
         _assert_close(got, model(x))
         buffers = dict(teacher.named_buffers())
         for name, own in model.named_buffers():
             _assert_close(take_first(buffers[name], facts(teacher).maps[name]), own)
+
+
+def _seed(k: int) -> None:
+    torch.manual_seed(k)
+    random.seed(k)
 
 
 def _assert_close(got: Tensor, expected: Tensor) -> None:
