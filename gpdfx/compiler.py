@@ -110,7 +110,7 @@ def expand(
             eval and train mode (see ``gpdfx.check.laws``).
 
     Returns:
-        The teacher, in the model's training mode, with the model's dtype and device.
+        The teacher, its modules in train or eval mode as the model's, with its dtype and device.
 
     Raises:
         InputError: a bad argument, or a model in a form that cannot be expanded.
@@ -147,7 +147,7 @@ def expand(
             return make_report(program, teacher, control, example, laps, check, scales)
 
         teacher = Teacher(compiled, describe)
-    return teacher.train(model.training)
+    return teacher
 
 
 def _checked(

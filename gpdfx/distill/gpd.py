@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..compiler import expand
 from ..control import covers
 from ..errors import InputError, suggest
+from ..passes.capture.modes import TRAIN
 from ..teacher.collapse import collapse
 from ..teacher.module import Teacher
 from . import streams
@@ -123,11 +124,11 @@ class GPD(nn.Module):
 
     def _build_features(self, features: FeatureLoss) -> None:
         """One loss for the teacher, one for the student, each for its own widths."""
-        training = self.training
-        self.eval()
+        mode = self.teacher._modes.mode or TRAIN
+        self.teacher.eval()
         with torch.no_grad():
             *both, static = self._run(*self.teacher._facts.example)
-        self.train(training)
+        self.teacher._enter(mode)
         assert static is not None
         for name, outputs in zip(("teacher", "student"), both, strict=True):
             loss = copy.deepcopy(features)
@@ -229,7 +230,7 @@ class GPD(nn.Module):
         plain = collapse(self.teacher)
         for name, own in self.own_parameters().items():
             plain.get_parameter(name).copy_(own)
-        return plain.train(self.training)
+        return plain
 
     # ---- nn.Module's other duties
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GPD:

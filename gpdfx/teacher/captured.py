@@ -14,7 +14,7 @@ from torch import fx, nn
 from ..calls.sizes import Sizes
 from ..errors import InputError
 from ..passes.folded import Folded, reads
-from ..passes.program import Mode, copied
+from ..passes.program import Flags, Mode, copied
 
 
 class Section:
@@ -22,7 +22,7 @@ class Section:
 
     def __init__(self, mode: Mode, graph: fx.Graph, sizes: Sizes) -> None:
         self.reads_folded = bool(reads(graph))
-        self.training, self.call, self.out = mode.site.training, mode.site.call, mode.out
+        self.site, self.call, self.out = mode.site, mode.site.call, mode.out
         self.sizes = sizes
         graph = copied(graph)
         _read_late(graph)
@@ -57,36 +57,39 @@ class Part:
         self,
         net: nn.Module,
         folded: Folded,
-        training: bool,
+        state: str | Flags,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         features: list[Any] | None = None,
     ) -> Any:
-        """Run the first graph that holds for a call. Raises ``InputError`` if none does."""
+        """Run the first graph that holds for a call in a state (see ``CallSite``). Raises
+        ``InputError`` if none does."""
         refused: InputError | None = None
-        for section in (s for s in self.sections if s.training == training):
+        for section in (s for s in self.sections if s.site.state == state):
             try:
                 flat = section.flatten(args, kwargs)
             except InputError as error:
                 refused = refused or error
                 continue
             return section(net, folded, flat, features)
-        mode = "train" if training else "eval"
+        mode = "train" if state[0] else "eval"
+        mode += " mode" if len({*state}) == 1 else " mode, and some of its modules in the other"
         raise refused or InputError(
-            f"{self.path} is called in {mode} mode, which the example did not do",
-            remedy="expand the model with example inputs that reach it in both modes",
+            f"{self.path} is called in {mode}, which the example did not do",
+            remedy="expand the model with example inputs that reach it in both modes, and with its "
+            "modules in the modes that they are to have",
         )
 
     def take_over(self, module: nn.Module, net: nn.Module, folded: Folded) -> None:
         """Let a user's module run this instead of its forward; its hooks are in the graph.
         ``folded``: filled when it runs."""
         module.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
-        module.forward = partial(self._forward, net, folded, module)
+        module.forward = partial(self._forward, net, folded, list(module.modules()))
 
     def _forward(
-        self, net: nn.Module, folded: Folded, module: nn.Module, *args: Any, **kwargs: Any
+        self, net: nn.Module, folded: Folded, modules: list[nn.Module], *args: Any, **kwargs: Any
     ) -> Any:
-        return self(net, folded, module.training, args, kwargs)
+        return self(net, folded, tuple(m.training for m in modules), args, kwargs)
 
 
 def _read_late(graph: fx.Graph) -> None:

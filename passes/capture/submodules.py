@@ -24,6 +24,7 @@ from ...torch_private import FUSED
 from ..program import CallSite, Program, duplicate
 from .export import bare, first_line, with_module
 from .limits import LEVELS
+from .modes import enter, flags_of, modes_of
 
 Calls = dict[str, list[CallSite]]
 
@@ -101,7 +102,7 @@ def _enlarged(site: CallSite) -> CallSite:
 
 
 def _alike(a: CallSite, b: CallSite) -> bool:
-    return a.training == b.training and a.call.pattern.same(b.call.pattern)
+    return a.flags == b.flags and a.call.pattern.same(b.call.pattern)
 
 
 def recapture(
@@ -119,11 +120,11 @@ def recapture(
 # --------------------------------------------------------------------------- recording
 def record(student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
     """How every module is called in one run of each mode, up to where it fails if it does."""
-    calls: Calls = {}
-    for training in (True, False):
-        run = duplicate(student).train(training)
+    calls, modes = Calls(), modes_of(student)
+    for mode in modes:
+        run = enter(duplicate(student), mode, modes)
         own_args, own_kwargs = tree.fresh((args, kwargs))
-        with contextlib.suppress(Exception), recording(run, calls):
+        with contextlib.suppress(Exception), recording(run, calls, mode=mode):
             run(*own_args, **own_kwargs)
     return calls
 
@@ -149,13 +150,15 @@ def _shuffled(student: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def recording(run: nn.Module, calls: Calls, paths: Sequence[str] | None = None) -> Iterator[None]:
+def recording(
+    run: nn.Module, calls: Calls, paths: Sequence[str] | None = None, mode: str = ""
+) -> Iterator[None]:
     """While it lasts, the calls of the modules (all, or ``paths``) are written down; gradients are
     on, as in training, so that no module takes a shortcut for inference."""
     with contextlib.ExitStack() as stack:
         for path, module in run.named_modules():
             if paths is None or path in paths:
-                note = partial(_note, calls, path)
+                note = partial(_note, calls, path, mode)
                 handle = module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
                 stack.enter_context(handle)
         slow_attention(run)
@@ -163,11 +166,12 @@ def recording(run: nn.Module, calls: Calls, paths: Sequence[str] | None = None) 
         yield
 
 
-def _note(calls: Calls, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+def _note(calls: Calls, path: str, mode: str, module: nn.Module, args: Any, kwargs: Any) -> None:
     with contextlib.suppress(TypeError, ValueError):  # a forward without signature
         call = Call(module, args, kwargs)
         tensors = tuple(x.detach() for x in call.flatten(args, kwargs))
-        calls.setdefault(path, []).append(CallSite(path, module.training, call, tensors))
+        site = CallSite(path, mode, flags_of(module), call, tensors)
+        calls.setdefault(path, []).append(site)
 
 
 def slow_attention(module: nn.Module) -> None:
