@@ -28,6 +28,7 @@ from .memory import give_back
 from .passes import PASSES
 from .passes.assign import assign
 from .passes.capture.export import capture, whole
+from .passes.capture.hooks import hooked_modules, hooked_parameters
 from .passes.capture.limits import LEVELS
 from .passes.capture.submodules import capture_parts
 from .passes.infer import NeedsFunctional
@@ -127,7 +128,8 @@ def expand(
         ("dynamic", dynamic, LEVELS),
     ):
         check_choice(name, given, known)
-    control = make_control(model, ratio, keep, round_to, branches)
+    hooks = hooked_parameters(model)
+    control = make_control(model, ratio, keep, round_to, branches).without(hooks)
     options = ExpandOptions(
         control, scales, shares, extract, tuple(features), randomness, dynamic, seed
     )
@@ -147,6 +149,9 @@ def expand(
             return make_report(program, teacher, control, example, laps, check, scales)
 
         teacher = Teacher(compiled, describe)
+        for name, of in hooks.items():
+            for hook in of:
+                teacher.get_parameter(name).register_hook(hook)
     return teacher
 
 
@@ -160,7 +165,8 @@ def _checked(
 ) -> tuple[Compiled, Check | None]:
     """What the teacher is built from, and its certificate. A module of which the check finds that
     its graph is not its function is taken apart; if that does not help, the first error counts."""
-    apart, first = dict[str, str](), None
+    apart, first = hooked_modules(model), None
+    most = len(apart) + APART
     while True:
         try:
             compiled = Compiled.of(
@@ -176,7 +182,7 @@ def _checked(
             return replace(compiled, sizes=check.sizes), check
         except LossyError as error:
             first = first or error
-            if error.apart is None or error.apart in apart or len(apart) == APART:
+            if error.apart is None or error.apart in apart or len(apart) == most:
                 raise first from error
             apart = {**apart, error.apart: str(error).splitlines()[0]}
         finally:  # before the teacher is made: both would not always fit
@@ -228,7 +234,10 @@ def capture_model(
     student = duplicate(model)
     try:
         if apart:
-            raise CaptureError(next(iter(apart.values())))
+            raise CaptureError(
+                next(iter(apart.values())),
+                remedy="widening needs a module with parameters for which that is not so",
+            )
         return capture(student, whole(student, *example), functional, dynamic)
     except CaptureError as why:
         return capture_parts(student, *example, functional, dynamic, why, apart)

@@ -217,7 +217,7 @@ def _held(module: nn.Module, *, functions: bool) -> Iterator[tuple[str, Any]]:
                 continue
             entries = held.items() if name in _REGISTRIES else {name: held}.items()
             for entry, value in entries:
-                for one in _reached(value, 3 if functions else 0):
+                for one in reached(value, 3 if functions else 0):
                     yield f"{path}.{entry}".strip("."), one
 
 
@@ -232,15 +232,15 @@ def _identity(held: Any) -> Any:
     return id(held)
 
 
-def _reached(structure: Any, depth: int) -> Iterator[Any]:
+def reached(structure: Any, depth: int) -> Iterator[Any]:
     """The modules and tensors in a structure, and what functions in it name, so deep."""
     for leaf in tree_leaves(structure):
         if isinstance(leaf, torch.Tensor | nn.Module):
             yield leaf
         elif isinstance(leaf, types.MethodType) and depth:
-            yield from _reached(leaf.__self__, depth - 1)
+            yield from reached(leaf.__self__, depth - 1)
         elif isinstance(leaf, types.FunctionType) and depth:
-            yield from _reached(list(_named(leaf)), depth - 1)
+            yield from reached(list(_named(leaf)), depth - 1)
 
 
 _NAMED = (torch.Tensor, nn.Module, types.MethodType, types.FunctionType)

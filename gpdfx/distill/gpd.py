@@ -23,6 +23,7 @@ from ..errors import InputError, suggest
 from ..passes.capture.modes import TRAIN
 from ..teacher.collapse import collapse
 from ..teacher.module import Teacher
+from ..torch_private import gradient_hooks
 from . import streams
 from .collect import run_with_features
 from .features import FeatureLoss
@@ -113,6 +114,9 @@ class GPD(nn.Module):
             nn.Parameter(plain[name].detach().clone(), requires_grad=plain[name].requires_grad)
             for name in self._own_names
         )
+        for name, own in self.own_parameters().items():
+            for hook in gradient_hooks(self.teacher.get_parameter(name)):
+                own.register_hook(hook)
         if static_teacher is not None:
             static_teacher = static_teacher.eval().requires_grad_(False)
         object.__setattr__(self, "_static", static_teacher)

@@ -120,8 +120,8 @@ class Inner(nn.Module):
             super().__setattr__(name, value)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        if module is not self._modules.get(name):
-            self._refuse("another module inside a teacher would never run: it is a graph", _AGAIN)
+        refuse_other(self, name, module)
+        super().add_module(name, module)
 
     def _refuse(self, why: str, remedy: str) -> NoReturn:
         raise InputError(why, module_path=self._path, remedy=remedy)
@@ -145,6 +145,14 @@ _HOOK = (
     "take what a module returns out of the teacher by features= of expand, and what comes to a "
     "parameter by its register_hook; or register the hook on the model, and expand it then"
 )
+
+
+def refuse_other(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Raise ``InputError`` if a module is to stand where one of a teacher does, as
+    ``SyncBatchNorm.convert_sync_batchnorm`` has it."""
+    own = parent._modules.get(name)
+    if isinstance(own, Inner) and module is not own:
+        own._refuse("another module inside a teacher would never run: it is a graph", _AGAIN)
 
 
 class _Norm(Inner):

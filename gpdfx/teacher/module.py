@@ -27,7 +27,7 @@ from .compiled import Compiled, Facts
 from .extract import Mean, take_first
 from .fold import Fold
 from .folding import Folding, Lazy, operator_get
-from .inner import Inner, Modes
+from .inner import Inner, Modes, refuse_other
 from .placeholders import apply_to, placeholder
 
 if TYPE_CHECKING:
@@ -311,6 +311,10 @@ class Teacher(nn.Module):
             if not isinstance(module, Inner):
                 module.training = self._student.training
         return self
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        refuse_other(self, name, module)
+        super().add_module(name, module)
 
     def get_submodule(self, target: str) -> nn.Module:
         """By the student's names, also where a method is called the same (``student``)."""

@@ -62,7 +62,7 @@ def capture_parts(
 
 def _reason(error: CaptureError) -> str:
     """What export said, and about which line of the user's."""
-    said = first_line(error.__cause__)[:300] if error.__cause__ else str(error)
+    said = first_line(error.__cause__ or error)[:300]
     return f"{said} ({error.source})" if error.source else said
 
 

@@ -43,7 +43,7 @@ def blame(
 ) -> Blame | None:
     """The first thing that is found, if there is one."""
     found = state(student, inputs, seed, caches) or _draws(student, inputs, seed)
-    return found or _unsteady(student, inputs, seed) or _hooks(student)
+    return found or _unsteady(student, inputs, seed)
 
 
 # --------------------------------------------------------------------------- state
@@ -144,14 +144,6 @@ def _unsteady(student: nn.Module, inputs: Inputs, seed: int) -> Blame | None:
                 if fact.law is Law.OUTPUTS and not identical(x, seen[1][fact]):
                     text = f"the model does not repeat itself: {fact} differs in {mode} mode "
                     return Blame("", text + "between two equal calls, all generators seeded")
-    return None
-
-
-def _hooks(student: nn.Module) -> Blame | None:
-    """Hooks that only the backward of the user's own module runs."""
-    for path, module in student.named_modules():
-        if module._backward_hooks or module._backward_pre_hooks:
-            return Blame(path, f"{_named(path, module)} has a backward hook")
     return None
 
 
