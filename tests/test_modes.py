@@ -54,6 +54,13 @@ class Frozen(Blocks):
         return self
 
 
+class Forgets(Frozen):
+    """One that does not return itself, as is easily forgotten."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
 class Stage(Block):
     """A part with a ``train()`` of its own."""
 
@@ -147,17 +154,19 @@ def test_modules_stay_as_they_were_given(change: Callable[[nn.Module], None]) ->
     same(model, teacher)
 
 
-@pytest.mark.parametrize("kind", [Frozen, Staged])
+@pytest.mark.parametrize("kind", [Frozen, Forgets, Staged])
 @pytest.mark.parametrize("called", [False, True])
 def test_its_own_train_counts(kind: type[nn.Module], called: bool) -> None:
     """Before it was ever called, the model is in a mode that it will not be in again."""
     model = a_model(kind)
-    model = model.train() if called else model
+    if called:
+        model.train()
     teacher = expanded(model)
     assert ("real/given" in teacher.report().error) is not called
     same(model, teacher)
     for mode in (False, True):
-        same(model.train(mode), teacher.train(mode))
+        model.train(mode), teacher.train(mode)
+        same(model, teacher)
     if kind is Staged:
         model.get_submodule("blocks.2").eval(), teacher.get_submodule("blocks.2").eval()
         with pytest.raises(gpdfx.InputError, match=r"blocks.2 \(Stage\) in eval"):
@@ -171,7 +180,7 @@ def test_its_own_train_counts(kind: type[nn.Module], called: bool) -> None:
 def test_parts_stay_as_they_were_given(path: str) -> None:
     model, _ = loop()
     model.get_submodule(path).eval()
-    teacher = expanded(model)
+    teacher = expanded(model, verify=path == "attend")
     assert "" not in parts(teacher)
     same(model, teacher)
     for mode in (True, False):
@@ -191,6 +200,12 @@ def test_another_mode_is_refused_by_name() -> None:
     assert "before expand" in str(caught.value.remedy)
     teacher.student(next(inputs()))  # the user's own module can
     teacher.get_submodule("blocks.0.norm").training = True
+    teacher(next(inputs()))
+    flags = {module: module.training for module in teacher.modules()}
+    teacher.eval()
+    for module, flag in flags.items():  # as after an evaluation
+        module.training = flag
+    assert teacher.training
     teacher(next(inputs()))
     freeze_norms(teacher.get_submodule("stem").eval())
     teacher(next(inputs()))

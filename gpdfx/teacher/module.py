@@ -308,9 +308,18 @@ class Teacher(nn.Module):
         """One of the modes that were captured."""
         self._modes.enter(mode)
         for module in self.modules():
-            if not isinstance(module, Inner):
+            if not isinstance(module, Inner | Teacher):
                 module.training = self._student.training
         return self
+
+    @property
+    def training(self) -> bool:  # that of the student, which it stands for
+        return self._student.training
+
+    @training.setter
+    def training(self, training: bool) -> None:
+        if "_modes" in self.__dict__:  # nn.Module sets it before there are any
+            self._modes.set("", "training", training)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         refuse_other(self, name, module)

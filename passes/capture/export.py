@@ -229,7 +229,9 @@ def _export_site(
 def _called(student: nn.Module, site: CallSite) -> nn.Module:
     """A copy of a module as it is when it is called. Its ``train()`` may do more than set flags."""
     module = duplicate(student.get_submodule(site.path))
-    return set_flags(module if site.mode == GIVEN else module.train(site.training), site.flags)
+    if site.mode != GIVEN:
+        module.train(site.training)
+    return set_flags(module, site.flags)
 
 
 def _check_constants(module: nn.Module, exported: ExportedProgram) -> None:

@@ -35,7 +35,7 @@ def modes_of(student: nn.Module) -> dict[str, Flags]:
     found = {TRAIN: (True,) * len(given), EVAL: (False,) * len(given)}
     if any(type(m).train is not nn.Module.train or "train" in vars(m) for m in student.modules()):
         copy = duplicate(student)
-        found = {mode: flags_of(copy.train(mode == TRAIN)) for mode in found}
+        found = {mode: flags_of(enter(copy, mode, {})) for mode in found}
     return found if given in found.values() else {**found, GIVEN: given}
 
 
