@@ -29,6 +29,7 @@ from .memory import give_back
 from .passes import PASSES
 from .passes.assign import assign
 from .passes.capture.export import capture, whole
+from .passes.capture.hooks import hooked_modules, hooked_parameters
 from .passes.capture.limits import LEVELS
 from .passes.capture.submodules import capture_parts
 from .passes.infer import NeedsFunctional
@@ -111,7 +112,7 @@ def expand(
             eval and train mode (see ``gpdfx.check.laws``).
 
     Returns:
-        The teacher, in the model's training mode, with the model's dtype and device.
+        The teacher, its modules in train or eval mode as the model's, with its dtype and device.
 
     Raises:
         InputError: a bad argument, or a model in a form that cannot be expanded.
@@ -128,7 +129,8 @@ def expand(
         ("dynamic", dynamic, LEVELS),
     ):
         check_choice(name, given, known)
-    control = make_control(model, ratio, keep, round_to, branches)
+    hooks = hooked_parameters(model)
+    control = make_control(model, ratio, keep, round_to, branches).without(hooks)
     options = ExpandOptions(
         control, scales, shares, extract, tuple(features), randomness, dynamic, seed
     )
@@ -149,7 +151,10 @@ def expand(
             return make_report(program, teacher, control, example, laps, check, scales)
 
         teacher = Teacher(compiled, describe)
-    return teacher.train(model.training)
+        for name, of in hooks.items():
+            for hook in of:
+                teacher.get_parameter(name).register_hook(hook)
+    return teacher
 
 
 def _checked(
@@ -163,7 +168,8 @@ def _checked(
     """What the teacher is built from, and its certificate. A module of which the check finds that
     its graph is not its function is taken apart, too; if that does not help, the first error
     counts."""
-    apart, first, most = dict(python.apart), None, len(python.apart) + APART
+    apart, first = {**hooked_modules(model), **python.apart}, None
+    most = len(apart) + APART
     while True:
         try:
             compiled = Compiled.of(

@@ -14,7 +14,7 @@ import itertools
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -49,6 +49,11 @@ class Control:
     def keeps(self, names: Sequence[str]) -> bool:
         """True if a parameter has to stay."""
         return any(covers(pattern, names) for pattern in self.keep)
+
+    def without(self, names: Iterable[str]) -> Control:
+        """The same, but that these parameters stay, and have no branches."""
+        bare = dict.fromkeys(names, NONE)
+        return replace(self, keep=(*self.keep, *bare), branches=self.branches | bare)
 
     def branches_of(self, names: Sequence[str]) -> BranchSet:
         """The branch set asked for a weight."""

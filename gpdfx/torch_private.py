@@ -342,6 +342,17 @@ def version(x: Tensor) -> int:
     return x._version
 
 
+# --------------------------------------------------------------------------- hooks
+def gradient_hooks(p: Tensor) -> list[Callable[..., Any]]:
+    """What ``register_hook`` was given."""
+    return [*(p._backward_hooks or {}).values()]
+
+
+def accumulation_hooks(p: Tensor) -> list[Callable[..., Any]]:
+    """What ``register_post_accumulate_grad_hook`` was given."""
+    return [*(p._post_accumulate_grad_hooks or {}).values()]
+
+
 # --------------------------------------------------------------------------- kinds
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm,)
 """The base of all batch norms, the synchronized one too."""

@@ -13,7 +13,7 @@ from .branch import branch
 from .canonicalize import canonicalize
 from .capture.inline import inline
 from .features import add_features
-from .follow import follow_device, follow_dtype
+from .follow import follow_device, follow_dtype, follow_momentum
 from .infer import infer
 from .lower import lower
 from .widen import widen
@@ -30,6 +30,7 @@ PASSES: tuple[Pass, ...] = (
     widen,  # the teacher's graphs, maps and shares
     branch,  # other ways to write a weight
     lower,  # layers that one fold computes together
+    follow_momentum,  # a baked momentum becomes the batch norm's
     add_features,  # results of inner modules become outputs
 )
 """From what capture gives to what a teacher is built from."""

@@ -1,17 +1,21 @@
-"""Follow: dtype and device constants that capture baked become the parameters' own."""
+"""Follow: dtype and device constants that capture baked become the parameters' own, and momenta the
+batch norms'."""
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..errors import CaptureError
-from ..torch_private import tree_leaves
+from ..torch_private import BATCH_NORMS, tree_leaves
 from .capture.inline import inline
 from .capture.submodules import recapture
-from .program import Program, duplicate, is_tensor, value
+from .program import Program, bind, copied, duplicate, is_tensor, origin, value
+from .widen import Widened
 
 aten = torch.ops.aten
 
@@ -194,3 +198,37 @@ def _attribute(program: Program, node: fx.Node, name: str, baked: Any) -> Any:
                 source.meta["val"] = tensor
                 return node.graph.call_function(getattr, (source, name))
     return baked
+
+
+# --------------------------------------------------------------------------- momenta
+_NORMS = {aten.batch_norm.default, aten._native_batch_norm_legit_functional.default}
+
+
+def follow_momentum(program: Widened) -> Widened:
+    """Let the teacher's graphs read the momentum of a batch norm where it is the module's, which
+    may change (``swa_utils.update_bn`` sets it to ``None``)."""
+    modules, graphs = dict(program.student.named_modules()), dict(program.graphs)
+    for key, mode in program.modes.items():
+        graph, calls = copied(graphs[key]), Counter[str]()
+        paths = {node.name: origin(node).path for node in mode.nodes if node.target in _NORMS}
+        for node in (n for op in _NORMS for n in graph.find_nodes(op="call_function", target=op)):
+            path, given = paths.get(node.meta.get("of", ""), ""), bind(node)
+            norm: Any = modules.get(path)
+            if isinstance(norm, BATCH_NORMS) and given["training"]:
+                calls[path] += 1
+                if given["momentum"] == norm.momentum and norm.track_running_stats:
+                    with graph.inserting_before(node):
+                        ahead = calls[path] if program.functional else 0
+                        read = graph.call_function(momentum, (graph.get_attr(path), ahead))
+                    node.args = tuple((given | {"momentum": read}).values())
+                    node.kwargs = {}
+        graphs[key] = graph
+    return replace(program, graphs=graphs)
+
+
+def momentum(norm: Any, ahead: int) -> float:
+    """How much a batch counts in the statistics: as much as all before it, if there is no momentum.
+    ``ahead``: batches that are counted when the graph ends."""
+    if norm.momentum is None:
+        return 1.0 / (float(norm.num_batches_tracked) + ahead)
+    return float(norm.momentum)

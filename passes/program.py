@@ -37,21 +37,34 @@ _NOT_THE_USERS = ("<", copy.__file__, *(f"{folder}{os.sep}" for folder in _FOLDE
 generated."""
 
 
+Flags = tuple[bool, ...]
+"""``training`` of a module and of all in it, in the order of ``modules()``."""
+
+
 @dataclass(frozen=True)
 class CallSite:
     """What is captured: a module of the student, in a mode, for a call of one structure.
 
-    ``path``: of the module, empty for the whole network; ``tensors``: those of the example call.
+    ``path``: of the module, empty for the whole network; ``mode``: of the network, see
+    ``capture.modes``; ``flags``: of the module, when it is called; ``tensors``: those of the
+    example call.
     """
 
     path: str
-    training: bool
+    mode: str
+    flags: Flags
     call: Call
     tensors: tuple[torch.Tensor, ...]
 
     @property
-    def mode(self) -> str:
-        return "train" if self.training else "eval"
+    def training(self) -> bool:
+        return self.flags[0]
+
+    @property
+    def state(self) -> str | Flags:
+        """What tells its graph from those of other modes: two of these may have the same graph of
+        a part; the flags of a network may be no more than a part of what its ``train()`` does."""
+        return self.flags if self.path else self.mode
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,8 @@ class Program:
     """A network as data.
 
     ``student``: a private copy of the user's module, with the tensors that the graphs name.
-    ``modes``: ``train`` and ``eval``; or, where the network was captured in parts, one for every
+    ``modes``: ``train`` and ``eval``, and ``given`` where that is another (``flags``: of the
+    student's modules in each); or, where the network was captured in parts, one for every
     part, mode and structure of call. ``tensors``: what ``get_attr`` nodes name, by the student's
     own names; ``alias``: other name -> name, for tied tensors. ``children``: sub-graphs that
     higher-order ops call. ``apart``: modules that stay the user's Python -> why. ``functional``:
@@ -88,6 +102,7 @@ class Program:
     children: dict[str, nn.Module]
     apart: dict[str, str] = field(default_factory=dict)
     functional: bool = False
+    flags: dict[str, Flags] = field(default_factory=dict)
     options: ExpandOptions = field(default_factory=ExpandOptions, kw_only=True)
 
     @property

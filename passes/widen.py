@@ -69,6 +69,7 @@ class Widened(Assigned):
         """Also: the teacher's graphs."""
         super().check()
         known = {*self.tensors, *self.children, *self.shares, *self.constants}
+        known |= {path for path, _ in self.student.named_modules()}
         for name, graph in self.graphs.items():
             check_graph(name, graph, known, modules=True)
 

@@ -228,6 +228,19 @@ def test_writes_are_counted() -> None:
         torch_private.version(frozen)
 
 
+# --------------------------------------------------------------------------- hooks
+def test_hooks_of_a_parameter_are_listed() -> None:
+    """Those of its gradient, and those after it; each is gone once it is removed."""
+    p, first, second = nn.Parameter(torch.ones(2)), list[Tensor](), list[Tensor]()
+    assert torch_private.gradient_hooks(p) == torch_private.accumulation_hooks(p) == []
+    one = p.register_hook(first.append)
+    other = p.register_post_accumulate_grad_hook(second.append)
+    assert torch_private.gradient_hooks(p) == [first.append]
+    assert torch_private.accumulation_hooks(p) == [second.append]
+    one.remove(), other.remove()
+    assert torch_private.gradient_hooks(p) == torch_private.accumulation_hooks(p) == []
+
+
 # --------------------------------------------------------------------------- kinds
 def test_norms_have_one_base() -> None:
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm2d)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..errors import LossyError
+from ..passes.capture.modes import enter
 from ..passes.follow import bakes_constants, casts_on_purpose
 from ..passes.program import Program, duplicate
 from ..passes.widen import Widened
@@ -115,15 +116,15 @@ def _smaller(program: Widened, teacher: StreamingTeacher, example: Inputs) -> In
         if shapes[0] == shapes[1]:
             return None
         inputs: Inputs = call.unflatten(cut[0])
-        runs = (_runs(program.student, inputs, training) for training in (True, False))
+        runs = (_runs(program, inputs, mode) for mode in program.flags)
         if all(shape == shapes[1] for shape in shapes[2:]) and all(runs):
             return inputs
     return None
 
 
-def _runs(student: nn.Module, inputs: Inputs, training: bool) -> bool:
+def _runs(program: Program, inputs: Inputs, mode: str) -> bool:
     try:
-        observe(duplicate(student, ours=True).train(training), inputs, 0)
+        observe(enter(duplicate(program.student, ours=True), mode, program.flags), inputs, 0)
     except Exception:  # not one of the model's sizes
         return False
     return True

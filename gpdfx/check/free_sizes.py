@@ -20,6 +20,7 @@ from torch import nn
 from ..calls import tree
 from ..calls.sizes import Sizes, evaluate, names_in
 from ..passes.capture.limits import LEVELS
+from ..passes.capture.modes import set_flags
 from ..passes.program import CallSite
 from ..teacher.captured import Section
 from .facts import Fact, Inputs, Law, Observed, difference, floating
@@ -38,26 +39,26 @@ def free_sizes(pair: Pair, floor: float) -> dict[str, tuple[Sizes, str]]:
     module refuses, the other one does, too. ``floor``: what rounding may make without being
     amplified."""
     teacher, found = pair.teacher, dict[str, tuple[Sizes, str]]()
-    for training in (False, True):
-        student = pair.copy().train(training)
-        teacher.train(training)
-        calls = calls_of(pair.copy().train(training), list(teacher._parts), pair.inputs)
+    for mode in teacher._modes.captured:
+        student = pair.copy_in(mode)
+        teacher._enter(mode)
+        calls = calls_of(pair.copy_in(mode), list(teacher._parts), pair.inputs)
         for key, section in teacher.sections.items():
-            if section.training == training:
-                path = teacher.sites[key].path
-                module = student.get_submodule(path)
-                flat = call_of(section, [*calls.get(path, []), _as(pair, teacher.sites[key])])
+            if section.site.mode == mode:
+                path = section.site.path
+                module = set_flags(student.get_submodule(path), section.site.flags)
+                flat = call_of(section, [*calls.get(path, []), _as(pair, section.site)])
                 visits = _Visits(pair, student, module, section, path, flat, min(floor, FAR))
                 found[key] = visits.found()
     pair.reload()
     lowest: dict[str, str] = {}
     for key, (_, level) in found.items():
-        path = teacher.sites[key].path
+        path = teacher.sections[key].site.path
         lowest[path] = max(lowest.get(path, level), level, key=LEVELS.index)
     return {
         key: (sizes.pinned(site.call.shapes, lowest[site.path]), lowest[site.path])
         for key, (sizes, _) in found.items()
-        if (site := teacher.sites[key])
+        if (site := teacher.sections[key].site)
     }
 
 

@@ -18,6 +18,7 @@ import torch
 from ..algebra.gather import gather
 from ..calls import tree
 from ..errors import InputError, LossyError
+from ..passes.capture.modes import EVAL, GIVEN, TRAIN
 from ..passes.follow import asked
 from ..passes.program import duplicate
 from ..passes.widen import Widened
@@ -39,8 +40,10 @@ from .visit import BUG, Pair, Visit, WrittenError, rounding, visit
 CEILING = 1e-7  # where rounding itself is amplified
 SINGLE = 1e-5  # where the network computes in float32 whatever its parameters are
 NARROW = 100  # of the user's own dtype: how many of its last bits outputs may differ by
+MODES = (EVAL, TRAIN, GIVEN)
+"""In the order in which they are looked at."""
 CALLS = 3
-"""In a row, in train mode, on different inputs; one more, in eval mode, follows."""
+"""In a row, not in eval mode, on different inputs; one more, in eval mode, follows."""
 _NOISY = (
     "rounding alone changes this network's result as much on this example (batch norm over very "
     "few values, as a rule): pass example_inputs with a larger batch or a larger image"
@@ -104,6 +107,7 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
     findings, moved = list[Finding](), set[str]()
     vacuous, unseen = list[str](), dict[str, str]()
     left_out: dict[str, None] = {}
+    modes = sorted(program.flags, key=MODES.index)
     for weights in ("probe", "real"):
         teacher.forget_student()  # the last student is forgotten before the next is made
         student = attempt.student(program.student, probe=weights == "probe")
@@ -114,7 +118,7 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
                 free = free_sizes(pair, _floor(attempt))
                 if attempt.cut and any(free[k][1] != m.level for k, m in program.modes.items()):
                     raise UndecidedError("it is not free in its sizes")
-            for mode in ("eval", "train"):
+            for mode in modes:
                 seen, found, noisy = _same_function(program, pair, attempt, weights, mode)
                 findings += found
                 left_out |= dict.fromkeys(noisy)
@@ -123,7 +127,7 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
                 moved |= seen.moved
                 if missing := GRADIENTS[seen.gradients]:
                     unseen[mode] = missing
-                if mode == "train" and len(seen.turns) < CALLS:
+                if mode != EVAL and len(seen.turns) < CALLS:
                     told = f"{SEQUENCE}: the model takes {1 + len(seen.turns)} in a row"
                     left_out[told] = None
         if weights == "probe":
@@ -133,7 +137,7 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
                 raise lossy(findings[-1])
         del student, pair
     findings.append(_student_follows(teacher, precision.inputs, attempt.seed))
-    findings.append(Finding(_SIZES, "eval, train", 0.0, "", FAR))
+    findings.append(Finding(_SIZES, ", ".join(modes), 0.0, "", FAR))
     parameters = program.student.named_parameters()
     dead = tuple(n for n, p in parameters if n not in moved and p.is_floating_point())
     dtype = precision.dtype or torch.get_default_dtype()
@@ -152,7 +156,7 @@ def _same_function(
 ) -> tuple[Visit, list[Finding], list[str]]:
     """All that is observed in a mode is the same, call after call; what rounding decides on the
     real weights is left out."""
-    seen = visit(pair, mode, differentiate=True, calls=CALLS if mode == "train" else 1)
+    seen = visit(pair, mode, differentiate=True, calls=1 if mode == EVAL else CALLS)
     where = f"{weights}/{mode}"
     if seen.silent and weights == "probe":
         raise UndecidedError(f"every output is zero or nan in {mode} mode", remedy=_ZERO)
@@ -248,7 +252,7 @@ def _in_own_dtype(
     kinds = {t.dtype for t in (*student.parameters(), *floats) if t.is_floating_point()}
     exact = NARROW * max((torch.finfo(kind).eps for kind in kinds), default=0.0)
     pair = Pair(student.requires_grad_(False), teacher, compiled.example, seed, borrow=False)
-    for mode in ("eval", "train"):
+    for mode in sorted(compiled.program.flags, key=MODES.index):
         where = f"own/{mode}"
         try:
             pair.load()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..calls import tree
+from ..passes.capture.modes import EVAL, TRAIN, enter
 from ..passes.program import duplicate
 from ..torch_private import BATCH_NORMS, NORMS, tree_leaves
 from .facts import Inputs, floating
@@ -65,7 +66,7 @@ def jitter(x: Tensor, draw: torch.Generator) -> None:
 def settle_statistics(student: nn.Module, inputs: Inputs) -> None:
     """Let batch norm have the statistics of this batch: with random ones a deep network multiplies
     every difference, that of rounding too."""
-    run = duplicate(student, ours=True).train()
+    run = enter(duplicate(student, ours=True), TRAIN, {})
     norms: list[Any] = [m for m in run.modules() if isinstance(m, BATCH_NORMS)]
     for m in norms:
         m.momentum = 1.0
@@ -170,7 +171,7 @@ def _castings(inputs: Inputs) -> Iterator[Inputs]:
 
 def _outputs(student: nn.Module, precision: Precision) -> list[Tensor] | None:
     """What a network returns; ``None`` if it does not run: some bake float32 tensors."""
-    run = precision.convert(duplicate(student, ours=True)).eval()
+    run = enter(precision.convert(duplicate(student, ours=True)), EVAL, {})
     args, kwargs = tree.fresh(precision.inputs)
     try:
         with torch.no_grad(), keep_rng(), precision():

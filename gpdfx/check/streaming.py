@@ -24,7 +24,7 @@ from ..algebra.gather import gather, scatter
 from ..kernels import copies
 from ..kernels.fold import elements
 from ..passes.folded import Folded, Lowered, Make, merged, plain, students, teachers
-from ..passes.program import CallSite, Mode, copied, mutated
+from ..passes.program import Mode, copied, mutated
 from ..teacher.captured import Section
 from ..teacher.compiled import Compiled
 from ..teacher.extract import Maps
@@ -90,7 +90,7 @@ class StreamingTeacher(Teacher):
 
     ``folded``: the smallest layer of each form of fused folds; branches of others have no values.
     ``names``: those that are gathered; one that a graph writes to is a real one. ``graphs``: as
-    they run; ``sections``: made of them; ``sites``: what they are graphs of. ``noise``: a seed;
+    they run; ``sections``: made of them. ``noise``: a seed;
     every copy of a number then differs from the others, by a tenth at most.
     """
 
@@ -109,7 +109,6 @@ class StreamingTeacher(Teacher):
             ),
             graphs={},
             sections={},
-            sites={},
             noise=None,
             _given={},
             _attributes=compiled.python.kept,
@@ -125,7 +124,6 @@ class StreamingTeacher(Teacher):
     folded: frozenset[str]
     graphs: dict[str, fx.Graph]
     sections: dict[str, Section]
-    sites: dict[str, CallSite]
     noise: int | None
     _lowered: Mapping[str, Lowered]
     _given: dict[str, Tensor]
@@ -147,7 +145,6 @@ class StreamingTeacher(Teacher):
             node.target = self.share
         for node in graph.find_nodes(op="call_function", target=aten.conv2d.default):
             node.target = conv2d
-        self.sites[key] = mode.site
         self.sections[key] = section = super()._section(key, mode, graph, compiled)
         return section
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..algebra.gather import gather
 from ..calls import tree
 from ..errors import InputError, LossyError
+from ..passes.capture.modes import EVAL, enter
 from ..passes.program import duplicate, source_line
 from .facts import Errors, Fact, Inputs, Law, Observed, errors_of, floating, scales_of
 from .observe import GRADIENTS, observe
@@ -22,8 +23,8 @@ from .streaming import StreamingTeacher
 BUG = "this is a bug in gpdfx: please report it with the network"
 
 
-Turns = tuple[tuple[int, bool], ...]
-"""Number and mode, training or not, of calls."""
+Turns = tuple[tuple[int, str], ...]
+"""Number and mode of calls."""
 
 
 class WrittenError(Exception):
@@ -45,6 +46,14 @@ class Pair:
         """Another student, with buffers of its own."""
         shared = {id(p): p for p in self.student.parameters()} if self.borrow else None
         return duplicate(self.student, shared, ours=True)
+
+    def enter(self, student: nn.Module, mode: str) -> nn.Module:
+        """Bring a copy into a mode."""
+        return enter(student, mode, self.teacher._modes.captured)
+
+    def copy_in(self, mode: str) -> nn.Module:
+        """``copy``, in a mode."""
+        return self.enter(self.copy(), mode)
 
     def digest(self) -> list[float]:
         """Another one after a copy has written to what it borrows."""
@@ -91,15 +100,15 @@ class Visit:
 
 def visit(pair: Pair, mode: str, *, differentiate: bool, calls: int = 1) -> Visit:
     """Call both in one mode, several times in a row, the first time with gradients; after several
-    in train mode once more in eval mode, on what these have left. Raises ``WrittenError`` if
+    once more in eval mode, on what these have left. Raises ``WrittenError`` if
     borrowed parameters are written to."""
     pair.reload()
     teacher = pair.teacher
-    teacher.train(mode == "train")
+    teacher._enter(mode)
     before, run = pair.digest(), pair.copy()
     levels = tuple(GRADIENTS) if differentiate else ("none",)
-    turns = tuple((k, mode == "train") for k in range(1, calls))
-    turns += ((calls, False),) if calls > 1 and mode == "train" else ()
+    turns = tuple((k, mode) for k in range(1, calls))
+    turns += ((calls, EVAL),) if calls > 1 else ()
     run, expected, gradients, turns = _run_student(pair, run, mode, levels, turns)
     if pair.digest() != before:
         raise WrittenError
@@ -135,7 +144,7 @@ def _run_student(
 ) -> tuple[nn.Module, Observed, str, Turns]:
     """A copy that ran, what it showed, which of ``GRADIENTS`` it has, and the turns it took."""
     for level in levels:
-        run.train(mode == "train")
+        pair.enter(run, mode)
         parts = pair.teacher._parts_in(run)
         asked = {n: p for n, p in run.named_parameters() if p.is_floating_point()}
         try:
@@ -155,8 +164,8 @@ def _run_student(
             for p in asked.values():  # a backward that failed may have left some
                 p.requires_grad_(False).grad = None
     seen |= _student_buffers(pair, run, 0)
-    for place, (k, training) in enumerate(turns):
-        run.train(training)
+    for place, (k, then) in enumerate(turns):
+        pair.enter(run, then)
         try:
             inputs = other_inputs(pair.inputs, k)
             more = observe(run, inputs, pair.seed + k, parts=parts, number=k)
@@ -175,8 +184,8 @@ def _run_teacher(pair: Pair, gradients: str, expected: Observed, turns: Turns) -
         own = teacher.own_gradient(str(fact.which), seen[fact])
         seen[fact] = own
     seen |= _teacher_buffers(teacher, expected, 0)
-    for k, training in turns:
-        teacher.train(training)
+    for k, mode in turns:
+        teacher._enter(mode)
         seen |= look(other_inputs(pair.inputs, k), pair.seed + k, number=k)
         seen |= _teacher_buffers(teacher, expected, k)
     return seen

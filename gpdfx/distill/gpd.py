@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from ..compiler import expand
 from ..control import covers
 from ..errors import InputError, suggest
+from ..passes.capture.modes import TRAIN
 from ..teacher.collapse import collapse
 from ..teacher.module import Teacher
+from ..torch_private import gradient_hooks
 from . import streams
 from .collect import run_with_features
 from .features import FeatureLoss
@@ -112,6 +114,9 @@ class GPD(nn.Module):
             nn.Parameter(plain[name].detach().clone(), requires_grad=plain[name].requires_grad)
             for name in self._own_names
         )
+        for name, own in self.own_parameters().items():
+            for hook in gradient_hooks(self.teacher.get_parameter(name)):
+                own.register_hook(hook)
         if static_teacher is not None:
             static_teacher = static_teacher.eval().requires_grad_(False)
         object.__setattr__(self, "_static", static_teacher)
@@ -123,11 +128,11 @@ class GPD(nn.Module):
 
     def _build_features(self, features: FeatureLoss) -> None:
         """One loss for the teacher, one for the student, each for its own widths."""
-        training = self.training
-        self.eval()
+        mode = self.teacher._modes.mode or TRAIN
+        self.teacher.eval()
         with torch.no_grad():
             *both, static = self._run(*self.teacher._facts.example)
-        self.train(training)
+        self.teacher._enter(mode)
         assert static is not None
         for name, outputs in zip(("teacher", "student"), both, strict=True):
             loss = copy.deepcopy(features)
@@ -229,7 +234,7 @@ class GPD(nn.Module):
         plain = collapse(self.teacher)
         for name, own in self.own_parameters().items():
             plain.get_parameter(name).copy_(own)
-        return plain.train(self.training)
+        return plain
 
     # ---- nn.Module's other duties
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GPD:

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..calls import tree
 from ..errors import InputError
+from ..passes.capture.modes import EVAL, enter
 from ..passes.capture.submodules import slow_attention
 from ..passes.folded import Folded, Make
 from ..passes.program import Module, duplicate
@@ -93,7 +94,7 @@ class Subject:
     def _copy(self, module: Module) -> Module:
         shared = chain(module.parameters(), module.buffers() if self.mode else ())
         memo = {id(x): self._stand_in(x) for x in shared}
-        return duplicate(module, self.constants | memo).eval()
+        return enter(duplicate(module, self.constants | memo), EVAL, {})
 
     def _stand_in(self, x: Any) -> Any:
         return self.mode.from_tensor(x) if self.mode and isinstance(x, Tensor) else x

@@ -12,6 +12,7 @@ from torch import fx
 
 from ..algebra.axes import leaves
 from ..errors import InputError
+from ..passes.capture.modes import GIVEN
 from ..passes.program import is_tensor, origin, value
 from ..passes.widen import Widened
 from ..teacher.module import Teacher
@@ -82,7 +83,7 @@ def data_flow(widened: Widened) -> nx.DiGraph:
     import networkx as nx
 
     inference, widths = widened.inference, widened.widths
-    modes = [m for m in widened.modes.values() if not m.site.training]
+    modes = [m for m in widened.modes.values() if not m.site.training and m.site.mode != GIVEN]
     bridged = {b.node: b.reason for b in widened.bridges}
     flow = nx.DiGraph()
     reach: dict[fx.Node, set[str]] = {}  # the layers that a node's value comes from

@@ -342,7 +342,7 @@ def _capture(widened: Widened, teacher: Teacher) -> Capture:
     calls = [(m.site.path, n.name) for m in modes for n in m.nodes if n.op == "call_function"]
     inputs: dict[str, str] = {}
     for path, part in teacher._parts.items():  # of every part, if it was captured in parts
-        section = next((s for s in part.sections if not s.training), part.sections[0])
+        section = next((s for s in part.sections if not s.site.training), part.sections[0])
         sizes = section.sizes.describe(section.call.names)
         inputs |= {f"{path}({name})" if path else name: text for name, text in sizes.items()}
     apart, nodes = widened.apart, len(set(calls))

@@ -18,7 +18,7 @@ from ..calls.sizes import Sizes
 from ..errors import InputError
 from ..kernels.regions import exit_recompute, recompute
 from ..passes.folded import Folded, read, reads
-from ..passes.program import Mode, copied
+from ..passes.program import Flags, Mode, copied
 
 
 class Section:
@@ -26,15 +26,15 @@ class Section:
 
     def __init__(self, mode: Mode, graph: fx.Graph, sizes: Sizes) -> None:
         self.reads_folded = bool(reads(graph))
-        self.training, self.call, self.out = mode.site.training, mode.site.call, mode.out
+        self.site, self.call, self.out = mode.site, mode.site.call, mode.out
         self.sizes = sizes
         graph = _outlined(copied(graph))
         _read_late(graph)
         self.code = _Code.of(graph)
 
-    def alike(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def alike(self, state: str | Flags, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call has the mode and the structure of this one's, whatever its sizes."""
-        if self.training == training:
+        if self.site.state == state:
             with contextlib.suppress(InputError):
                 self.call.flatten(args, kwargs)
                 return True
@@ -69,24 +69,27 @@ class Part:
         self,
         net: nn.Module,
         folded: Folded,
-        training: bool,
+        state: str | Flags,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         features: list[Any] | None = None,
     ) -> Any:
-        """Run the first graph that holds for a call. Raises ``InputError`` if none does."""
+        """Run the first graph that holds for a call in a state (see ``CallSite``). Raises
+        ``InputError`` if none does."""
         refused: InputError | None = None
-        for section in (s for s in self.sections if s.training == training):
+        for section in (s for s in self.sections if s.site.state == state):
             try:
                 flat = section.flatten(args, kwargs)
             except InputError as error:
                 refused = refused or error
                 continue
             return section(net, folded, flat, features)
-        mode = "train" if training else "eval"
+        mode = "train" if state[0] else "eval"
+        mode += " mode" if len({*state}) == 1 else " mode, and some of its modules in the other"
         raise refused or InputError(
-            f"{self.path} is called in {mode} mode, which the example did not do",
-            remedy="expand the model with example inputs that reach it in both modes",
+            f"{self.path} is called in {mode}, which the example did not do",
+            remedy="expand the model with example inputs that reach it in both modes, and with its "
+            "modules in the modes that they are to have",
         )
 
     def take_over(self, module: nn.Module, net: nn.Module, folded: Folded) -> None:
@@ -95,20 +98,21 @@ class Part:
         Python. ``folded``: filled when it runs."""
         plain = copy.copy(module)  # over the same parameters, buffers and modules
         module.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
-        module.forward = partial(self._forward, net, folded, module, plain)
+        module.forward = partial(self._forward, net, folded, list(module.modules()), plain)
 
     def _forward(
         self,
         net: nn.Module,
         folded: Folded,
-        module: nn.Module,
+        modules: list[nn.Module],
         plain: nn.Module,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if any(section.alike(module.training, args, kwargs) for section in self.sections):
-            return self(net, folded, module.training, args, kwargs)
-        plain.training = module.training
+        flags = tuple(m.training for m in modules)
+        if any(section.alike(flags, args, kwargs) for section in self.sections):
+            return self(net, folded, flags, args, kwargs)
+        plain.training = modules[0].training
         return plain(*args, **kwargs)
 
 

@@ -39,4 +39,4 @@ def filled(teacher: Teacher, like: nn.Module) -> nn.Module:
     buffers = teacher._student_buffers()
     for name, buffer in plain.named_buffers():
         buffer.copy_(buffers[name])
-    return plain.train(teacher.training)
+    return plain

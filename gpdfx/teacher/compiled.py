@@ -16,6 +16,7 @@ from ..calls import tree
 from ..calls.sizes import Sizes, input_sizes
 from ..control import ExpandOptions
 from ..errors import InputError
+from ..passes.capture.modes import enter, modes_of
 from ..passes.program import duplicate, source_line
 from ..passes.shares import Shares
 from ..passes.widen import Widened
@@ -98,8 +99,9 @@ def find_caches(student: nn.Module, example: Inputs) -> Caches:
         if isinstance(v, dict | list | Tensor | type(None)) and k not in _REGISTRIES
     }
     probe = duplicate(student)
-    for training in (True, False):
-        _try(probe.train(training), example)
+    modes = modes_of(student)
+    for mode in modes:
+        _try(enter(probe, mode, modes), example)
     found = []
     for (path, k), old in before.items():
         new = probe.get_submodule(path).__dict__.get(k)

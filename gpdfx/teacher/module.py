@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from ..algebra.frozen import Frozen
 from ..algebra.gather import gather
+from ..passes.capture.modes import EVAL, TRAIN
 from ..passes.capture.submodules import slow_attention
 from ..passes.folded import Folded, merged, module_of, students
 from ..passes.program import Mode, duplicate, unused
@@ -29,6 +30,7 @@ from .compiled import Compiled, Facts
 from .extract import Mean, take_first
 from .fold import Fold
 from .folding import Folding, Lazy, operator_get
+from .inner import Inner, Modes, refuse_other
 from .placeholders import apply_to, placeholder
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ class Teacher(nn.Module):
         # The user's module hides from nn.Module: its parameters are placeholders for the teacher's.
         hidden: dict[int, Any] = {id(p): placeholder(p) for p in student.parameters()}
         object.__setattr__(self, "_student", duplicate(student, hidden))
+        self._modes = Modes(self._student, program.flags)
         self._caches = [
             (path, name, copy.copy(vars(self._student.get_submodule(path))[name]))
             for path, name in compiled.python.caches
@@ -104,6 +107,7 @@ class Teacher(nn.Module):
         self._held: ChainMap[str, Tensor] = ChainMap()
         shell = None if "" in self._parts else self._make_python_shell()
         object.__setattr__(self, "_python_shell", shell)
+        self._enter(self._modes.mode or TRAIN)
         self._report = describe(self) if describe else None
 
     # ---- construction
@@ -127,6 +131,9 @@ class Teacher(nn.Module):
     def _register(self, program: Widened) -> None:
         tensors = {n: self._initial(n, t, program.maps[n]) for n, t in program.tensors.items()}
         tensors |= {name: tensors[first] for name, first in program.alias.items()}
+        for path, module in program.student.named_modules(remove_duplicate=False):
+            if path:
+                _add_module(self, path, Inner.of(module, path, self._modes))
         lasting = {*program.student.state_dict(keep_vars=True), *program.shares}
         for name, tensor in tensors.items():
             attach(self, name, tensor, persistent=name in lasting)
@@ -147,6 +154,7 @@ class Teacher(nn.Module):
         slow_attention(shell)
         for path, part in self._parts.items():
             part.take_over(shell.get_submodule(path), self._net, self._held)
+        self._modes.runs[1:] = [shell]
         return shell
 
     # ---- running
@@ -189,7 +197,9 @@ class Teacher(nn.Module):
     ) -> Any:
         """``features``: takes those that were asked for (``features=`` of ``expand``)."""
         if self._python_shell is None:
-            return self._parts[""](self._net, folded, self.training, args, kwargs, features)
+            if self._modes.mode is None:
+                raise self._modes.refusal()
+            return self._parts[""](self._net, folded, self._modes.mode, args, kwargs, features)
         tensors = dict(self.student_parameters(folded))
         for name, _ in self._student.named_buffers():
             tensors[name] = take_first(self._tensor(name), self._facts.maps_of(name))
@@ -199,7 +209,6 @@ class Teacher(nn.Module):
         self, folded: Folded, args: Any, kwargs: Any, own: Mapping[str, Tensor] | None = None
     ) -> Any:
         """``own``: parameters that the student does not share."""
-        self._student.train(self.training)
         tensors = dict(self.student_parameters(folded)) | dict(own or {})
         return self._run(self._student, tensors | self._student_buffers(), args, kwargs)
 
@@ -316,11 +325,29 @@ class Teacher(nn.Module):
 
     # ---- nn.Module's other duties
     def train(self, mode: bool = True) -> Teacher:
-        super().train(mode)
-        self._student.train(mode)
-        if self._python_shell is not None:
-            self._python_shell.train(mode)
+        """What the student's own does: it may keep a norm frozen."""
+        return self._enter(TRAIN if mode else EVAL)
+
+    def _enter(self, mode: str) -> Teacher:
+        """One of the modes that were captured."""
+        self._modes.enter(mode)
+        for module in self.modules():
+            if not isinstance(module, Inner | Teacher):
+                module.training = self._student.training
         return self
+
+    @property
+    def training(self) -> bool:  # that of the student, which it stands for
+        return self._student.training
+
+    @training.setter
+    def training(self, training: bool) -> None:
+        if "_modes" in self.__dict__:  # nn.Module sets it before there are any
+            self._modes.set("", "training", training)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        refuse_other(self, name, module)
+        super().add_module(name, module)
 
     def get_submodule(self, target: str) -> nn.Module:
         """By the student's names, also where a method is called the same (``student``)."""

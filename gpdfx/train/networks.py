@@ -14,6 +14,7 @@ from ..data.splits import Data, generator
 from ..distill.gpd import GPD, Criterion, Distillation, Distilled, find_logits
 from ..distill.losses import DKD, KD
 from ..errors import InputError
+from ..passes.capture.modes import flags_of, set_flags
 from ..teacher.groups import Group, param_groups
 from ..teacher.module import Teacher
 from .config import TrainConfig, refuse
@@ -78,7 +79,7 @@ def example_inputs(data: Data, seed: int) -> Tensor:
 @torch.no_grad()
 def check_logits(name: str, network: nn.Module, data: Data, seed: int) -> None:
     """Raise ``InputError`` if a network does not take the data, or has other classes."""
-    training, example = network.training, example_inputs(data, seed)
+    flags, example = flags_of(network), example_inputs(data, seed)
     try:
         logits = find_logits(network.eval()(example))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
@@ -88,7 +89,7 @@ def check_logits(name: str, network: nn.Module, data: Data, seed: int) -> None:
             "and in_chans",
         ) from error
     finally:
-        network.train(training)
+        set_flags(network, flags)
     refuse(
         logits.shape != (2, data.classes),
         f"{name} gives {tuple(logits.shape)} for 2 inputs of {data.classes} classes",

@@ -1,6 +1,7 @@
-"""Capture: a module -> ATen graphs, one for ``train()`` and one for ``eval()``.
+"""Capture: a module -> ATen graphs, one for ``train()``, one for ``eval()``, and one more where
+the user left it in neither.
 
-``torch.export`` bakes dropout, drop-path and batch norm, so each mode has its own graph; both name
+``torch.export`` bakes dropout, drop-path and batch norm, so each mode has its own graph; all name
 the same tensors, by the student's own names. Arguments and results of any structure are flattened
 by us. The user's model is never touched: copies are traced.
 """
@@ -28,13 +29,14 @@ from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape
 from . import limits
 from .intercept import forget, intercepted, put_back
 from .limits import LEVELS
+from .modes import GIVEN, modes_of, set_flags
 
 
 def whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[CallSite]:
-    """The network as one piece, in both modes."""
+    """The network as one piece, in all its modes."""
     call = Call(model, args, kwargs)
     tensors = tuple(call.flatten(args, kwargs))
-    return [CallSite("", training, call, tensors) for training in (True, False)]
+    return [CallSite("", mode, flags, call, tensors) for mode, flags in modes_of(model).items()]
 
 
 def capture(
@@ -58,7 +60,8 @@ def bare(student: nn.Module) -> Program:
     names: dict[str, torch.Tensor] = dict(itertools.chain(parameters, buffers))
     first: dict[int, str] = {}
     alias = {n: first[id(t)] for n, t in names.items() if first.setdefault(id(t), n) != n}
-    return Program(student, {}, {n: t for n, t in names.items() if n not in alias}, alias, {})
+    own = {n: t for n, t in names.items() if n not in alias}
+    return Program(student, {}, own, alias, {}, flags=modes_of(student))
 
 
 def with_module(
@@ -194,7 +197,7 @@ def _export_site(
     student: nn.Module, site: CallSite, free: Any, patience: float | None
 ) -> tuple[ExportedProgram, Pattern]:
     """Export a copy of a module whose forward takes and returns flat tensors."""
-    module = duplicate(student.get_submodule(site.path)).train(site.training)
+    module = _called(student, site)
     forward, returned = module.forward, list[Pattern]()
 
     def flat(*tensors: Any) -> tuple[Any, ...]:
@@ -226,6 +229,14 @@ def _export_site(
     return exported, returned[0]
 
 
+def _called(student: nn.Module, site: CallSite) -> nn.Module:
+    """A copy of a module as it is when it is called. Its ``train()`` may do more than set flags."""
+    module = duplicate(student.get_submodule(site.path))
+    if site.mode != GIVEN:
+        module.train(site.training)
+    return set_flags(module, site.flags)
+
+
 def _check_constants(module: nn.Module, exported: ExportedProgram) -> None:
     """A parameter that forward takes out of a plain list is a constant for export: no teacher, no
     optimizer's step and no ``functional_call`` would ever reach it."""
@@ -243,7 +254,7 @@ def _check_constants(module: nn.Module, exported: ExportedProgram) -> None:
 
 def _check_faithful(student: nn.Module, site: CallSite, exported: ExportedProgram) -> None:
     """Some models ask whether they are traced, and then compute something else."""
-    eager = duplicate(student.get_submodule(site.path)).eval()
+    eager = _called(student, site)
     args, kwargs = site.call.unflatten([x.clone() for x in site.tensors])
     with torch.no_grad(), limits.quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # dropout may be on in eval mode, too

@@ -26,6 +26,7 @@ from ...torch_private import FUSED
 from ..program import CallSite, Program, duplicate
 from .export import bare, first_line, with_module
 from .limits import LEVELS
+from .modes import enter, flags_of, modes_of
 
 Calls = dict[str, list[CallSite]]
 
@@ -65,7 +66,7 @@ def capture_parts(
 
 def _reason(error: CaptureError) -> str:
     """What export said, and about which line of the user's."""
-    said = first_line(error.__cause__)[:300] if error.__cause__ else str(error)
+    said = first_line(error.__cause__ or error)[:300]
     return f"{said} ({error.source})" if error.source else said
 
 
@@ -105,7 +106,7 @@ def _enlarged(site: CallSite) -> CallSite:
 
 
 def _alike(a: CallSite, b: CallSite) -> bool:
-    return a.training == b.training and a.call.pattern.same(b.call.pattern)
+    return a.flags == b.flags and a.call.pattern.same(b.call.pattern)
 
 
 def recapture(
@@ -124,23 +125,25 @@ def recapture(
 def record(student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
     """How every module is called in one run of each mode, up to where it fails if it does; in
     further ones, with other random numbers, if there are some that are not (layer drop)."""
-    calls: Calls = {}
+    calls, modes = Calls(), modes_of(student)
     owners = {path for path, part in student.named_modules() if list(part.parameters())}
-    for training in (True, False):
+    for mode in modes:
+        known: set[str] = set()
         for seed in range(RUNS):
             met: Calls = {}
-            run = duplicate(student).train(training)
+            run = enter(duplicate(student), mode, modes)
             own_args, own_kwargs = tree.fresh((args, kwargs))
             if seed:
                 random.seed(seed)
                 np.random.seed(seed)
                 torch.manual_seed(seed)
-            with contextlib.suppress(Exception), recording(run, met):
+            with contextlib.suppress(Exception), recording(run, met, mode=mode):
                 run(*own_args, **own_kwargs)
-            known = {path for path, sites in calls.items() if sites[-1].training == training}
-            for path in met.keys() - known:
+            new = met.keys() - known
+            for path in new:
                 calls.setdefault(path, []).extend(met[path])
-            if owners <= known | met.keys() or (seed >= 3 and met.keys() <= known):
+            known |= new
+            if owners <= known or (seed >= 3 and not new):
                 break
     return calls
 
@@ -166,13 +169,15 @@ def _shuffled(student: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def recording(run: nn.Module, calls: Calls, paths: Sequence[str] | None = None) -> Iterator[None]:
+def recording(
+    run: nn.Module, calls: Calls, paths: Sequence[str] | None = None, mode: str = ""
+) -> Iterator[None]:
     """While it lasts, the calls of the modules (all, or ``paths``) are written down; gradients are
     on, as in training, so that no module takes a shortcut for inference."""
     with contextlib.ExitStack() as stack:
         for path, module in run.named_modules():
             if paths is None or path in paths:
-                note = partial(_note, calls, path)
+                note = partial(_note, calls, path, mode)
                 handle = module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
                 stack.enter_context(handle)
         slow_attention(run)
@@ -180,11 +185,12 @@ def recording(run: nn.Module, calls: Calls, paths: Sequence[str] | None = None) 
         yield
 
 
-def _note(calls: Calls, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+def _note(calls: Calls, path: str, mode: str, module: nn.Module, args: Any, kwargs: Any) -> None:
     with contextlib.suppress(TypeError, ValueError):  # a forward without signature
         call = Call(module, args, kwargs)
         tensors = tuple(x.detach() for x in call.flatten(args, kwargs))
-        calls.setdefault(path, []).append(CallSite(path, module.training, call, tensors))
+        site = CallSite(path, mode, flags_of(module), call, tensors)
+        calls.setdefault(path, []).append(site)
 
 
 def slow_attention(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from ...algebra.gather import gather
 from ...calls import tree
 from ...calls.sizes import input_sizes
 from ...errors import InputError
+from ...passes.capture.modes import enter, flags_of
 from ...passes.capture.submodules import Calls, recording
 from ...passes.folded import reads
 from ...passes.program import CallSite, module_path, source
@@ -29,11 +30,11 @@ NOTICED = 1e-9  # where student and teacher part
 def first_difference(program: Widened, pair: Pair, mode: str) -> dict[str, Any]:
     """Node, module path and source line at which student and teacher part; empty if unknown."""
     student, teacher = pair.student, pair.teacher
-    calls = calls_of(student.train(mode == "train"), program.parts, pair.inputs)
+    calls = calls_of(enter(student, mode, program.flags), program.parts, pair.inputs)
     tensors = program.tensors | program.children
     tensors |= dict(student.named_parameters()) | dict(student.named_buffers())
     for key, captured in program.modes.items():
-        if captured.site.mode != mode:
+        if not _runs_in(captured.site, student, mode):
             continue
         graph = teacher.graphs[key]
         try:
@@ -59,14 +60,14 @@ def first_difference(program: Widened, pair: Pair, mode: str) -> dict[str, Any]:
 def guilty_part(pair: Pair, mode: str, allowed: float) -> str | None:
     """The first of several captured modules that, called alone, does not give what the student's
     gives: outputs and gradients."""
-    teacher, student = pair.teacher, pair.copy().train(mode == "train")
+    teacher, student = pair.teacher, pair.copy_in(mode)
     pair.reload()
-    teacher.train(mode == "train")
-    calls = calls_of(pair.copy().train(mode == "train"), list(teacher._parts), pair.inputs)
-    for key, section in teacher.sections.items():
-        path = teacher.sites[key].path
+    teacher._enter(mode)
+    calls = calls_of(pair.copy_in(mode), list(teacher._parts), pair.inputs)
+    for section in teacher.sections.values():
+        path = section.site.path
         flat = call_of(section, calls.get(path, []))
-        if section.training != (mode == "train") or flat is None:
+        if not _runs_in(section.site, student, mode) or flat is None:
             continue
         module, inputs = student.get_submodule(path), section.call.unflatten(flat)
         run = partial(run_section, teacher, section)
@@ -80,6 +81,13 @@ def guilty_part(pair: Pair, mode: str, allowed: float) -> str | None:
                 return path
         module.requires_grad_(False)  # other copies borrow them
     return None
+
+
+def _runs_in(site: CallSite, student: nn.Module, mode: str) -> bool:
+    """Whether a student that is in this mode runs a graph: parts are alike in several."""
+    if not site.path:
+        return site.mode == mode
+    return site.flags == flags_of(student.get_submodule(site.path))
 
 
 def run_section(teacher: StreamingTeacher, section: Section, *args: Any, **kwargs: Any) -> Any:

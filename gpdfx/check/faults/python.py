@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...calls import tree
+from ...passes.capture.modes import enter, modes_of
 from ...passes.program import duplicate
 from ...teacher.again import calls_modules
 from ...teacher.compiled import Python
@@ -36,8 +37,8 @@ _REGISTRIES = frozenset((*nn.Module().__dict__, "training"))
 Attribute = tuple[str, str]
 """The path of a module, and a name."""
 REMEDY = (
-    "expand keeps modules that do so as your Python where it can take the network apart; else let "
-    "forward depend on nothing but its inputs, parameters and buffers"
+    "expand keeps modules that do so as your Python, and widens the others: there must be one that "
+    "has parameters. Else let forward depend on nothing but its inputs, parameters and buffers"
 )
 
 
@@ -51,11 +52,13 @@ def python_of(
         late.append(calls_modules((args, kwargs)))
         return kind.apply(*args, **kwargs)
 
-    for training in (True, False):
+    modes = modes_of(student)
+    runs = [partial(enter, mode=mode, modes=modes) for mode in modes]
+    for entered in runs:
         with functions(watch):
-            kept |= _kept(student, inputs, seed, caches, training)
-    for training in (True, False):
-        for path, what in _does(student, inputs, seed, kept, training):
+            kept |= _kept(entered(duplicate(student)), inputs, seed, caches)
+    for entered in runs:
+        for path, what in _does(entered(duplicate(student)), inputs, seed, kept):
             does.setdefault(path, set()).add(what)
     apart = {path: _told(path, student, sorted(what, key=str)) for path, what in does.items()}
     return Python(tuple(c for c in caches if c not in kept), tuple(kept), any(late), apart)
@@ -78,15 +81,10 @@ def _told(path: str, student: nn.Module, does: list[tuple[str | None, str]]) -> 
 
 # --------------------------------------------------------------------------- state
 def _kept(
-    student: nn.Module,
-    inputs: Inputs,
-    seed: int,
-    caches: Collection[Attribute],
-    training: bool,
+    first: nn.Module, inputs: Inputs, seed: int, caches: Collection[Attribute]
 ) -> set[Attribute]:
-    """Attributes that are others after a call if another call was before; or all that changed, if
-    only the result tells. A cache of what parameters give is none."""
-    first = duplicate(student).train(training)
+    """Attributes of a copy that are others after a call if another call was before; or all that
+    changed, if only the result tells. A cache of what parameters give is none."""
     fresh, start = duplicate(first, ours=True), attributes(first)
     buffers = {name: x.clone() for name, x in first.named_buffers()}
     try:
@@ -166,12 +164,11 @@ def _same(a: Any, b: Any) -> bool:
 
 # --------------------------------------------------------------------------- who does it
 def _does(
-    student: nn.Module, inputs: Inputs, seed: int, kept: set[Attribute], training: bool
+    run: nn.Module, inputs: Inputs, seed: int, kept: set[Attribute]
 ) -> list[tuple[str, tuple[str | None, str]]]:
-    """Which module's own code changes one of these attributes, or draws: module, and what (an
-    attribute, or a generator)."""
-    run, found = duplicate(student).train(training), list[Any]()
-    running, before = [""], dict[Any, Any]()
+    """Which module's own code changes one of these attributes, or draws, in a copy: module, and
+    what (an attribute, or a generator)."""
+    found, running, before = list[Any](), [""], dict[Any, Any]()
 
     def look(enter: str | None, *_: Any) -> None:
         now: dict[Any, Any] = {(None, n): x for n, x in states().items() if n[0] != "t"}

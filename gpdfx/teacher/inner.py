@@ -1,0 +1,188 @@
+"""What stands in a teacher for the modules of its student: they hold tensors, and are not called.
+
+So what a user does to one of them counts where it can (``train()``, ``eval()``, the momentum of a
+batch norm), and is refused where nothing would come of it (hooks, another module in its place).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from torch import nn
+
+from ..errors import InputError
+from ..passes.capture.modes import EVAL, TRAIN, enter
+from ..passes.program import Flags
+from ..torch_private import BATCH_NORMS
+
+
+class Modes:
+    """Which of its modes a teacher is in: ``mode``, as of the flags of its student's modules;
+    ``None`` if it was not captured so. ``runs``: the student, and other copies of it that run."""
+
+    def __init__(self, student: nn.Module, captured: Mapping[str, Flags]) -> None:
+        self.captured, self.runs = captured, [student]
+        self.modules = dict(student.named_modules())  # forward may make more
+        self._settle(TRAIN if student.training else EVAL)
+
+    @property
+    def student(self) -> nn.Module:
+        return self.runs[0]
+
+    def train(self, path: str, mode: bool) -> None:
+        """``train(mode)`` of the student, or of one of its modules."""
+        for run in self.runs:
+            run.get_submodule(path).train(mode)
+        self._settle("" if path else TRAIN if mode else EVAL)
+
+    def set(self, path: str, name: str, value: Any) -> None:
+        """An attribute of one module alone."""
+        for run in self.runs:
+            setattr(run.get_submodule(path), name, value)
+        self._settle("")
+
+    def enter(self, mode: str) -> None:
+        """One of those that were captured."""
+        for run in self.runs:
+            enter(run, mode, self.captured)
+        self._settle(mode)
+
+    def _settle(self, asked: str) -> None:
+        flags = tuple(module.training for module in self.modules.values())
+        fits = [mode for mode, of in self.captured.items() if of == flags]
+        self.mode = asked if asked in fits else next(iter(fits), None)
+
+    def refusal(self) -> InputError:
+        """For a call in a mode that was not captured."""
+        near = max(self.captured.values(), key=lambda flags: sum(self._alike(flags)))
+        pairs = zip(self.modules.items(), self._alike(near), strict=True)
+        other = [
+            f"{path or '(root)'} ({type(m).__name__}) in {TRAIN if m.training else EVAL}()"
+            for (path, m), alike in pairs
+            if not alike
+        ]
+        return InputError(
+            f"the teacher was not captured with {', '.join(other[:3])}"
+            + (f" and {len(other) - 3} more" if len(other) > 3 else ""),
+            remedy="bring the model into these modes before expand: it is captured in train(), in "
+            "eval(), and as it is given",
+        )
+
+    def _alike(self, flags: Flags) -> list[bool]:
+        pairs = zip(self.modules.values(), flags, strict=True)
+        return [module.training == flag for module, flag in pairs]
+
+
+class Inner(nn.Module):
+    """A module of the student, in the teacher. Its ``training`` is that of the student's, and so is
+    its momentum, if it is a batch norm."""
+
+    _kind: type[nn.Module] = nn.Module
+    _path: str
+    _modes: Modes
+    _own: nn.Module
+
+    @staticmethod
+    def of(module: nn.Module, path: str, modes: Modes) -> Inner:
+        """For a module of the student."""
+        kinds = (kind for kind in _CLASSES if isinstance(module, kind))
+        made = _blank(next(kinds))
+        made.__dict__.update(_path=path, _modes=modes, _own=modes.student.get_submodule(path))
+        names = {*made._baked} - {"momentum", "num_features"}
+        made.__dict__.update({name: vars(module).get(name) for name in names})
+        return made
+
+    @property
+    def _baked(self) -> list[str]:
+        """Attributes that the graphs of the teacher hold as numbers."""
+        return getattr(self._kind, "__constants__", [])
+
+    @property
+    def training(self) -> bool:
+        return self._own.training
+
+    @training.setter
+    def training(self, training: bool) -> None:
+        if "_modes" in self.__dict__:  # nn.Module sets it before there are any
+            self._modes.set(self._path, "training", training)
+
+    def train(self, mode: bool = True) -> Inner:
+        self._modes.train(self._path, mode)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "momentum" and name in self._baked:
+            self._modes.set(self._path, name, value)
+        elif name in self._baked:
+            self._refuse(f"{name} of a module inside a teacher is a number in its graphs", _AGAIN)
+        else:
+            super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        refuse_other(self, name, module)
+        super().add_module(name, module)
+
+    def _refuse(self, why: str, remedy: str) -> NoReturn:
+        raise InputError(why, module_path=self._path, remedy=remedy)
+
+    def _refuse_hook(self, *_: Any, **__: Any) -> NoReturn:
+        self._refuse("a hook on a module inside a teacher would never run: it is a graph", _HOOK)
+
+    register_forward_hook = register_forward_pre_hook = _refuse_hook
+    register_full_backward_hook = register_full_backward_pre_hook = _refuse_hook
+    register_backward_hook = _refuse_hook
+
+    def extra_repr(self) -> str:
+        return f"of {type(self._own).__name__}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (self._kind,), self.__dict__
+
+
+_AGAIN = "change the model, and expand it then"
+_HOOK = (
+    "take what a module returns out of the teacher by features= of expand, and what comes to a "
+    "parameter by its register_hook; or register the hook on the model, and expand it then"
+)
+
+
+def refuse_other(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Raise ``InputError`` if a module is to stand where one of a teacher does, as
+    ``SyncBatchNorm.convert_sync_batchnorm`` has it."""
+    own = parent._modules.get(name)
+    if isinstance(own, Inner) and module is not own:
+        own._refuse("another module inside a teacher would never run: it is a graph", _AGAIN)
+
+
+class _Norm(Inner):
+    """A batch norm."""
+
+    @property
+    def momentum(self) -> float | None:
+        own: Any = self._own
+        return own.momentum  # type: ignore[no-any-return]
+
+    @property
+    def num_features(self) -> int:
+        tensors = (*self.parameters(), *self.buffers())
+        return tensors[0].numel() if tensors else self._own.num_features  # type: ignore[return-value]
+
+
+_Kinds = tuple[type[nn.Module], ...]
+_NORMS: _Kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *BATCH_NORMS)
+_DROPOUTS: _Kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_DROPOUTS += (nn.AlphaDropout, nn.FeatureAlphaDropout)
+_CLASSES: dict[type[nn.Module], type[Inner]] = {
+    **{kind: type(kind.__name__, (_Norm, kind), {"_kind": kind}) for kind in _NORMS},
+    **{kind: type(kind.__name__, (Inner, kind), {"_kind": kind}) for kind in _DROPOUTS},
+    nn.Module: Inner,
+}
+"""What is looked for in a network by its class, to freeze it or to let it run on -> what is found
+there in a teacher."""
+
+
+def _blank(kind: type[nn.Module]) -> Inner:
+    made = object.__new__(_CLASSES[kind])
+    nn.Module.__init__(made)
+    return made
