@@ -26,6 +26,7 @@ from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
 from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
 from . import limits
+from .branchless import StandIns, stand_back, without_branches
 from .limits import LEVELS
 
 
@@ -74,6 +75,7 @@ def with_module(
             export = export.run_decompositions({})
         module: Any = export.module(check_guards=False)
         graph = copied(module.graph)  # names are ours from here on, not its attributes
+        stand_back(graph)
         _drop_writes_to_itself(graph)
         for node in graph.nodes:
             if node.op == "get_attr":
@@ -192,6 +194,7 @@ def _export_site(
 ) -> tuple[ExportedProgram, Pattern]:
     """Export a copy of a module whose forward takes and returns flat tensors."""
     module = duplicate(student.get_submodule(site.path)).train(site.training)
+    without_branches(module)
     forward, returned = module.forward, list[Pattern]()
 
     def flat(*tensors: Any) -> tuple[Any, ...]:
@@ -211,7 +214,7 @@ def _export_site(
     unique = [n if names.count(n) == 1 else f"{n}_{k}" for k, n in enumerate(names)]
     flat.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in unique])  # type: ignore[attr-defined]
     module.forward = flat
-    with limits.quiet(), limits.time_limit(patience):
+    with limits.quiet(), limits.time_limit(patience), StandIns():
         shapes = dict(zip(unique, free, strict=True)) if free else None
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
     if any(limits.has_unknown_size(node.meta.get("val")) for node in exported.graph.nodes):
