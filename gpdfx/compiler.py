@@ -31,6 +31,7 @@ from .passes.assign import assign
 from .passes.capture.export import capture, whole
 from .passes.capture.hooks import hooked_modules, hooked_parameters
 from .passes.capture.limits import LEVELS
+from .passes.capture.sized import sized
 from .passes.capture.submodules import capture_parts
 from .passes.infer import NeedsFunctional
 from .passes.program import Program, duplicate, source_line
@@ -43,6 +44,8 @@ from .torch_private import is_compiled, is_fake, without_function_modes, without
 
 LARGE = 2**28
 """Bytes of parameters from which on copies of them are looked for and freed."""
+FLOAT_FUNCTIONALS = (torch.ao.nn.quantized.FloatFunctional, torch.ao.nn.quantized.FXFloatFunctional)
+"""Of torch's quantized modules those that compute with floating numbers, in training."""
 APART = 8
 """Modules that are taken apart because of what the check found."""
 
@@ -235,7 +238,7 @@ def capture_model(
 ) -> Program:
     """The network as a program: in one piece if it exports, else, or if some of it is to be taken
     ``apart``, in parts."""
-    student = duplicate(model)
+    student = sized(duplicate(model), *example)
     try:
         if apart:
             raise CaptureError(next(iter(apart.values())), remedy=REMEDY)
@@ -305,7 +308,8 @@ def _refusal(module: nn.Module) -> tuple[str, str] | None:
         return "the model is compiled", "expand model._orig_mod, then torch.compile the teacher"
     if isinstance(module, torch.jit.ScriptModule):
         return "the model is TorchScript", "expand the Python module it was made from"
-    if ".quantized" in kind.__module__ and kind.__module__.startswith("torch."):
+    quantized = ".quantized" in kind.__module__ and kind.__module__.startswith("torch.")
+    if quantized and not isinstance(module, FLOAT_FUNCTIONALS):
         return "the model is quantized", "expand the float model, quantize the collapsed student"
     return None
 

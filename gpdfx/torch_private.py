@@ -360,6 +360,13 @@ BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm,)
 NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._NormBase,)
 """The base of all batch and instance norms."""
 
+LEARNED_STEPS: tuple[Any, Any] = (
+    torch._fake_quantize_learnable_per_tensor_affine,
+    torch._fake_quantize_learnable_per_channel_affine,
+)
+"""Fake quantization with a gradient for scale and zero point, in one range and by channel: of
+``(x, scale, zero_point, [axis,] quant_min, quant_max, grad_factor)``."""
+
 FUSED: dict[type[nn.Module], str] = {
     nn.TransformerEncoder: "use_nested_tensor",
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",

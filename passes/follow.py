@@ -132,8 +132,11 @@ def _arguments(node: fx.Node) -> list[Any]:
 
 
 def asked(node: fx.Node) -> set[torch.dtype]:
-    """The floating dtypes that a call names."""
-    given = _arguments(node) if node.op == "call_function" else []
+    """The floating dtypes that a call names, export's assertions apart."""
+    computes = (
+        node.op == "call_function" and node.target is not aten._assert_tensor_metadata.default
+    )
+    given = _arguments(node) if computes else []
     return {x for x in given if isinstance(x, torch.dtype) and x.is_floating_point}
 
 

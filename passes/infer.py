@@ -33,6 +33,9 @@ from .program import (
 from .rules import rule_of
 from .rules.op import Axes, Op, outputs, parts
 
+FROM_PYTHON, TO_PYTHON = "comes from Python", "goes to Python"
+"""Why the edges of a part stay: the user's Python between parts sees the student's width."""
+
 
 @dataclass(frozen=True)
 class BridgeReason:
@@ -96,7 +99,7 @@ def infer(program: Program) -> Inferred:
         static: dict[fx.Node, bool] = {}  # what depends on no input: does it on parameters?
         for node in mode.graph.nodes:
             result.solver.at = describe(node) if node.op == "call_function" else str(node.target)
-            _infer_node(program, result, node, static)
+            _infer_node(program, result, node, static, mode.site.path)
         _check_writes(result, mode.graph)
     _fix_outputs(program, result)
     _fix_positions(result.solver)
@@ -129,11 +132,12 @@ def _tensor_axes(solver: Solver, tensor: torch.Tensor) -> Axes:
 
 
 def _infer_node(
-    program: Program, result: Inference, node: fx.Node, static: dict[fx.Node, bool]
+    program: Program, result: Inference, node: fx.Node, static: dict[fx.Node, bool], part: str
 ) -> None:
     solver = result.solver
     if node.op == "placeholder" and is_tensor(node):
-        result.axes[node] = tuple(solver.leaf(s, Reason("input", node.name)) for s in shape(node))
+        kind = FROM_PYTHON if part else "input"
+        result.axes[node] = tuple(solver.leaf(s, Reason(kind, node.name)) for s in shape(node))
         for axis, size in zip(result.axes[node], value(node).shape, strict=True):
             if is_free(size):
                 solver.mark(solver.symbolic, axis)
@@ -272,7 +276,8 @@ def _fix_outputs(program: Program, result: Inference) -> None:
         for node in mode.graph.output_node().all_input_nodes:
             for axis in result.axes.get(node, ()) if is_tensor(node) else ():
                 if not any(x in solver.contracted for x in leaves(solver.resolve(axis))):
-                    solver.fix(axis, Reason("output", node.name))
+                    kind = TO_PYTHON if mode.site.path else "output"
+                    solver.fix(axis, Reason(kind, node.name))
 
 
 def _fix_positions(solver: Solver) -> None:

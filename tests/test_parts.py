@@ -180,7 +180,9 @@ def test_transformer_encoder_with_a_mask() -> None:
     mask = nn.Transformer.generate_square_subsequent_mask(7)
     inputs = {"example_inputs": (torch.randint(0, 20, (3, 7)),), "example_kwargs": {"mask": mask}}
     teacher = gpdfx.expand(model, 2, **inputs).eval()
-    assert teacher.report().widened == 1.0
+    ends = 2 * 20 * 16  # embedding and head have Python, and nothing of theirs, on either side
+    layers = 2 * 16 * (3 * 16 + 16 + 2 * 24)
+    assert teacher.report().widened == pytest.approx(layers / (layers + ends))
     assert set(parts(teacher)) == {"embed", "encoder.layers.0", "encoder.layers.1", "head"}
     model.eval()
     tokens = torch.randint(0, 20, (6, 7))
@@ -276,7 +278,8 @@ def test_arguments_that_follow_from_values_are_not_baked() -> None:
     model, x = Sorting(), torch.randn(12, 4)
     teacher = gpdfx.expand(model, 2, example_inputs=(x,)).eval()
     assert {"experts.each.0", "experts.each.1"} < set(parts(teacher))
-    assert teacher.report().widened == 1.0
+    experts, alone = 2 * (4 * 8 + 8 * 4), 4 * 2 + 4 * 3
+    assert teacher.report().widened == pytest.approx(experts / (experts + alone))
     for count in (12, 1, 5):  # an expert may get one row, or none
         y = torch.randn(count, 4)
         torch.testing.assert_close(teacher(y), model(y))

@@ -212,3 +212,76 @@ def test_a_pass_that_asks_for_another_capture_is_told(monkeypatch: pytest.Monkey
     assert compiler.compile_program(model, call, options, clock).functional
     assert clock.laps == {"capture": 2, "transform": 2}
     assert next(ticks) == 5
+
+
+# --------------------------------------------------------------------------- what widened
+class Looks(nn.Module):
+    """Its Python looks at values between all of its layers; one weight it reads itself."""
+
+    def __init__(self, *layers: nn.Module, own: int = 0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.own = nn.Parameter(torch.randn(own, own)) if own else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            x = x / 2 if float(x.detach().mean()) > 1e9 else x
+        return x if self.own is None else x @ self.own
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+def image_parts() -> nn.Module:
+    pool = nn.AdaptiveAvgPool2d(1)
+    return Looks(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), pool, nn.Flatten(), nn.Linear(6, 2))
+
+
+NOTHING: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any], str]] = {
+    "single layers": (image_parts, torch.randn(4, 3, 8, 8), {}, "goes to Python"),
+    "one part": (lambda: Looks(nn.Linear(4, 3)), torch.randn(3, 4), {}, "goes to Python"),
+    "one layer": (lambda: nn.Linear(4, 3), torch.randn(3, 4), {}, ""),
+    "ratio one": (lambda: mlp(4, 8, 3), torch.randn(3, 4), {"ratio": 1}, ""),
+    "all kept": (lambda: mlp(4, 8, 3), torch.randn(3, 4), {"keep": "*"}, ""),
+    "Python's": (lambda: Looks(nn.Linear(4, 3), own=3), torch.randn(3, 4), {}, "uncaptured"),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_where_nothing_widens_the_report_says_so(name: str) -> None:
+    make, x, options, why = NOTHING[name]
+    options = {"ratio": 2, "branches": None, "dynamic": "batch"} | options
+    report = gpdfx.expand(make(), example_inputs=(x,), **options).report()
+    before, after = report.parameters
+    assert before == after
+    assert (report.widened, report.groups) == (0.0, ())
+    assert report.to_dict()["widened"] == 0.0
+    row = next(line for line in str(report).splitlines() if line.startswith("widened"))
+    assert row.split(None, 1)[1].startswith("0.0% of the weights: the teacher is no wider")
+    held = [f.reason for f in report.fixed if not f.cannot]
+    assert bool(held) == bool(why)
+    assert any(reason.startswith(why) for reason in held) or not why
+
+
+SHARES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "all of it": (lambda: mlp(4, 8, 3), 56, 56),
+    "its parts": (lambda: Looks(mlp(4, 8, 6), mlp(6, 5, 3)), 80 + 45, 80 + 45),
+    "not a layer alone": (lambda: Looks(mlp(4, 8, 6), nn.Linear(6, 3)), 80, 80 + 18),
+    "not what Python reads": (lambda: Looks(mlp(4, 8, 3), own=3), 56, 56 + 9),
+    "neither": (lambda: Looks(nn.Linear(4, 6), mlp(6, 5, 3), own=3), 45, 24 + 45 + 9),
+}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_the_share_is_of_all_that_could_widen(name: str) -> None:
+    make, did, could = SHARES[name]
+    x = torch.randn(3, 4)
+    teacher = gpdfx.expand(make(), 2, example_inputs=(x,), branches=None, dynamic="batch")
+    report = teacher.report()
+    assert report.widened == pytest.approx(did / could)
+    assert f"{did / could:.1%} of the weights, in" in str(report)
+    if report.apart:
+        assert "float(x.detach().mean())" in report.apart[""]
+        assert "not captured (runs as Python, at the student's width)" in str(report)

@@ -281,6 +281,38 @@ EXAMPLES: dict[str, Any] = {
     # random
     "bernoulli.default": [(r(4, 6, 5).sigmoid(),)],
 }
+
+
+def _observed(shape: tuple[int, ...], dim: int | None, *flags: bool) -> tuple[Any, ...]:
+    """What is quantized, in one range or in one for every index along ``dim``."""
+    size = 1 if dim is None else shape[dim]
+    low = r(size).abs().neg() if dim is not None else torch.tensor(-0.5)
+    zero = torch.zeros(size, dtype=torch.int32)
+    rest = 0.1, -8, 7, -1 if dim is None else dim, dim is not None
+    return r(*shape), n(1), n(1), low, 1 - low, r(size).abs(), zero, *rest, *flags
+
+
+_RANGES = r(6).abs() / 4 + 0.1, n(0, 1, 2, 0, 1, 2).int()
+_OBSERVED = [
+    _observed((4, 6, 5), None, False),
+    _observed((6, 4, 5), 0, True),
+    _observed((6, 4), 0, False),
+]
+EXAMPLES |= {
+    "*fused_moving_avg_obs*": _OBSERVED,
+    "fake_quantize_per_channel_affine.*": [
+        (X, *_RANGES, 1, -8, 7),
+        (r(6), *_RANGES, 0, 0, 15),
+    ],
+    "fake_quantize_per_tensor_affine.default": [(X, 0.1, 2, -8, 7)],
+    "fake_quantize_per_tensor_affine.tensor_qparams": [(X, torch.tensor([0.1]), n(2).int(), -8, 7)],
+    "_fake_quantize_learnable_per_tensor_affine.*": [
+        (X, torch.tensor([0.1]), torch.tensor([2.0]), -8, 7, 0.3)
+    ],
+    "_fake_quantize_learnable_per_channel_affine.*": [
+        (X, _RANGES[0], _RANGES[1].float(), 1, -8, 7, 0.3)
+    ],
+}
 WITHOUT_VALUES = "zero_.* zeros_like.* empty_like.* zeros.* new_zeros.* empty.* new_empty.*"
 
 

@@ -432,3 +432,15 @@ def test_regions_take_the_place_of_checkpoints() -> None:
             y = checkpoint(layer, x, use_reentrant=reentrant, preserve_rng_state=reentrant)
             assert torch.equal(y, layer(x))
     assert seen == [(False, False, (x,)), "left", (True, True, (x,)), "left"]
+
+
+def test_steps_that_learn_have_gradients() -> None:
+    x = torch.tensor([[0.32, 5.0], [-0.28, -9.0]], requires_grad=True)
+    for function, size, rest in zip(torch_private.LEARNED_STEPS, (1, 2), ((), (0,)), strict=True):
+        scale, zero = torch.full((size,), 0.1, requires_grad=True), torch.zeros(size)
+        y = function(x, scale, zero, *rest, -8, 7, 0.5)
+        torch.testing.assert_close(y, torch.tensor([[0.3, 0.7], [-0.3, -0.8]]))
+        of_x, of_scale = torch.autograd.grad(y.sum(), (x, scale))
+        assert of_x.tolist() == [[1, 0], [1, 0]]
+        rows = torch.tensor([3 - 3.2 + 7, -3 + 2.8 - 8]) / 2  # half, as the last argument says
+        torch.testing.assert_close(of_scale, rows.sum(0, keepdim=True) if size == 1 else rows)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..errors import LossyError
+from ..kernels.quantize import SINGLE
 from ..passes.capture.modes import enter
 from ..passes.follow import bakes_constants, casts_on_purpose
 from ..passes.program import Program, duplicate
@@ -65,12 +66,16 @@ def attempts(
     where a lifted cast makes a difference (baked constants of a dtype do not follow it), and none
     between the graphs of student and teacher, casts stay what they are; what a small size shows has
     to show at the example's; what a probe leaves undecided, another one may decide."""
-    single, lift = casts_on_purpose(program), bakes_constants(program) or bool(program.apart)
+    single = casts_on_purpose(program)
+    lift = bakes_constants(program) or bool(program.apart)
+    rounds = any(node.target in SINGLE for _, node in program.each())
     errors: list[Exception] = []
     for probe in range(PROBES):
         for given in inputs:
             tried: list[Exception] = []
-            for precision in precisions(program.student, given, lift=lift, casts=single):
+            for precision in precisions(
+                program.student, given, lift=lift or rounds, casts=single or rounds
+            ):
                 loose = precision.dtype is None or (single and not precision.lifted)
                 cut = given is not inputs[-1]
                 attempt = Attempt(seed + probe, precision, probe > 0, loose, cut)

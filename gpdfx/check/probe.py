@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..calls import tree
+from ..kernels.quantize import SINGLE
 from ..passes.capture.modes import EVAL, TRAIN, enter
 from ..passes.program import duplicate
 from ..torch_private import BATCH_NORMS, NORMS, tree_leaves
@@ -88,7 +89,8 @@ _PERHAPS = frozenset(("full", "tensor", "as_tensor", "scalar_tensor", "arange", 
 class _Lifted(TorchFunctionMode):
     """Casts to a narrow floating dtype go to float64, and so does what has the default dtype: they
     must not hide a difference by their rounding, nor make one. (No other thread sees that, as it
-    would see another default dtype.)"""
+    would see another default dtype.) Ops that take only float32 get it where it does not matter.
+    """
 
     _METHODS: ClassVar = dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double)
 
@@ -97,6 +99,7 @@ class _Lifted(TorchFunctionMode):
     ) -> Any:
         args = tuple(map(self._lift, args))
         kwargs = {k: self._lift(v) for k, v in (kwargs or {}).items()}
+        func = SINGLE.get(func, func)
         name = getattr(func, "__name__", "").partition(".")[0]
         if name in _ALWAYS and kwargs.get("dtype") is None:
             kwargs["dtype"] = torch.float64

@@ -14,6 +14,7 @@ from ..algebra.solver import Reason
 from ..check.certificate import Certified, Check
 from ..control import Control
 from ..kernels.fold import refusal
+from ..passes.infer import FROM_PYTHON, TO_PYTHON
 from ..passes.widen import Bridge, Widened
 from ..teacher.module import Teacher
 from .cost import Cost, cost
@@ -25,6 +26,9 @@ SMALL = Reason("too small to widen")
 # A weight that stays for these kinds of reason could not have widened, or was not to (README).
 CANNOT = ASKED | {HELD.kind, SMALL.kind, "input", "output", "lookup", "kernel", "spatial"}
 CANNOT |= {"stacked", "repeated", "positions", "unused"}
+# Nor can the edge of a captured part, at which Python sees the student's width; but had Python been
+# captured, a weight that stays for nothing else would have widened.
+EDGE = frozenset({FROM_PYTHON, TO_PYTHON})
 SHOWN = 8
 """Lines of a list in the text; ``to_dict()`` has all."""
 
@@ -71,8 +75,9 @@ class Fixed:
 class Widening:
     """What became of the axes.
 
-    ``widened``: the fraction of the student's weight elements (tensors of two or more dimensions)
-    in tensors where every channel axis widened or cannot widen. ``kept``: parameters that stay,
+    ``widened``: of the elements of the student's weights (tensors of two or more dimensions) that
+    could widen along some axis, the fraction in those that did, along every axis that can; zero if
+    there are none. ``kept``: parameters that stay,
     along some axis, because the user asked for it; ``grown``: axes that grow beyond the ratio;
     ``conflicts``: where the ratios asked for differ; ``unrounded``: widened dimensions of
     parameters that could not be made a multiple of ``round_to``.
@@ -186,7 +191,7 @@ class Report(Footprint, Branching, Capture, Widening):
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         extra = f", and {self.extra:,} in branches" if self.extra else ""
-        yield "widened", f"{self.widened:.1%} of the weights, in {len(self.groups)} groups of axes"
+        yield "widened", self._widened()
         yield "parameters", _change(*self.parameters) + extra
         yield "multiply-adds", _change(*self.macs) + " per sample"
         yield "one step", str(self.cost)
@@ -221,6 +226,11 @@ class Report(Footprint, Branching, Capture, Widening):
         held = [f for f in self.fixed if not f.cannot]
         lines = [f"{f.parameter} dim {f.dim} ({f.axis}): {f.reason}" for f in held]
         yield "held back", lines, SHOWN
+
+    def _widened(self) -> str:
+        if not self.groups:
+            return "0.0% of the weights: the teacher is no wider than the student"
+        return f"{self.widened:.1%} of the weights, in {len(self.groups)} groups of axes"
 
     def _branches(self) -> str:
         counts = Counter(self.branches.values())
@@ -289,16 +299,19 @@ def _widening(widened: Widened, unit: int) -> Widening:
     """Goes back to the leaves: only they know what widens together, and why something stays."""
     widths = widened.widths
     parameters = widened.parameters()
+    grown = {name for name in parameters if any(m.wide for m in widened.maps[name])}
     fixed = {
-        Fixed(name, dim, str(axis), str(reason), reason.kind in CANNOT): reason
+        Fixed(name, dim, str(axis), str(reason), _cannot(reason, name in grown)): reason
         for name, axes in parameters.items()
         for dim, axis in enumerate(axes)
         for reason in _reasons(widened, axis)
     }
     held = {f.parameter for f in fixed if not f.cannot}
-    matrices = widened.parameters(rank=2)
-    sizes = {name: widened.tensors[name].numel() for name in matrices}
-    total, lost = sum(sizes.values()), sum(sizes[name] for name in held & sizes.keys())
+    sizes = {name: widened.tensors[name].numel() for name in widened.parameters(rank=2)}
+    could, did = (
+        sum(size for name, size in sizes.items() if name in some)
+        for some in (grown | held, grown - held)
+    )
     made_of = {name: {x for a in axes for x in leaves(a)} for name, axes in parameters.items()}
     chosen = (widths.size.keys() | widths.disputed.keys()) & set().union(*made_of.values())
     groups = {
@@ -306,7 +319,7 @@ def _widening(widened: Widened, unit: int) -> Widening:
         for leaf in sorted(chosen)
     }
     return Widening(
-        widened=(total - lost) / total if total else 1.0,
+        widened=did / could if could else 0.0,
         groups=tuple(group for group in groups.values() if group.before != group.after),
         fixed=tuple(fixed),
         kept=tuple(dict.fromkeys(f.parameter for f, r in fixed.items() if r.kind in ASKED)),
@@ -322,6 +335,11 @@ def _widening(widened: Widened, unit: int) -> Widening:
             if frozen.wide and frozen.teacher % unit
         ),
     )
+
+
+def _cannot(reason: Reason, grown: bool) -> bool:
+    """``grown``: the parameter widens along some axis."""
+    return reason.kind in CANNOT or (grown and reason.kind in EDGE)
 
 
 def _reasons(widened: Widened, axis: Axis) -> Iterator[Reason]:

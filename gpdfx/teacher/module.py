@@ -309,8 +309,9 @@ class Teacher(nn.Module):
         return operator_get(self._net, name)
 
     def _student_buffers(self) -> dict[str, Tensor]:
-        """The student's own, by its names."""
-        return dict(self._modules[self._buffers_name].named_buffers())  # type: ignore[union-attr]
+        """The student's own, by all of its names: ``to`` parts tied ones."""
+        own = dict(self._modules[self._buffers_name].named_buffers())  # type: ignore[union-attr]
+        return own | {n: own[first] for n, first in self._facts.alias.items() if first in own}
 
     def _parts_in(self, module: nn.Module | None) -> dict[str, nn.Module]:
         """The modules of a student that were captured one by one; none if it was in one piece."""

@@ -27,6 +27,7 @@ from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
 from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
 from . import limits
+from .branchless import StandIns, stand_back, without_branches
 from .intercept import forget, intercepted, put_back
 from .limits import LEVELS
 from .modes import GIVEN, modes_of, set_flags
@@ -79,6 +80,7 @@ def with_module(
         module: Any = export.module(check_guards=False)
         put_back(module)
         graph = copied(module.graph)  # names are ours from here on, not its attributes
+        stand_back(graph)
         _drop_writes_to_itself(graph)
         for node in graph.nodes:
             if node.op == "get_attr":
@@ -198,6 +200,7 @@ def _export_site(
 ) -> tuple[ExportedProgram, Pattern]:
     """Export a copy of a module whose forward takes and returns flat tensors."""
     module = _called(student, site)
+    without_branches(module)
     forward, returned = module.forward, list[Pattern]()
 
     def flat(*tensors: Any) -> tuple[Any, ...]:
@@ -217,7 +220,7 @@ def _export_site(
     unique = [n if names.count(n) == 1 else f"{n}_{k}" for k, n in enumerate(names)]
     flat.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in unique])  # type: ignore[attr-defined]
     module.forward = flat
-    with limits.quiet(), limits.time_limit(patience), intercepted():
+    with limits.quiet(), limits.time_limit(patience), intercepted(), StandIns():
         shapes = dict(zip(unique, free, strict=True)) if free else None
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
     if any(limits.has_unknown_size(node.meta.get("val")) for node in exported.graph.nodes):

@@ -24,6 +24,7 @@ from ...calls.sizes import fits
 from ...errors import CaptureError
 from ...torch_private import FUSED
 from ..program import CallSite, Program, duplicate
+from .branchless import unknown
 from .export import bare, first_line, with_module
 from .limits import LEVELS
 from .modes import enter, flags_of, modes_of
@@ -60,6 +61,9 @@ def capture_parts(
             except CaptureError as error:
                 program = replace(program, apart={**program.apart, path: _reason(error)})
     if not program.modes:
+        if found := unknown(student):
+            said = str(why).splitlines()[0]
+            raise CaptureError(said, module_path=found[0], remedy=found[1]) from why
         raise why
     return program
 

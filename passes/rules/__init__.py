@@ -1,6 +1,6 @@
 """The rule tables: ATen overload -> how it treats axes. ``tables/`` has one file a family.
 
-Of the 302 rows 128 are signatures (``signature.py``): a line that is read like einops. Pointwise
+Of the 309 rows 131 are signatures (``signature.py``): a line that is read like einops. Pointwise
 ops have one rule by their tag, a signature too.
 """
 
@@ -18,6 +18,7 @@ from .tables import (
     movement,
     norm,
     pointwise,
+    quantized,
     random,
     recurrent,
     reduction,
@@ -27,6 +28,7 @@ from .writer import Rule
 
 FAMILIES = (
     pointwise, contraction, recurrent, norm, reduction, movement, spatial, lookup, random, factory,
+    quantized,
 )  # fmt: skip
 TABLE: dict[Any, Rule] = {op: rule for family in FAMILIES for op, rule in family.TABLE.items()}
 SIGNATURES = sum(bool(rule.text) for rule in TABLE.values())
