@@ -9,6 +9,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.func import functional_call
 
 from ..algebra.frozen import Frozen
 from ..algebra.gather import gather
+from ..calls.held import HeldTensors, importable, registered
+from ..errors import InputError
 from ..passes.capture.submodules import slow_attention
 from ..passes.folded import Folded, merged, module_of, students
 from ..passes.program import Mode, duplicate, unused
@@ -31,6 +34,7 @@ from .placeholders import apply_to, placeholder
 if TYPE_CHECKING:
     from ..report.report import Report
 
+_PICKLED = ("__getstate__", "__reduce__", "__reduce_ex__")
 _HIDDEN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -100,6 +104,7 @@ class Teacher(nn.Module):
         self._held: ChainMap[str, Tensor] = ChainMap()
         shell = None if "" in self._parts else self._make_python_shell()
         object.__setattr__(self, "_python_shell", shell)
+        self._find_held()
         self._report = describe(self) if describe else None
 
     # ---- construction
@@ -144,6 +149,11 @@ class Teacher(nn.Module):
         for path, part in self._parts.items():
             part.take_over(shell.get_submodule(path), self._net, self._held)
         return shell
+
+    def _find_held(self) -> None:
+        """What the user's Python holds of its tensors, in the shell and in the student."""
+        runs = (self._python_shell or nn.Module(), self._student)
+        self._also_held = tuple(map(HeldTensors, runs))
 
     # ---- running
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -211,7 +221,8 @@ class Teacher(nn.Module):
         own = {name: tensors[name] for name, _ in module.named_buffers()}
         held = [(part, dict(part._buffers)) for part in module.modules()]
         try:
-            result = functional_call(module, tensors, args, kwargs, tie_weights=True)
+            with self._also_held[module is self._student].filled(tensors):
+                result = functional_call(module, tensors, args, kwargs, tie_weights=True)
             with torch.no_grad():
                 for name, buffer in own.items():
                     if tensors[name] is not buffer and tensors[name].shape == buffer.shape:
@@ -226,6 +237,8 @@ class Teacher(nn.Module):
             for path, attribute, pristine in self._caches:
                 again = pristine if isinstance(pristine, Tensor) else copy.copy(pristine)
                 module.get_submodule(path).__dict__[attribute] = again
+            if self._caches and self._also_held[module is self._student].places:  # maybe in these
+                self._find_held()
 
     # ---- between student and teacher
     def student_parameters(self, folded: Folded | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -304,8 +317,38 @@ class Teacher(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)
-        self._student._apply(lambda t: apply_to(fn, t), recurse)
+        options = {} if recurse else {"recurse": False}  # which an override need not know
+        for module in filter(None, (self._python_shell, self._student)):
+            held = HeldTensors(module)
+            module._apply(partial(apply_to, fn), **options)
+            held.fill(registered(module))
+        self._find_held()
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        """As ``expand`` copies: whatever the student's Python holds."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        state = {name: held for name, held in vars(self).items() if name != "_also_held"}
+        vars(twin).update(duplicate(state, memo, ours=True))
+        twin._find_held()
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        for path, part in self._student.named_modules():
+            if all(getattr(type(part), name) is getattr(nn.Module, name) for name in _PICKLED):
+                for name, held in vars(part).items():
+                    if not importable(held):
+                        raise InputError(
+                            f"Python cannot pickle a teacher whose student holds a function that "
+                            f"has no name in its module: {name}",
+                            module_path=f"{path or '(root)'} ({type(part).__name__})",
+                            remedy="gpdfx.save(teacher, path) and gpdfx.load need no pickle",
+                        )
+        return {name: held for name, held in vars(self).items() if name != "_also_held"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._find_held()
 
 
 # --------------------------------------------------------------------------- tensors by name

@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 
 from ...calls import tree
 from ...calls.call import Call
+from ...calls.held import HeldTensors, registered
 from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
 from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
@@ -192,12 +193,13 @@ def _export_site(
 ) -> tuple[ExportedProgram, Pattern]:
     """Export a copy of a module whose forward takes and returns flat tensors."""
     module = duplicate(student.get_submodule(site.path)).train(site.training)
-    forward, returned = module.forward, list[Pattern]()
+    forward, returned, also = module.forward, list[Pattern](), HeldTensors(module)
 
     def flat(*tensors: Any) -> tuple[Any, ...]:
         args, kwargs = site.call.unflatten(list(tensors))
         try:
-            out, values = tree.pattern(forward(*args, **kwargs))
+            with also.filled(registered(module)):
+                out, values = tree.pattern(forward(*args, **kwargs))
         except Exception as error:
             raise _RaisedError(error) from error
         held = [x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -224,17 +226,17 @@ def _export_site(
 
 
 def _check_constants(module: nn.Module, exported: ExportedProgram) -> None:
-    """A parameter that forward takes out of a plain list is a constant for export: no teacher, no
-    optimizer's step and no ``functional_call`` would ever reach it."""
+    """A parameter that forward takes out of what is not looked into (an array of objects) is a
+    constant for export: no teacher, no optimizer's step and no ``functional_call`` would ever reach
+    it."""
     storages = {p.untyped_storage().data_ptr(): name for name, p in module.named_parameters()}
     for constant in exported.constants.values():
         held = isinstance(constant, torch.Tensor) and constant.numel()
         if held and (name := storages.get(constant.untyped_storage().data_ptr())):
             raise InputError(
-                f"forward reads the parameter {name} out of a plain list or dict",
+                f"forward reads the parameter {name} from where no call can give it another value",
                 module_path=type(module).__name__,
-                remedy="hold it in an nn.ParameterList or nn.ParameterDict, or read it as an "
-                "attribute of its module",
+                remedy="hold it as an attribute of a module or an object, in a list or a dict",
             )
 
 
