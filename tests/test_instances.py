@@ -8,15 +8,19 @@ import functools
 import itertools
 import types
 import weakref
+from collections import deque, namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import gpdfx
+
+from .helpers import hidden_student
 
 Make = Callable[[], nn.Module]
 
@@ -237,3 +241,243 @@ FUNCTIONS: list[Make] = [
 @pytest.mark.parametrize("make", FUNCTIONS)
 def test_functions_on_instances(make: Make, tmp_path: Path) -> None:
     works(make, tmp_path)
+
+
+def test_a_copy_keeps_what_its_functions_share() -> None:
+    model, x = over_itself(), example()
+    plain: Any = gpdfx.collapse(gpdfx.expand(model, 2, example_inputs=(x,), dynamic="batch"))
+    before = model(x)
+    plain.set_rounds(0)
+    close(plain(x) * 1.5**2, before)
+    close(model(x), before)
+
+
+def test_python_cannot_pickle_a_closure(tmp_path: Path) -> None:
+    teacher = gpdfx.expand(by_closure(), 2, example_inputs=(example(),), dynamic="batch")
+    with pytest.raises(gpdfx.InputError, match="cannot pickle") as caught:
+        torch.save(teacher, tmp_path / "teacher")
+    assert caught.value.module_path == "2 (Linear)"
+    assert "gpdfx.save" in str(caught.value.remedy)
+
+
+# --------------------------------------------------------------------------- tensors
+class Layers(nn.Module):
+    """Two layers' tensors, which ``hold`` keeps elsewhere and ``read`` reads there; ``parts``: what
+    depends on values, so that it runs as Python."""
+
+    def __init__(self, hold: Any, read: Any, parts: bool) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12))
+        self.w, self.v = nn.Parameter(torch.randn(12, 12) / 4), nn.Parameter(torch.randn(4, 12) / 4)
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 12))
+        self.held, self.read, self.parts = hold(self), read, parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, v, scale = self.read(self.held)
+        y = self.a(x).relu()
+        if self.parts and y.sum() > 1e9:
+            return y
+        return nn.functional.linear((y @ w.T).tanh() * scale, v)
+
+
+Pair = namedtuple("Pair", ("first", "second"))
+
+
+class Slots:
+    __slots__ = ("w",)
+
+
+def slotted(model: Any) -> Any:
+    slots = Slots()
+    slots.w = (model.w, model.v, model.scale)
+    return slots
+
+
+def unregistered(model: Any) -> Any:
+    """A module in a list, whose tensors are another one's."""
+    linear = nn.Linear(12, 4, bias=False)
+    linear.weight = model.v
+    return [linear, {"w": model.w, "scale": model.scale}]
+
+
+HELD: dict[str, Any] = {
+    "list": (lambda m: [m.w, m.v, m.scale], lambda h: h),
+    "dict": (
+        lambda m: {"w": m.w, "rest": {"v": m.v, 0: m.scale}},
+        lambda h: (h["w"], *h["rest"].values()),
+    ),
+    "tuple": (lambda m: (m.w, (m.v, [m.scale])), lambda h: (h[0], h[1][0], h[1][1][0])),
+    "named tuple": (lambda m: Pair(Pair(m.w, m.v), m.scale), lambda h: (*h.first, h.second)),
+    "queue": (lambda m: deque([m.v, m.scale, m.w]), lambda h: (h[2], h[0], h[1])),
+    "object": (
+        lambda m: types.SimpleNamespace(w=m.w, v=[m.v], s=m.scale),
+        lambda h: (h.w, h.v[0], h.s),
+    ),
+    "slots": (slotted, lambda h: h.w),
+    "closure": (lambda m: by_variables(m.w, m.v, m.scale), lambda h: h()),
+    "partial": (lambda m: functools.partial(tuple, (m.w, m.v, m.scale)), lambda h: h()),
+    "module": (unregistered, lambda h: (h[1]["w"], h[0].weight, h[1]["scale"])),
+}
+
+
+def by_variables(*tensors: Tensor) -> Any:
+    return lambda: tensors
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("name", HELD)
+def test_tensors_that_python_holds(name: str, parts: bool, tmp_path: Path) -> None:
+    works(lambda: Layers(*HELD[name], parts), tmp_path)
+
+
+def test_what_is_not_looked_into_is_named() -> None:
+    def hold(model: Any) -> Any:
+        held = np.empty(1, dtype=object)
+        held[0] = (model.w, model.v, model.scale)
+        return held
+
+    model = Layers(hold, lambda held: held[0], parts=False)
+    with pytest.raises(gpdfx.InputError, match="the parameter w from where no call"):
+        gpdfx.expand(model, 2, example_inputs=(example(),), dynamic="batch")
+
+
+# --------------------------------------------------------------------------- moves
+class Moves(nn.Module):
+    """Moves a tensor of its own as ``how`` says; ``parts``: as of ``Layers``."""
+
+    def __init__(self, parts: bool = False) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12))
+        self.c, self.parts, self.grid = nn.Linear(12, 4), parts, [torch.linspace(0.5, 1.5, 12)]
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.a(x) * self.grid[0]
+        return y if self.parts and y.sum() > 1e9 else self.c(y)
+
+
+class ByApply(Moves):
+    """With the signature that ``_apply`` once had."""
+
+    def _apply(self, fn: Any) -> Any:  # type: ignore[override]
+        super()._apply(fn)
+        self.grid[0] = fn(self.grid[0])
+        return self
+
+
+class ByTo(Moves):
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        super().to(*args, **kwargs)
+        self.grid[0] = self.grid[0].to(*args, **kwargs)
+        return self
+
+    def double(self) -> Any:
+        super().double()
+        self.grid[0] = self.grid[0].double()
+        return self
+
+
+class Within(nn.Module):
+    """Of torch's own, around one that moves its tensors."""
+
+    def __init__(self, parts: bool) -> None:
+        super().__init__()
+        self.inner = ByApply(parts)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x).tanh()
+
+
+class OnInstance(Moves):
+    def __init__(self, parts: bool) -> None:
+        super().__init__(parts)
+        old = self._apply
+
+        def apply(fn: Any) -> Any:
+            self.grid[0] = fn(self.grid[0])
+            return old(fn)
+
+        self._apply = apply  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("kind", [ByApply, ByTo, Within, OnInstance])
+def test_tensors_that_the_model_moves(kind: Any, parts: bool, tmp_path: Path) -> None:
+    teacher = works(lambda: kind(parts), tmp_path)
+    assert max(teacher.report().error.values()) < 1e-10  # in float64: there, too, it was moved
+    x = example()
+    torch.manual_seed(3)
+    stir(teacher)
+    want = teacher.to(torch.float64).student(x.double())
+    close(gpdfx.collapse(teacher)(x.double()), want)
+    teacher.to(torch.bfloat16)
+    for y in (teacher(x.bfloat16()), teacher.student(x.bfloat16())):
+        assert y.dtype is torch.bfloat16
+
+
+def test_a_move_to_where_there_are_no_values() -> None:
+    """As to a device: what ``to`` finds of parameters was moved already."""
+
+    class Checked(ByTo):
+        def to(self, device: Any) -> Any:  # type: ignore[override]
+            super().to(device)
+            assert self.c.weight.device == torch.device(device)
+            return self
+
+    teacher = gpdfx.expand(Checked(), 2, example_inputs=(example(),), dynamic="batch")
+    assert hidden_student(teacher.to("meta")).grid[0].is_meta
+    assert teacher.student(example().to("meta")).shape == (5, 4)
+
+
+# --------------------------------------------------------------------------- objects
+class Box:
+    """Holds whatever it is given."""
+
+    def __init__(self, **held: Any) -> None:
+        vars(self).update(held)
+
+
+class Keeps(nn.Module):
+    """Keeps results, with their graphs, in an object, and calls layers through others; one of them
+    is registered nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(8, 12), nn.Linear(12, 4)
+        self.box = Box(inner=Box(layers=[self.a]), last={"c": self.c}, other=[nn.Linear(12, 12)])
+        self.box.other[0].requires_grad_(False)
+        torch.nn.init.eye_(self.box.other[0].weight)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.box.other[0](self.box.inner.layers[0](x)).relu()
+        y = y + 0.0 * float(y.detach().sum() > 0)
+        self.box.inner.kept = torch.distributions.Categorical(logits=self.box.last["c"](y))
+        return self.box.inner.kept.logits
+
+
+class KeepsOutside(Keeps):
+    """The same in one piece."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.box.last["c"](self.box.inner.layers[0](x).relu())
+        self.box.inner.kept = [Box(y=y, z={"y": (y, 2)})]
+        return y
+
+
+@pytest.mark.parametrize("kind", [Keeps, KeepsOutside])
+def test_objects_that_keep_results(kind: Any) -> None:
+    torch.manual_seed(0)
+    model, x = kind(), example()
+    model(x)  # there is one already
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches=None, dynamic="batch")
+    want = [y.detach() for y in teacher.both(x)]
+    close(want[1], model(x))
+    for again in (copy.deepcopy(teacher), copy.deepcopy(copy.deepcopy(teacher))):
+        for y, z in zip(again.both(x), want, strict=True):
+            close(y, z)
+    plain = gpdfx.collapse(teacher)
+    stir(teacher)
+    stir(model)
+    close(plain(x), want[1])
+    assert plain.box.inner.layers[0] is plain.a
+    plain(x).sum().backward()
+    assert plain.a.weight.grad is not None

@@ -16,7 +16,7 @@ import operator
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..torch_private import storage_key
 
 T = TypeVar("T")
+Module = TypeVar("Module", bound=nn.Module)
 
 Place = tuple[Any, Any, Any]
 """A holder, the key under which it holds something (``None`` where that cannot be replaced but with
@@ -41,13 +42,16 @@ _NAMED = (Tensor, nn.Module, types.MethodType, types.FunctionType)
 
 
 # --------------------------------------------------------------------------- finding
-def places(root: Any, hops: int | None = None) -> Iterator[tuple[str, Place]]:
+def places(
+    root: Any, hops: int | None = None, closed: Sequence[Any] = ()
+) -> Iterator[tuple[str, Place]]:
     """All places of a structure, with the path of the module or attribute that they are in; what is
     replaced meanwhile is followed as it is then. ``hops``: through how many functions to follow
-    what they read as globals; ``None``: not into functions, as ``copy`` does not go."""
+    what they read as globals; ``None``: not into functions, as ``copy`` does not go. ``closed``:
+    what is not looked into."""
     roots = root.named_modules() if isinstance(root, nn.Module) else [("", root)]
     waiting = deque((path, one, True, hops) for path, one in roots)
-    seen = dict[int, Any]()  # they live: no other gets the same id
+    seen = {id(one): one for one in closed}  # they live: no other gets the same id
     while waiting:
         path, holder, opens, left = waiting.popleft()
         if id(holder) in seen:
@@ -188,13 +192,13 @@ def importable(held: Any) -> bool:
 class HeldTensors:
     """Where a module's Python holds its parameters and buffers beside its registries, by their
     names: a plain list or dict, an object, a closure. Nothing of torch's that gives a module other
-    tensors for a call reaches these."""
+    tensors for a call reaches these. ``closed``: what is not the user's in it."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, closed: Sequence[Any] = ()) -> None:
         self.names = {id(t): name for name, t in registered(module).items()}
         own = {id(vars(part)[name]) for part in module.modules() for name in _REGISTRIES}
         self.places: list[Place] = []
-        for _, (holder, key, held) in places(module, hops=0):
+        for _, (holder, key, held) in places(module, 0, closed):
             if key is not None and id(holder) not in own and self._in(held):
                 self.places.append((holder, key, held))
 
@@ -219,6 +223,14 @@ class HeldTensors:
             for place in self.places:
                 with contextlib.suppress(IndexError):  # of a list that is shorter now
                     _put(*place)
+
+
+def converted(module: Module, dtype: torch.dtype) -> Module:
+    """``module.to(dtype)``; where its Python holds a buffer, too, that is the new one."""
+    held = HeldTensors(module)
+    module.to(dtype)
+    held.fill(registered(module))
+    return module
 
 
 # --------------------------------------------------------------------------- copying

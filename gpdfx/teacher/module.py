@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import zlib
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,8 +152,9 @@ class Teacher(nn.Module):
 
     def _find_held(self) -> None:
         """What the user's Python holds of its tensors, in the shell and in the student."""
-        runs = (self._python_shell or nn.Module(), self._student)
-        self._also_held = tuple(map(HeldTensors, runs))
+        taken = [part.forward for part in self._parts_in(self._python_shell).values()]
+        shell = HeldTensors(self._python_shell or nn.Module(), taken)
+        self._also_held = shell, HeldTensors(self._student)
 
     # ---- running
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -318,10 +319,10 @@ class Teacher(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)
         options = {} if recurse else {"recurse": False}  # which an override need not know
-        for module in filter(None, (self._python_shell, self._student)):
-            held = HeldTensors(module)
-            module._apply(partial(apply_to, fn), **options)
-            held.fill(registered(module))
+        for module, held in zip((self._python_shell, self._student), self._also_held, strict=True):
+            if module is not None:
+                module._apply(functools.partial(apply_to, fn), **options)
+                held.fill(registered(module))
         self._find_held()
         return self
 
@@ -349,6 +350,32 @@ class Teacher(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._find_held()
+
+
+# --------------------------------------------------------------------------- moves
+def _moves(name: str) -> Callable[..., Teacher]:
+    """A method like ``to``: torch's, and then the student's own one, if it has one. Such a method
+    moves tensors that are in no registry; what is, it finds moved already."""
+    plain = getattr(nn.Module, name)
+
+    def move(self: Teacher, *args: Any, **kwargs: Any) -> Teacher:
+        plain(self, *args, **kwargs)
+        device = next((p.device for p in self.parameters()), None)
+        for module in filter(None, (self._python_shell, self._student)):
+            own = getattr(module, name)
+            if getattr(own, "__func__", None) is not plain:
+                holder, empty = nn.Module(), dict[str, Tensor]()
+                for path, p in module.named_parameters(prefix="module"):
+                    empty[path] = torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
+                holder.module, holder.forward = module, own
+                functional_call(holder, empty, args, kwargs, tie_weights=True)
+        return self
+
+    return functools.wraps(plain)(move)
+
+
+for _name in ("to", "cuda", "cpu", "float", "double", "half", "bfloat16", "type"):
+    setattr(Teacher, _name, _moves(_name))
 
 
 # --------------------------------------------------------------------------- tensors by name
