@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from ..calls.call import Call
-from ..calls.held import copy_functions, identity, tensors_and_modules
+from ..calls.held import ATOMIC, copy_functions, identity, places, tensors_and_modules
 from ..calls.tree import Pattern
 from ..control import ExpandOptions
 from ..errors import InputError
@@ -163,11 +163,14 @@ def duplicate(held: T, memo: dict[int, Any] | None = None, *, ours: bool = False
     own: dict[Any, tuple[str, Any]] = {}
     for place, one in tensors_and_modules(held):
         own.setdefault(identity(one), (place, one))
-    for _, one in tensors_and_modules(held, hops=0):
+    atomic = set[int]()
+    for _, (_, _, one) in places(held, hops=0):
         if isinstance(one, torch.Tensor) and not one.is_leaf and id(one) not in memo:
             memo[id(one)] = one.detach().clone()
+        elif isinstance(one, ATOMIC):
+            atomic.add(id(one))
     try:
-        twin = copy_functions(copy.deepcopy(held, memo), memo, own)
+        twin = copy_functions(copy.deepcopy(held, memo), memo, own, atomic)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a __deepcopy__ raises

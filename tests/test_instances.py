@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import gpdfx
 
-from .helpers import hidden_student
+from .helpers import hidden_student, parts
 
 Make = Callable[[], nn.Module]
 
@@ -224,7 +224,24 @@ def weakly() -> nn.Module:
     return model
 
 
+class Wraps(nn.Sequential):
+    """Copies itself, and its wrapper with it."""
+
+    def __init__(self) -> None:
+        super().__init__(*net())
+        old = self[0].forward
+        self[0].forward = lambda input: old(input) * 2
+
+    def __deepcopy__(self, memo: Any) -> Wraps:
+        twin = memo[id(self)] = Wraps()
+        for name, p in self.named_parameters():
+            path, _, leaf = name.rpartition(".")
+            twin.get_submodule(path)._parameters[leaf] = copy.deepcopy(p, memo)
+        return twin.train(self.training)
+
+
 FUNCTIONS: list[Make] = [
+    Wraps,
     by_default,
     by_closure,
     as_accelerate_does,
@@ -324,10 +341,10 @@ def by_variables(*tensors: Tensor) -> Any:
     return lambda: tensors
 
 
-@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("in_parts", [False, True])
 @pytest.mark.parametrize("name", HELD)
-def test_tensors_that_python_holds(name: str, parts: bool, tmp_path: Path) -> None:
-    works(lambda: Layers(*HELD[name], parts), tmp_path)
+def test_tensors_that_python_holds(name: str, in_parts: bool, tmp_path: Path) -> None:
+    works(lambda: Layers(*HELD[name], in_parts), tmp_path)
 
 
 def test_what_is_not_looked_into_is_named() -> None:
@@ -399,10 +416,10 @@ class OnInstance(Moves):
         self._apply = apply  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("in_parts", [False, True])
 @pytest.mark.parametrize("kind", [ByApply, ByTo, Within, OnInstance])
-def test_tensors_that_the_model_moves(kind: Any, parts: bool, tmp_path: Path) -> None:
-    teacher = works(lambda: kind(parts), tmp_path)
+def test_tensors_that_the_model_moves(kind: Any, in_parts: bool, tmp_path: Path) -> None:
+    teacher = works(lambda: kind(in_parts), tmp_path)
     assert max(teacher.report().error.values()) < 1e-10  # in float64: there, too, it was moved
     x = example()
     torch.manual_seed(3)
@@ -481,3 +498,41 @@ def test_objects_that_keep_results(kind: Any) -> None:
     assert plain.box.inner.layers[0] is plain.a
     plain(x).sum().backward()
     assert plain.a.weight.grad is not None
+
+
+class Reads(nn.Module):
+    """A child that reads what its parent registers."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.held = held
+        self.layers = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 12))
+
+    def forward(self, x: Tensor) -> Any:
+        last = self.held[0]
+        return self.layers(x) @ getattr(last, "weight", last).T
+
+
+class Parent(nn.Module):
+    def __init__(self, hold: Any) -> None:
+        super().__init__()
+        self.last = nn.Linear(12, 4, bias=False)
+        self.child = Reads(hold(self.last))
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.child(x)
+        return y if y.sum() < 1e9 else self.last(y)
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda last: [last],
+        lambda last: (last.weight,),
+        lambda last: {0: last.weight},
+    ],
+)
+def test_what_a_part_reads_of_others_is_no_constant(hold: Any, tmp_path: Path) -> None:
+    teacher = works(lambda: Parent(hold), tmp_path)
+    assert set(parts(teacher)) == {"child.layers"}
+    assert "not in it" in teacher.report().apart["child"]

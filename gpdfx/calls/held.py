@@ -16,7 +16,7 @@ import operator
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +37,8 @@ _CLOSED = (Tensor, type, types.ModuleType)
 _ITEMS = (dict, list, deque)
 _FIXED = (tuple, set, frozenset)
 _CACHED: type = type(functools.lru_cache(len))
+ATOMIC = (types.FunctionType, weakref.ref, _CACHED)
+"""What ``copy`` takes for constants, whatever they name."""
 _CONTAINERS = frozenset((dict, OrderedDict, list, tuple, set))
 _NAMED = (Tensor, nn.Module, types.MethodType, types.FunctionType)
 
@@ -234,12 +236,15 @@ def converted(module: Module, dtype: torch.dtype) -> Module:
 
 
 # --------------------------------------------------------------------------- copying
-def copy_functions(twin: T, memo: dict[int, Any], own: Mapping[Any, Any]) -> T:
+def copy_functions(
+    twin: T, memo: dict[int, Any], own: Mapping[Any, Any], atomic: Collection[int]
+) -> T:
     """Give a deep copy functions of its own, in place, for those that name a module, or a tensor of
-    the original (``own``, by ``identity``), in their closure or as a default. What caches the
-    results of such a function and weak references to a module are constants to ``copy``, too.
+    the original, in their closure or as a default. What caches the results of such a function and
+    weak references to a module are constants to ``copy``, too.
 
-    ``memo``: of the deep copy.
+    ``memo``: of the deep copy; ``own``: what the original holds, by ``identity``; ``atomic``: the
+    ``id`` of all of ``ATOMIC`` in it (a ``__deepcopy__`` may have made others).
     """
     known, made = dict[int, bool](), dict[int, Any]()
 
@@ -254,12 +259,11 @@ def copy_functions(twin: T, memo: dict[int, Any], own: Mapping[Any, Any]) -> T:
         return isinstance(x, nn.Module) or (isinstance(x, Tensor) and identity(x) in own)
 
     def other(x: Any) -> Any:
-        if isinstance(x, weakref.ref):
-            return weakref.ref(memo[id(x())]) if own_or_module(x) else x
-        caches = type(x) is _CACHED
-        if not (caches or isinstance(x, types.FunctionType)) or not names(x):
+        if id(x) not in atomic or not (own_or_module(x) or names(x)):
             return x
-        if id(x) not in made and not caches:
+        if isinstance(x, weakref.ref):
+            return weakref.ref(memo.get(id(x()), x()))
+        if id(x) not in made and isinstance(x, types.FunctionType):
             made[id(x)] = function(x)
         elif id(x) not in made:
             wrapped = substituted(copy.deepcopy(x.__wrapped__, memo), other)

@@ -12,7 +12,7 @@ import itertools
 import operator
 import re
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -192,7 +192,11 @@ def _export_site(
     student: nn.Module, site: CallSite, free: Any, patience: float | None
 ) -> tuple[ExportedProgram, Pattern]:
     """Export a copy of a module whose forward takes and returns flat tensors."""
-    module = duplicate(student.get_submodule(site.path)).train(site.training)
+    original = student.get_submodule(site.path)
+    others = {id(t): t for t in registered(student).values()}
+    for t in registered(original).values():
+        del others[id(t)]
+    module = duplicate(original, dict(others)).train(site.training)
     forward, returned, also = module.forward, list[Pattern](), HeldTensors(module)
 
     def flat(*tensors: Any) -> tuple[Any, ...]:
@@ -218,21 +222,27 @@ def _export_site(
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
     if any(limits.has_unknown_size(node.meta.get("val")) for node in exported.graph.nodes):
         raise TypeError("a size in it depends on values")
-    _check_constants(module, exported)
+    _check_constants(module, exported, others)
     _drop_replacements(exported.graph)
     if not site.training:
         _check_faithful(student, site, exported)
     return exported, returned[0]
 
 
-def _check_constants(module: nn.Module, exported: ExportedProgram) -> None:
+def _check_constants(
+    module: nn.Module, exported: ExportedProgram, others: Mapping[int, torch.Tensor]
+) -> None:
     """A parameter that forward takes out of what is not looked into (an array of objects) is a
     constant for export: no teacher, no optimizer's step and no ``functional_call`` would ever reach
-    it."""
+    it. So is one of ``others``, which are not in the module but in the student."""
     storages = {p.untyped_storage().data_ptr(): name for name, p in module.named_parameters()}
+    outside = {t.untyped_storage().data_ptr() for t in others.values()}
     for constant in exported.constants.values():
-        held = isinstance(constant, torch.Tensor) and constant.numel()
-        if held and (name := storages.get(constant.untyped_storage().data_ptr())):
+        if not (isinstance(constant, torch.Tensor) and constant.numel()):
+            continue
+        if (place := constant.untyped_storage().data_ptr()) in outside:
+            raise TypeError("it reads a parameter or buffer that is not in it, but in the model")
+        if name := storages.get(place):
             raise InputError(
                 f"forward reads the parameter {name} from where no call can give it another value",
                 module_path=type(module).__name__,
