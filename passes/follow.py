@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..calls.held import converted
 from ..errors import CaptureError
 from ..torch_private import BATCH_NORMS, tree_leaves
 from .capture.inline import inline
@@ -24,7 +25,7 @@ def follow_dtype(program: Program) -> Program:
     """``follow``, with a capture in float64, where a dtype was baked."""
     if not bakes_constants(program):
         return program
-    double = duplicate(program.student).double()
+    double = converted(duplicate(program.student), torch.double)
     try:
         twin = inline(recapture(program, double, torch.double, program.functional))
     except CaptureError:  # one that only runs in its own dtype keeps it

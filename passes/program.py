@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dis
-import itertools
 import os
 import re
 import traceback
-import types
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -19,16 +16,17 @@ import torch
 from torch import fx, nn
 
 from ..calls.call import Call
+from ..calls.held import ATOMIC, copy_functions, identity, places, tensors_and_modules
 from ..calls.tree import Pattern
 from ..control import ExpandOptions
 from ..errors import InputError
 from ..kernels import copies
 from ..kernels.regions import REGION
-from ..torch_private import hint, storage_key, tree_leaves
+from ..torch_private import hint
 
 aten = torch.ops.aten
 
-Module = TypeVar("Module", bound=nn.Module)
+T = TypeVar("T")
 Kind = TypeVar("Kind", bound="Program")
 _LIBRARIES = [Path(str(library.__file__)).parent for library in (torch, np)]
 _FOLDERS = (*_LIBRARIES, Path(__file__).parents[1], Path(__file__).resolve().parent)
@@ -167,93 +165,49 @@ def unused(name: str, known: Container[Any]) -> str:
     return name
 
 
-def duplicate(module: Module, memo: dict[int, Any] | None = None, *, ours: bool = False) -> Module:
-    """A deep copy, also of modules that hold computed tensors (the old ``weight_norm``, or a list
-    of results), which ``copy`` alone refuses. ``memo``: what is shared, by ``id``; ``ours``: a copy
-    already, which shares nothing.
+def duplicate(held: T, memo: dict[int, Any] | None = None, *, ours: bool = False) -> T:
+    """A deep copy of a module (or of what holds some), also of one that holds computed tensors (the
+    old ``weight_norm``, or a list of results), which ``copy`` alone refuses, and functions that
+    name it, which ``copy`` shares. ``memo``: what is shared, by ``id``; ``ours``: a copy already,
+    which shares nothing.
 
     Raises ``InputError`` for a module that cannot be copied, or whose copy would share more.
     """
-    memo = dict(memo or {})
-    shared = {_identity(x) for x in memo.values() if isinstance(x, torch.Tensor)}
+    memo = {} if memo is None else memo
+    shared = {identity(x) for x in memo.values() if isinstance(x, torch.Tensor)}
     own: dict[Any, tuple[str, Any]] = {}
-    for place, held in _held(module, functions=False):
-        own.setdefault(_identity(held), (place, held))
-        if isinstance(held, torch.Tensor) and not held.is_leaf:
-            memo[id(held)] = held.detach().clone()
+    for place, one in tensors_and_modules(held):
+        own.setdefault(identity(one), (place, one))
+    atomic = set[int]()
+    for _, (_, _, one) in places(held, hops=0):
+        if isinstance(one, torch.Tensor) and not one.is_leaf and id(one) not in memo:
+            memo[id(one)] = one.detach().clone()
+        elif isinstance(one, ATOMIC):
+            atomic.add(id(one))
     try:
-        twin = copy.deepcopy(module, memo)
+        twin = copy_functions(copy.deepcopy(held, memo), memo, own, atomic)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a __deepcopy__ raises
         raise InputError(
-            f"{type(module).__name__} cannot be copied: {type(error).__name__}: {error}",
+            f"{type(held).__name__} cannot be copied: {type(error).__name__}: {error}",
             source=source_line("".join(traceback.format_exception(error))) or None,
             remedy="expand works on copies: keep locks, files and the like out of the model's "
             "attributes, or give the class that holds them a __deepcopy__",
         ) from error
     if ours:
         return twin
-    for _, held in _held(twin, functions=True) if isinstance(twin, nn.Module) else [("", module)]:
-        place, original = own.get(_identity(held), ("", None))
-        if original is not None and _identity(held) not in shared:
+    for _, one in tensors_and_modules(held if twin is None else twin, hops=3):
+        place, original = own.get(identity(one), ("", None))
+        if original is not None and identity(one) not in shared:
             raise InputError(
                 "a copy of the model shares a module or a tensor with it",
                 module_path=f"{place or '(root)'} ({type(original).__name__})",
                 remedy="expand works on copies: a __deepcopy__ must copy this, too, and a function "
-                "that an object holds (model.forward = wrapper, a hook) must not name it: write a "
-                "method, or a hook that uses its arguments",
+                "that an object holds (model.forward = wrapper, a hook) must not read it as a "
+                "global: let it be a local variable, an argument or a default of the function",
             )
     return twin
-
-
-def _held(module: nn.Module, *, functions: bool) -> Iterator[tuple[str, Any]]:
-    """Place and object of all modules and tensors that a module has in its attributes.
-    ``functions``: also what functions there name; they are not copied."""
-    for path, part in module.named_modules():
-        yield path, part
-        for name, held in vars(part).items():
-            if held is None or type(held) in _PLAIN:
-                continue
-            entries = held.items() if name in _REGISTRIES else {name: held}.items()
-            for entry, value in entries:
-                for one in reached(value, 3 if functions else 0):
-                    yield f"{path}.{entry}".strip("."), one
-
-
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
-_PLAIN = (bool, int, float, str)
-
-
-def _identity(held: Any) -> Any:
-    """The same for tensors that share memory."""
-    if isinstance(held, torch.Tensor) and held.layout == torch.strided:
-        return "storage", storage_key(held)
-    return id(held)
-
-
-def reached(structure: Any, depth: int = 3) -> Iterator[Any]:
-    """The modules and tensors in a structure, and what functions in it name, so deep."""
-    for leaf in tree_leaves(structure):
-        if isinstance(leaf, torch.Tensor | nn.Module):
-            yield leaf
-        elif isinstance(leaf, types.MethodType) and depth:
-            yield from reached(leaf.__self__, depth - 1)
-        elif isinstance(leaf, types.FunctionType) and depth:
-            yield from reached(list(_named(leaf)), depth - 1)
-
-
-_NAMED = (torch.Tensor, nn.Module, types.MethodType, types.FunctionType)
-
-
-def _named(function: types.FunctionType) -> Iterator[Any]:
-    """What a function closes over, has as defaults, or reads as a global; no containers, which it
-    may fill anew in every call."""
-    read = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}
-    cells = (c.cell_contents for c in function.__closure__ or () if c != types.CellType())
-    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    named = itertools.chain(cells, defaults, map(function.__globals__.get, read))
-    return (x for x in named if isinstance(x, _NAMED))
 
 
 # --------------------------------------------------------------------------- reading nodes

@@ -102,7 +102,7 @@ def _verify(compiled: Compiled, seed: int) -> Check:
 def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Check:
     """Look at all laws, on the probe and on the real weights."""
     precision = attempt.precision
-    precision.convert(teacher)
+    teacher.to(precision.dtype) if precision.dtype else None
     teacher.noise = None
     findings, moved = list[Finding](), set[str]()
     vacuous, unseen = list[str](), dict[str, str]()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..calls import tree
+from ..calls.held import converted
 from ..kernels.quantize import SINGLE
 from ..passes.capture.modes import EVAL, TRAIN, enter
 from ..passes.program import duplicate
@@ -132,7 +133,7 @@ class Precision:
 
     def convert(self, module: nn.Module) -> nn.Module:
         """A module's parameters to it, in place."""
-        return module.to(self.dtype) if self.dtype else module
+        return converted(module, self.dtype) if self.dtype else module
 
 
 def precisions(
@@ -174,9 +175,9 @@ def _castings(inputs: Inputs) -> Iterator[Inputs]:
 
 def _outputs(student: nn.Module, precision: Precision) -> list[Tensor] | None:
     """What a network returns; ``None`` if it does not run: some bake float32 tensors."""
-    run = enter(precision.convert(duplicate(student, ours=True)), EVAL, {})
     args, kwargs = tree.fresh(precision.inputs)
     try:
+        run = enter(precision.convert(duplicate(student, ours=True)), EVAL, {})
         with torch.no_grad(), keep_rng(), precision():
             torch.manual_seed(0)
             outputs = tree.leaves(run(*args, **kwargs))

@@ -181,6 +181,7 @@ class StreamingTeacher(Teacher):
         """Let the user's Python between the parts have the state of the first call again."""
         if self._python_shell is not None:
             object.__setattr__(self, "_python_shell", self._make_python_shell())
+            self._find_held()
 
     @torch.no_grad()
     def perturb(self, seed: int) -> None:

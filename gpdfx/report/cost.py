@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..passes.capture.modes import EVAL, enter
 from ..passes.capture.submodules import slow_attention
 from ..passes.folded import Folded, Make
-from ..passes.program import Module, duplicate
+from ..passes.program import duplicate
 from ..teacher.folding import Lazy
 from ..teacher.module import Teacher
 from ..torch_private import (
@@ -30,6 +30,7 @@ from ..torch_private import (
     without_modes,
 )
 
+Module = TypeVar("Module", bound=nn.Module)
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calls.held import reached
 from ..calls.tree import Pattern, Slot, pattern
-from ..passes.program import reached
 from ..torch_private import Checkpoints, checkpoints, functions, plain_apply
 
 Run = Callable[..., Any]
@@ -66,7 +66,7 @@ class Within(nn.Module):
 def calls_modules(args: Any) -> bool:
     """Whether a function is called with a module, or with what holds one."""
     held = pattern(args, (Tensor,))[0].held
-    return any(any(reached(x)) for x in held if x is not Slot)
+    return any(True for x in held if x is not Slot for _ in reached(x))
 
 
 def _late(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import zlib
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from torch.func import functional_call
 
 from ..algebra.frozen import Frozen
 from ..algebra.gather import gather
+from ..calls.held import HeldTensors, importable, registered
+from ..errors import InputError
 from ..passes.capture.modes import EVAL, TRAIN
 from ..passes.capture.submodules import slow_attention
 from ..passes.folded import Folded, merged, module_of, students
@@ -36,6 +39,7 @@ from .placeholders import apply_to, placeholder
 if TYPE_CHECKING:
     from ..report.report import Report
 
+_PICKLED = ("__getstate__", "__reduce__", "__reduce_ex__")
 _HIDDEN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -107,6 +111,7 @@ class Teacher(nn.Module):
         self._held: ChainMap[str, Tensor] = ChainMap()
         shell = None if "" in self._parts else self._make_python_shell()
         object.__setattr__(self, "_python_shell", shell)
+        self._find_held()
         self._enter(self._modes.mode or TRAIN)
         self._report = describe(self) if describe else None
 
@@ -156,6 +161,12 @@ class Teacher(nn.Module):
             part.take_over(shell.get_submodule(path), self._net, self._held)
         self._modes.runs[1:] = [shell]
         return shell
+
+    def _find_held(self) -> None:
+        """What the user's Python holds of its tensors, in the shell and in the student."""
+        taken = [part.forward for part in self._parts_in(self._python_shell).values()]
+        shell = HeldTensors(self._python_shell or nn.Module(), taken)
+        self._also_held = shell, HeldTensors(self._student)
 
     # ---- running
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -227,9 +238,9 @@ class Teacher(nn.Module):
         held = [(part, dict(part._buffers)) for part in module.modules()]
         reading = self._held.maps[:]
         self._held.maps[:] = [folded or {}]  # type: ignore[list-item]
-        within = partial(self._run_again, module)
+        within, also = partial(self._run_again, module), self._filled(module, tensors)
         try:
-            with run_again(within, tensors, folded or {}, late=self._late):
+            with run_again(within, tensors, folded or {}, late=self._late), also:
                 result = functional_call(module, tensors, args, kwargs, tie_weights=True)
             with torch.no_grad():
                 for name, buffer in own.items():
@@ -246,6 +257,8 @@ class Teacher(nn.Module):
             for path, attribute, pristine in self._caches:
                 again = pristine if isinstance(pristine, Tensor) else copy.copy(pristine)
                 module.get_submodule(path).__dict__[attribute] = again
+            if self._caches and any(held.places for held in self._also_held):  # maybe in these
+                self._find_held()
 
     def _run_again(
         self,
@@ -258,7 +271,14 @@ class Teacher(nn.Module):
     ) -> Any:
         """``_run`` for a function that belongs to the module."""
         own = {f"module.{name}": x for name, x in tensors.items()}
-        return self._run(Within(module, function), own, args, kwargs, folded)
+        with self._filled(module, tensors):
+            return self._run(Within(module, function), own, args, kwargs, folded)
+
+    def _filled(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
+        """While it lasts, what the user's Python holds of its tensors are these."""
+        if isinstance(module, Within):
+            return nullcontext()
+        return self._also_held[module is self._student].filled(tensors)
 
     # ---- between student and teacher
     def student_parameters(self, folded: Folded | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -356,8 +376,64 @@ class Teacher(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)
-        self._student._apply(lambda t: apply_to(fn, t), recurse)
+        options = {} if recurse else {"recurse": False}  # which an override need not know
+        for module, held in zip((self._python_shell, self._student), self._also_held, strict=True):
+            if module is not None:
+                module._apply(functools.partial(apply_to, fn), **options)
+                held.fill(registered(module))
+        self._find_held()
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        """As ``expand`` copies: whatever the student's Python holds."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        state = {name: held for name, held in vars(self).items() if name != "_also_held"}
+        vars(twin).update(duplicate(state, memo, ours=True))
+        twin._find_held()
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        for path, part in self._student.named_modules():
+            if all(getattr(type(part), name) is getattr(nn.Module, name) for name in _PICKLED):
+                for name, held in vars(part).items():
+                    if not importable(held):
+                        raise InputError(
+                            f"Python cannot pickle a teacher whose student holds a function that "
+                            f"has no name in its module: {name}",
+                            module_path=f"{path or '(root)'} ({type(part).__name__})",
+                            remedy="gpdfx.save(teacher, path) and gpdfx.load need no pickle",
+                        )
+        return {name: held for name, held in vars(self).items() if name != "_also_held"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._find_held()
+
+
+# --------------------------------------------------------------------------- moves
+def _moves(name: str) -> Callable[..., Teacher]:
+    """A method like ``to``: torch's, and then the student's own one, if it has one. Such a method
+    moves tensors that are in no registry; what is, it finds moved already."""
+    plain = getattr(nn.Module, name)
+
+    def move(self: Teacher, *args: Any, **kwargs: Any) -> Teacher:
+        plain(self, *args, **kwargs)
+        device = next((p.device for p in self.parameters()), None)
+        for module in filter(None, (self._python_shell, self._student)):
+            own = getattr(module, name)
+            if getattr(own, "__func__", None) is not plain:
+                holder, empty = nn.Module(), dict[str, Tensor]()
+                for path, p in module.named_parameters(prefix="module"):
+                    empty[path] = torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
+                holder.module, holder.forward = module, own
+                functional_call(holder, empty, args, kwargs, tie_weights=True)
+        return self
+
+    return functools.wraps(plain)(move)
+
+
+for _name in ("to", "cuda", "cpu", "float", "double", "half", "bfloat16", "type"):
+    setattr(Teacher, _name, _moves(_name))
 
 
 # --------------------------------------------------------------------------- tensors by name

@@ -13,7 +13,7 @@ import itertools
 import operator
 import re
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 
 from ...calls import tree
 from ...calls.call import Call
+from ...calls.held import HeldTensors, registered
 from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
 from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
@@ -199,14 +200,19 @@ def _export_site(
     student: nn.Module, site: CallSite, free: Any, patience: float | None
 ) -> tuple[ExportedProgram, Pattern]:
     """Export a copy of a module whose forward takes and returns flat tensors."""
-    module = _called(student, site)
+    original = student.get_submodule(site.path)
+    others = {id(t): t for t in registered(student).values()}
+    for t in registered(original).values():
+        del others[id(t)]
+    module = _called(duplicate(original, dict(others)), site)
     without_branches(module)
-    forward, returned = module.forward, list[Pattern]()
+    forward, returned, also = module.forward, list[Pattern](), HeldTensors(module)
 
     def flat(*tensors: Any) -> tuple[Any, ...]:
         args, kwargs = site.call.unflatten(list(tensors))
         try:
-            out, values = tree.pattern(forward(*args, **kwargs))
+            with also.filled(registered(module)):
+                out, values = tree.pattern(forward(*args, **kwargs))
         except Exception as error:
             raise _RaisedError(error) from error
         held = [x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -225,39 +231,44 @@ def _export_site(
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
     if any(limits.has_unknown_size(node.meta.get("val")) for node in exported.graph.nodes):
         raise TypeError("a size in it depends on values")
-    _check_constants(module, exported)
+    _check_constants(module, exported, others)
     _drop_replacements(exported.graph)
     if not site.training:
         _check_faithful(student, site, exported)
     return exported, returned[0]
 
 
-def _called(student: nn.Module, site: CallSite) -> nn.Module:
+def _called(module: nn.Module, site: CallSite) -> nn.Module:
     """A copy of a module as it is when it is called. Its ``train()`` may do more than set flags."""
-    module = duplicate(student.get_submodule(site.path))
     if site.mode != GIVEN:
         module.train(site.training)
     return set_flags(module, site.flags)
 
 
-def _check_constants(module: nn.Module, exported: ExportedProgram) -> None:
-    """A parameter that forward takes out of a plain list is a constant for export: no teacher, no
-    optimizer's step and no ``functional_call`` would ever reach it."""
+def _check_constants(
+    module: nn.Module, exported: ExportedProgram, others: Mapping[int, torch.Tensor]
+) -> None:
+    """A parameter that forward takes out of what is not looked into (an array of objects) is a
+    constant for export: no teacher, no optimizer's step and no ``functional_call`` would ever reach
+    it. So is one of ``others``, which are not in the module but in the student."""
     storages = {p.untyped_storage().data_ptr(): name for name, p in module.named_parameters()}
+    outside = {t.untyped_storage().data_ptr() for t in others.values()}
     for constant in exported.constants.values():
-        held = isinstance(constant, torch.Tensor) and constant.numel()
-        if held and (name := storages.get(constant.untyped_storage().data_ptr())):
+        if not (isinstance(constant, torch.Tensor) and constant.numel()):
+            continue
+        if (place := constant.untyped_storage().data_ptr()) in outside:
+            raise TypeError("it reads a parameter or buffer that is not in it, but in the model")
+        if name := storages.get(place):
             raise InputError(
-                f"forward reads the parameter {name} out of a plain list or dict",
+                f"forward reads the parameter {name} from where no call can give it another value",
                 module_path=type(module).__name__,
-                remedy="hold it in an nn.ParameterList or nn.ParameterDict, or read it as an "
-                "attribute of its module",
+                remedy="hold it as an attribute of a module or an object, in a list or a dict",
             )
 
 
 def _check_faithful(student: nn.Module, site: CallSite, exported: ExportedProgram) -> None:
     """Some models ask whether they are traced, and then compute something else."""
-    eager = _called(student, site)
+    eager = _called(duplicate(student.get_submodule(site.path)), site)
     args, kwargs = site.call.unflatten([x.clone() for x in site.tensors])
     with torch.no_grad(), limits.quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # dropout may be on in eval mode, too

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from ...calls.held import reached
 from ...errors import InputError
 from ...torch_private import accumulation_hooks, gradient_hooks
-from ..program import reached
 
 
 def hooked_modules(model: nn.Module) -> dict[str, str]:
@@ -32,7 +32,7 @@ def hooked_parameters(model: nn.Module) -> dict[str, list[Callable[..., Any]]]:
     own = {id(x) for x in (*model.modules(), *model.parameters(), *model.buffers())}
     found = {name: hooks for name, p in model.named_parameters() if (hooks := gradient_hooks(p))}
     for name, hooks in found.items():
-        if any(id(x) in own for x in reached(hooks, 3)):
+        if any(id(x) in own for x in reached(hooks)):
             raise InputError(
                 f"the gradient hook of {name} names a module or a tensor of the model",
                 remedy="a hook that goes on to the teacher's parameter must use its argument "

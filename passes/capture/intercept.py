@@ -21,11 +21,11 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from ...calls.held import reached
 from ...calls.tree import SLOTS, leaves, pattern
 from ...kernels.regions import enter_recompute, exit_recompute, require_grad
 from ...kernels.user_function import Hooked, UserFunction
 from ...torch_private import Checkpoints, checkpoints, functions, is_traced, version
-from ..program import reached
 
 _LIBRARY = torch.library.Library("gpdfx", "FRAGMENT")
 _LIBRARY.define("user_function(Tensor[] tensors, SymInt[] sizes, int number) -> Tensor[]")
@@ -77,7 +77,7 @@ def _function(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return kind.apply(*args, **kwargs)
     arguments, given = pattern((args, kwargs))
     for held in leaves((args, kwargs)):
-        if not isinstance(held, SLOTS) and any(reached(held)):
+        if not isinstance(held, SLOTS) and any(True for _ in reached(held)):
             raise TypeError(f"{kind.__name__}.apply is called with a module")
     if not all(isinstance(x, Tensor | torch.SymInt) for x in given):
         raise TypeError(f"{kind.__name__}.apply is called with a number that follows from sizes")
