@@ -244,6 +244,7 @@ def test_libraries_that_checkpoint(build: Callable[[], tuple[nn.Module, Any]]) -
     model, x = build()
     teacher = gpdfx.expand(model.train(), 2, example_inputs=(x,), branches=None)
     assert list(parts(teacher)) == [""]
+    assert f"{teacher.report().recomputed} regions" in str(teacher.report())
     trains_as(model, teacher, x)
 
 

@@ -296,6 +296,10 @@ def test_gradients_are_those_of_the_users_function(name: str) -> None:
     report = teacher.report()
     assert not report.apart
     assert len({b.node for b in report.bridged}) == CASES[name][2], report.bridged
+    calls, wide = map(sum, zip(*report.functions.values(), strict=True))
+    assert calls > 0
+    assert calls - wide == CASES[name][2]
+    assert f"{next(iter(report.functions))} (" in str(report)
     trains_as(model.eval(), teacher.eval(), x)
     trains_as(model.train(), copy.deepcopy(teacher).train(), x)
 

@@ -14,6 +14,8 @@ from ..algebra.solver import Reason
 from ..check.certificate import Certified, Check
 from ..control import Control
 from ..kernels.fold import refusal
+from ..kernels.regions import enter_recompute
+from ..kernels.user_function import UserFunction
 from ..passes.infer import FROM_PYTHON, TO_PYTHON
 from ..passes.widen import Bridge, Widened
 from ..teacher.module import Teacher
@@ -97,12 +99,16 @@ class Capture:
     """What became of the code. ``inputs``: input -> which of its sizes may differ from the
     example's. ``apart``: modules that could not be captured -> why; they stay the user's Python,
     and the parts that were captured stand in ``inputs``. ``bridged``: of the ``nodes`` those that
-    run at the student's width."""
+    run at the student's width. ``functions``: the user's own (``torch.autograd.Function``, hooks on
+    activations) -> how many calls there are, and how many of them widen; ``recomputed``: regions of
+    which no activation is saved, as the user's checkpoints say."""
 
     nodes: int
     bridged: tuple[Bridge, ...]
     inputs: dict[str, str]
     apart: dict[str, str]
+    functions: dict[str, tuple[int, int]]
+    recomputed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +205,11 @@ class Report(Footprint, Branching, Capture, Widening):
         yield "inputs", "; ".join(f"{name}: {sizes}" for name, sizes in self.inputs.items())
         if self.apart:
             yield "in Python", ", ".join(path or self.name for path in self.apart)
+        calls = (f"{k} ({wide} of {n} widen)" for k, (n, wide) in self.functions.items())
+        if self.functions:
+            yield "own gradients", ", ".join(calls)
+        if self.recomputed:
+            yield "recomputed", f"{self.recomputed} regions, as under the student's checkpoints"
         yield "bridged", f"{len(self.bridged)} of {self.nodes} nodes"
         yield "exact to", self._exact()
         yield "seconds", ", ".join(f"{stage} {s:.2f}" for stage, s in self.seconds.items())
@@ -357,14 +368,27 @@ def _reasons(widened: Widened, axis: Axis) -> Iterator[Reason]:
 
 def _capture(widened: Widened, teacher: Teacher) -> Capture:
     modes = widened.modes.values()
-    calls = [(m.site.path, n.name) for m in modes for n in m.nodes if n.op == "call_function"]
+    nodes = {(m.site.path, n.name): n for m in modes for n in m.nodes if n.op == "call_function"}
+    bridged = {bridge.node for bridge in widened.bridges}
+    functions: dict[str, tuple[int, int]] = {}
+    for node in nodes.values():
+        if isinstance(node.target, UserFunction):
+            count, wide = functions.get(str(node.target), (0, 0))
+            wide += node.target.rule is not None and node.name not in bridged
+            functions[str(node.target)] = count + 1, wide
     inputs: dict[str, str] = {}
     for path, part in teacher._parts.items():  # of every part, if it was captured in parts
         section = next((s for s in part.sections if not s.site.training), part.sections[0])
         sizes = section.sizes.describe(section.call.names)
         inputs |= {f"{path}({name})" if path else name: text for name, text in sizes.items()}
-    apart, nodes = widened.apart, len(set(calls))
-    return Capture(nodes=nodes, bridged=widened.bridges, inputs=inputs, apart=apart)
+    return Capture(
+        nodes=len(nodes),
+        bridged=widened.bridges,
+        inputs=inputs,
+        apart=widened.apart,
+        functions=functions,
+        recomputed=sum(n.target is enter_recompute for n in nodes.values()),
+    )
 
 
 def _branching(widened: Widened, scales: str) -> Branching:
