@@ -54,10 +54,12 @@ def python_of(
 
     modes = modes_of(student)
     runs = [partial(enter, mode=mode, modes=modes) for mode in modes]
+    drawn = False
     for entered in runs:
         with functions(watch):
-            kept |= _kept(entered(duplicate(student)), inputs, seed, caches)
-    for entered in runs:
+            own, moved = _kept(entered(duplicate(student)), inputs, seed, caches)
+        kept, drawn = kept | own, drawn or moved
+    for entered in runs if kept or drawn else ():
         for path, what in _does(entered(duplicate(student)), inputs, seed, kept):
             does.setdefault(path, set()).add(what)
     apart = {path: _told(path, student, sorted(what, key=str)) for path, what in does.items()}
@@ -82,35 +84,43 @@ def _told(path: str, student: nn.Module, does: list[tuple[str | None, str]]) -> 
 # --------------------------------------------------------------------------- state
 def _kept(
     first: nn.Module, inputs: Inputs, seed: int, caches: Collection[Attribute]
-) -> set[Attribute]:
+) -> tuple[set[Attribute], bool]:
     """Attributes of a copy that are others after a call if another call was before; or all that
-    changed, if only the result tells. A cache of what parameters give is none."""
+    changed, if only the result tells. A cache of what parameters give is none. And whether a call
+    draws from Python's or NumPy's generator."""
     fresh, start = duplicate(first, ours=True), attributes(first)
     buffers = {name: x.clone() for name, x in first.named_buffers()}
     try:
-        _call(first, inputs, seed)
+        drawn = _call(first, inputs, seed)[1]
         with torch.no_grad():  # statistics are no such state: they are the graph's, too
             for name, x in first.named_buffers():
                 if name in buffers and buffers[name].shape == x.shape:
                     x.copy_(buffers[name])
-        results = [_call(run, other_inputs(inputs, 1), seed) for run in (first, fresh)]
+        results = [_call(run, other_inputs(inputs, 1), seed)[0] for run in (first, fresh)]
     except Exception:  # a model that takes no second call has nothing to keep
-        return set()
+        return set(), True
     after = attributes(first)
     told, new = changed(after, attributes(fresh)), changed(start, after)
     if told:  # and what goes with it: a flag that says that something is there
         owners = {path for path, _ in told}
-        return told | {key for key in new if key[0] in owners}
-    return new - set(caches) if _apart(*results) else set()
+        return told | {key for key in new if key[0] in owners}, drawn
+    return (new - set(caches) if _apart(*results) else set()), drawn
 
 
-def _call(run: nn.Module, inputs: Inputs, seed: int) -> list[Tensor]:
-    """The floating results of a call, as in training."""
+def _call(run: nn.Module, inputs: Inputs, seed: int) -> tuple[list[Tensor], bool]:
+    """The floating results of a call, as in training, and whether Python's generators moved."""
     args, kwargs = tree.fresh(inputs)
     with keep_rng(), torch.enable_grad():
         seed_all(seed)
+        before = _pythons()
         results = tree.leaves(run(*args, **kwargs))
-    return [y.detach() for y in results if isinstance(y, Tensor) and floating(y)]
+        moved = bool(changed(before, _pythons()))
+    return [y.detach() for y in results if isinstance(y, Tensor) and floating(y)], moved
+
+
+def _pythons() -> dict[Any, Any]:
+    """The states of Python's and NumPy's generators."""
+    return {(None, name): x for name, x in states().items() if name[0] != "t"}
 
 
 def _apart(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -171,7 +181,7 @@ def _does(
     found, running, before = list[Any](), [""], dict[Any, Any]()
 
     def look(enter: str | None, *_: Any) -> None:
-        now: dict[Any, Any] = {(None, n): x for n, x in states().items() if n[0] != "t"}
+        now = _pythons()
         now |= attributes(run, kept) if kept else {}
         found.extend((running[-1], what) for what in changed(before, now) if before)
         before.clear()
