@@ -11,7 +11,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cache
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -210,7 +210,7 @@ def checkpoints(handler: Checkpoints) -> Iterator[None]:
         stack.pop()
 
 
-@cache
+@lru_cache(maxsize=1)
 def _redirect_checkpoints() -> None:
     """Once in a process: let checkpoints ask for a handler of their thread; there is no public way
     to see them. Relies on ``checkpoint`` calling ``CheckpointFunction.apply`` or a generator by its

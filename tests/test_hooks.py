@@ -192,7 +192,7 @@ def test_a_network_that_is_one_hooked_layer_is_refused_by_name() -> None:
     model.register_full_backward_hook(scale_inputs)
     with pytest.raises(gpdfx.CaptureError, match=r"\(root\) \(Linear\) has a backward hook") as e:
         gpdfx.expand(model, example_inputs=(seen(Chain),))
-    assert "module with parameters" in str(e.value.remedy)
+    assert "has parameters" in str(e.value.remedy)
 
 
 # --------------------------------------------------------------------------- inside a teacher

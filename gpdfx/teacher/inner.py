@@ -23,12 +23,16 @@ class Modes:
 
     def __init__(self, student: nn.Module, captured: Mapping[str, Flags]) -> None:
         self.captured, self.runs = captured, [student]
-        self.modules = dict(student.named_modules())  # forward may make more
+        self.paths = [path for path, _ in student.named_modules()]  # forward may make more
         self._settle(TRAIN if student.training else EVAL)
 
     @property
     def student(self) -> nn.Module:
         return self.runs[0]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {path: self.student.get_submodule(path) for path in self.paths}
 
     def train(self, path: str, mode: bool) -> None:
         """``train(mode)`` of the student, or of one of its modules."""

@@ -26,15 +26,14 @@ from ..passes.capture.submodules import slow_attention
 from ..passes.folded import Folded, merged, module_of, students
 from ..passes.program import Mode, duplicate, unused
 from ..passes.widen import Widened
-from .again import Within
-from .again import again as run_again
 from .captured import Part, Section
 from .compiled import Compiled, Facts
 from .extract import Mean, take_first
 from .fold import Fold
 from .folding import Folding, Lazy, operator_get
 from .inner import Inner, Modes, refuse_other
-from .placeholders import apply_to, placeholder
+from .python import Within, apply_to, placeholder
+from .python import again as run_again
 
 if TYPE_CHECKING:
     from ..report.report import Report

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ...calls import tree
 from ...passes.capture.modes import enter, modes_of
 from ...passes.program import duplicate
-from ...teacher.again import calls_modules
 from ...teacher.compiled import Python
+from ...teacher.python import calls_modules
 from ...torch_private import functions
 from ..facts import Inputs, difference, floating, identical
 from ..observe import keep_rng, seed_all, states

@@ -1,8 +1,10 @@
-"""The user's Python that runs once more in the backward, on the tensors of its call: checkpoints,
-and functions that call modules there (reversible blocks)."""
+"""The user's Python on tensors that are not its own: placeholders, which have a shape and no values
+yet; and what runs once more in the backward, on the tensors of its call (checkpoints, and functions
+that call modules there, as reversible blocks do)."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -116,3 +118,23 @@ class _Late(torch.autograd.Function):
         ys, grads = map(list, zip(*pairs, strict=True))
         ctx.within(ctx.leaves[: ctx.count], torch.autograd.backward, ys, grads)
         return (None, None, None, *(x.grad for x in ctx.leaves))
+
+
+# --------------------------------------------------------------------------- placeholders
+def placeholder(p: nn.Parameter) -> nn.Parameter:
+    """A parameter without values; of one of a class of its own a copy."""
+    if type(p) is not nn.Parameter:
+        return copy.deepcopy(p)
+    empty = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype, device="meta")
+    return nn.Parameter(empty, requires_grad=p.requires_grad)
+
+
+def apply_to(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """``fn``, which moves a module to a dtype or a device; a placeholder stays one."""
+    if not t.is_meta:
+        return fn(t)
+    try:
+        return fn(t)
+    except NotImplementedError:  # to a device
+        dtype = fn(torch.empty(0, dtype=t.dtype)).dtype
+        return torch.empty_strided(t.size(), t.stride(), dtype=dtype, device="meta")
