@@ -56,38 +56,55 @@ class Sizes:
     conditions: tuple[str, ...]
     assumed: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        demands = tuple(self._demands())
+        code = _first_broken(tuple(one.text for one in demands))
+        object.__setattr__(self, "_all", demands)
+        object.__setattr__(self, "_broken", code)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the function, which does not pickle."""
+        return Sizes, (self.inputs, self.symbols, self.conditions, self.assumed)
+
     def check(self, flat: Sequence[Any], names: list[str]) -> None:
-        """Raise ``InputError`` unless the inputs have sizes that the graph holds for."""
+        """Raise ``InputError`` unless the inputs have sizes that the graph holds for. A compiler
+        follows this, too, and then guards on what was asked of sizes."""
         for name, x, sizes in zip(names, flat, self.inputs, strict=True):
             if x.ndim != len(sizes):
                 raise InputError(
                     f"input {name} has {x.ndim} dimensions, not {len(sizes)}",
                     remedy="pass inputs of the example's rank",
                 )
-            for d, want in enumerate(sizes):
-                if isinstance(want, int) and x.shape[d] != want:
-                    raise _refusal(name, x, d, f"; the network was captured with {want} there")
-        if not torch.compiler.is_compiling():
-            self._check_symbols(flat, names)
+        broken = self._broken(flat)
+        if broken is not None:
+            one: _Demand = self._all[broken]
+            why = self._readable(one.why, names)
+            if one.dim is not None:
+                size = flat[one.input].shape[one.dim]
+                why = f"input {names[one.input]} has size {size} in dimension {one.dim}{why}"
+            raise InputError(why, remedy="expand the model with example_inputs of this size")
 
-    def _check_symbols(self, flat: Sequence[Any], names: list[str]) -> None:
-        values = {}
-        for name, at in self.symbols.items():
-            values[name], rest = at.read(flat)
-            if rest:
+    def _demands(self) -> Iterator[_Demand]:
+        """All that is asked of sizes, as Python that names the tensors ``flat``."""
+        places = [f"flat[{k}]" for k in range(len(self.inputs))]
+        all_ = [(k, d, want) for k, each in enumerate(self.inputs) for d, want in enumerate(each)]
+        for k, d, want in all_:
+            if isinstance(want, int):
+                why = f"; the network was captured with {want} there"
+                yield _Demand(f"{places[k]}.shape[{d}] == {want}", why, k, d)
+        for at in self.symbols.values():
+            if at.scale != 1:
+                text = f"({places[at.input]}.shape[{at.dim}] - {at.offset}) % {at.scale} == 0"
                 why = f", which is not {at.offset} plus a multiple of {at.scale}"
-                raise _refusal(names[at.input], flat[at.input], at.dim, why)
-        for name, x, sizes in zip(names, flat, self.inputs, strict=True):
-            for d, want in enumerate(sizes):
-                if isinstance(want, str) and evaluate(want, values) != x.shape[d]:
-                    place = self._readable(want, names)
-                    why = f"; the network was captured with the size of {place} there"
-                    raise _refusal(name, x, d, why)
+                yield _Demand(text, why, at.input, at.dim)
+        for k, d, want in all_:
+            own = f"{places[k]}.shape[{d}]"
+            if isinstance(want, str) and (text := self._readable(want, places)) != own:
+                why = f"; the network was captured with the size of {want} there"
+                yield _Demand(f"{own} == {text}", why, k, d)
         for condition in self.conditions:
-            if not evaluate(condition, values):
-                needed = self._readable(condition, names)
-                why = f"the network was captured on a path that needs {needed}"
-                raise InputError(why, remedy=_REMEDY)
+            why = f"the network was captured on a path that needs {condition}"
+            yield _Demand(self._readable(condition, places), why)
 
     def _readable(self, text: str, names: list[str]) -> str:
         for name, at in self.symbols.items():
@@ -196,12 +213,27 @@ class Sizes:
         return {name: " x ".join(w) or "number" for name, w in zip(names, words, strict=True)}
 
 
-_REMEDY = "expand the model with example_inputs of this size"
+@dataclass(frozen=True)
+class _Demand:
+    """``text``: Python that has to be true; ``why``: what is told where it is not, with the symbols
+    of ``Sizes``, after the size that is at fault, if it is one."""
+
+    text: str
+    why: str
+    input: int = -1
+    dim: int | None = None
 
 
-def _refusal(name: str, x: Any, dim: int, why: str) -> InputError:
-    size = f"input {name} has size {x.shape[dim]} in dimension {dim}"
-    return InputError(f"{size}{why}", remedy=_REMEDY)
+@lru_cache(maxsize=4096)
+def _first_broken(texts: tuple[str, ...]) -> Callable[[Sequence[Any]], int | None]:
+    """One function, made of all, that says which is the first that tensors do not fulfil; one that
+    divides by a size of nothing is not."""
+    lines = [f"        k = {k}\n        if not ({t}): return k" for k, t in enumerate(texts)]
+    body = "\n".join((*lines, "    except ZeroDivisionError: return k", "    return None"))
+    scope: dict[str, Any] = {"math": math, "torch": torch}
+    exec(compile(f"def broken(flat):\n    try:\n        k = 0\n{body}", "<sizes>", "exec"), scope)
+    function: Callable[[Sequence[Any]], int | None] = scope["broken"]
+    return function
 
 
 def resized(x: Tensor, dim: int, size: int) -> Tensor:
