@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import passes
-from .calls.examples import example_call
+from .calls.examples import example_call, two_samples
 from .check import laws
 from .check.certificate import Check
 from .check.observe import keep_rng
@@ -29,7 +29,7 @@ from .passes import PASSES
 from .passes.assign import assign
 from .passes.capture.export import capture, whole
 from .passes.capture.limits import LEVELS
-from .passes.capture.submodules import capture_parts
+from .passes.capture.submodules import capture_parts, record
 from .passes.infer import NeedsFunctional
 from .passes.program import Program, duplicate, source_line
 from .passes.rules.writer import DynamicAxis
@@ -132,10 +132,14 @@ def expand(
         control, scales, shares, extract, tuple(features), randomness, dynamic, seed
     )
     with _undisturbed(model):
-        example = example_call(model, example_inputs, example_kwargs)
+        own = example_call(model, example_inputs, example_kwargs)
+        example = two_samples(*own)
         caches = find_caches(model, example)  # first: what fails here is the user's to mend
         clock.lap("capture")
         compiled, check = _checked(model, example, options, caches, clock, verify)
+        if example is not own and not compiled.takes(record(duplicate(model), *own)):
+            example = own  # one sample goes another way than two
+            compiled, check = _checked(model, example, options, caches, clock, verify)
         program = compiled.program
 
         def describe(teacher: Teacher) -> Report:
@@ -169,7 +173,7 @@ def _checked(
         except CaptureError as error:
             raise first or error from error
         if not verify:
-            return compiled, None
+            return compiled.unseen(), None
         _make_room(model)
         try:
             check = laws.verify(_to_check(compiled), seed=options.seed)

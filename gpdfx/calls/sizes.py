@@ -59,8 +59,7 @@ class Sizes:
     def __post_init__(self) -> None:
         demands = tuple(self._demands())
         code = _first_broken(tuple(one.text for one in demands))
-        object.__setattr__(self, "_all", demands)
-        object.__setattr__(self, "_broken", code)
+        self.__dict__.update(_all=demands, _broken=code)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without the function, which does not pickle."""
@@ -75,14 +74,33 @@ class Sizes:
                     f"input {name} has {x.ndim} dimensions, not {len(sizes)}",
                     remedy="pass inputs of the example's rank",
                 )
-        broken = self._broken(flat)
+        broken = self.__dict__["_broken"](flat)
         if broken is not None:
-            one: _Demand = self._all[broken]
+            one: _Demand = self.__dict__["_all"][broken]
             why = self._readable(one.why, names)
             if one.dim is not None:
                 size = flat[one.input].shape[one.dim]
                 why = f"input {names[one.input]} has size {size} in dimension {one.dim}{why}"
             raise InputError(why, remedy="expand the model with example_inputs of this size")
+
+    def takes(self, flat: Sequence[Any]) -> bool:
+        """Whether ``check`` lets the inputs pass."""
+        with contextlib.suppress(InputError):
+            self.check(flat, [""] * len(flat))
+            return True
+        return False
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Conditions that need not hold, but of which that was not seen: the assumed ones, and that
+        no size is one or zero, which capture takes for granted."""
+        unseen = (f"{name} != {size}" for size in (1, 0) for name in self.symbols)
+        return tuple(dict.fromkeys((*self.assumed, *unseen)))
+
+    def unseen(self) -> Sizes:
+        """As this, but all doubts are conditions."""
+        conditions = (*self.conditions, *self.doubts)
+        return Sizes(self.inputs, self.symbols, conditions, self.doubts)
 
     def _demands(self) -> Iterator[_Demand]:
         """All that is asked of sizes, as Python that names the tensors ``flat``."""
@@ -135,24 +153,24 @@ class Sizes:
                 size = int(evaluate(want, values)) if isinstance(want, str) else want
                 if size != flat[k].shape[d]:
                     moved[k] = resized(moved[k], d, max(size, 0))
-        with contextlib.suppress(InputError):
-            self.check(moved, names)
-            return moved
-        return None
+        return moved if self.takes(moved) else None
 
     def elsewhere(self, flat: Sequence[Any], level: str, names: list[str]) -> Iterator[list[Any]]:
         """The example's values, cut or repeated to other sizes that the graph claims to hold for:
         a sample more, or the first number that it holds for, and half the lengths, or lengths that
-        differ more, but equal ones equally."""
+        differ more, also by what conditions name, or twice the lengths, but equal ones equally."""
         shapes = [tuple(x.shape) for x in flat]
         free, batch = self.free(level, shapes), self.free("batch", shapes)
         example, none = self.read(flat), True
-        for samples in (1, 2, 3, *(example[name] for name in batch)):
-            for step in (0, 32, 28, 24, 16, 12, 8, 4, 2, 1):  # 0: half the size
+        most = max(example.values(), default=0)
+        named = {n for text in (*self.conditions, *self.assumed) for n in numbers(text)}
+        steps = (32, 28, 24, 16, 12, 8, 4, 2, 1, *sorted(n for n in named if 1 < n <= most))
+        for samples in (1, 2, 3, *(example[name] for name in batch), -1):
+            for halves, step in ((1, 0), *((2, step) for step in steps), (4, 0)):
                 values = dict(example)
                 for name in free - batch:
-                    more = max(step // self.symbols[name].scale, 1)
-                    values[name] += more if step else -(values[name] // 2)
+                    more = max(step // self.symbols[name].scale, 1) if step else 0
+                    values[name] = (values[name] * halves + 1) // 2 + more
                 values |= {name: example[name] + samples for name in batch & free}
                 if (moved := self.moved(flat, values, names)) is not None:
                     none = False
@@ -179,7 +197,17 @@ class Sizes:
 
     def pinned(self, shapes: list[tuple[int, ...]], level: str) -> Sizes:
         """As this, but only the symbols of a lower level are free; all else is the example's."""
-        free = self.free(level, shapes)
+        return self.fixed(shapes, self.free(level, shapes))
+
+    def settled(self, shapes: list[tuple[int, ...]], free: set[str], known: set[str]) -> Sizes:
+        """``unseen``, with what was seen of another capture of the same: its free symbols, and its
+        conditions, which decide of doubts alone."""
+        sizes = self.fixed(shapes, free)
+        kept = (c for c in sizes.conditions if c not in sizes.assumed or c in known)
+        return Sizes(sizes.inputs, sizes.symbols, tuple(kept))
+
+    def fixed(self, shapes: list[tuple[int, ...]], free: set[str]) -> Sizes:
+        """``pinned`` to any free symbols."""
         inputs = tuple(
             tuple(want if names_in(want) <= free else s for s, want in zip(*both, strict=True))
             for both in zip(shapes, self.inputs, strict=True)
@@ -262,16 +290,19 @@ def names_in(size: int | str) -> set[str]:
     return set(filter(_SYMBOL.fullmatch, used))
 
 
+def numbers(text: str) -> set[int]:
+    """The whole numbers in an expression, none of a name's or a fraction's."""
+    return set(map(int, _NUMBER.findall(text)))
+
+
 _SYMBOL = re.compile(r"\b[a-z]\d+\b")
+_NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 
 
 # --------------------------------------------------------------------------- of a graph
 def fits(graph: fx.Graph, tensors: Sequence[Tensor]) -> bool:
     """True if a captured graph holds for tensors of these sizes."""
-    with contextlib.suppress(InputError):
-        input_sizes(graph).check(tensors, [""] * len(tensors))
-        return True
-    return False
+    return input_sizes(graph).takes(tensors)
 
 
 def input_sizes(graph: fx.Graph) -> Sizes:
