@@ -27,6 +27,7 @@ from ...errors import CaptureError, InputError
 from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
 from . import limits
 from .limits import LEVELS
+from .recurrent import FreeLength, put_back
 
 
 def whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[CallSite]:
@@ -74,6 +75,7 @@ def with_module(
             export = export.run_decompositions({})
         module: Any = export.module(check_guards=False)
         graph = copied(module.graph)  # names are ours from here on, not its attributes
+        put_back(graph)
         _drop_writes_to_itself(graph)
         for node in graph.nodes:
             if node.op == "get_attr":
@@ -211,7 +213,7 @@ def _export_site(
     unique = [n if names.count(n) == 1 else f"{n}_{k}" for k, n in enumerate(names)]
     flat.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in unique])  # type: ignore[attr-defined]
     module.forward = flat
-    with limits.quiet(), limits.time_limit(patience):
+    with limits.quiet(), limits.time_limit(patience), FreeLength():
         shapes = dict(zip(unique, free, strict=True)) if free else None
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
     if any(limits.has_unknown_size(node.meta.get("val")) for node in exported.graph.nodes):
