@@ -45,8 +45,9 @@ class FreeLength(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _STATES and func is getattr(torch, name) and isinstance(args[3], bool):
-            return _opaque(name)(*args)
+        if name in _STATES and func is getattr(torch, name) and not kwargs:
+            if isinstance(args[3], bool):  # not packed sequences, which have their sizes before it
+                return _opaque(name)(*args)
         return func(*args, **(kwargs or {}))
 
 
