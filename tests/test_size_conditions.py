@@ -45,6 +45,33 @@ def same(teacher: Callable[[Tensor], Any], model: nn.Module, shape: tuple[int, .
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+class Pointwise(Forks):
+    """Of nothing it gives nothing, whichever way it goes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.c(h * 2 if self.holds(x) else h - 1)
+
+
+@pytest.mark.parametrize(
+    ("holds", "refused"),
+    [
+        (lambda x: x.shape[1] > 2, (3, 2, 8)),
+        (lambda x: x.shape[1] >= 2, (3, 1, 8)),
+        (lambda x: x.shape[0] > 1, (1, 5, 8)),
+        (lambda x: x.shape[1] % 5 != 2, (3, 7, 8)),
+    ],
+)
+def test_that_nothing_is_nothing_tells_nothing(
+    holds: Callable[[Tensor], Any], refused: tuple[int, ...]
+) -> None:
+    model = Pointwise(holds)
+    teacher = expanded(model, 3, 5, 8)
+    same(teacher, model, (2, 8, 8))
+    with pytest.raises(gpdfx.InputError, match="needs"):
+        teacher(torch.randn(refused))
+
+
 CONDITIONS = [
     (lambda x: x.shape[1] != 4, (3, 8, 8), (2, 9, 8), (3, 4, 8)),
     (lambda x: x.shape[1] in (4, 12), (3, 8, 8), (2, 9, 8), (3, 12, 8)),

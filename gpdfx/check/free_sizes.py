@@ -105,6 +105,8 @@ class _Visits:
             open_ = set(sizes.assumed) - innocent
             broken = frozenset(c for c in open_ if not evaluate(c, values))
             broken -= frozenset(c for c in broken if degenerate and not _unit(c))
+            if 0 in values.values():  # of nothing all is the same
+                broken &= {f"{name} != 0" for name in values}
             if broken in seen or visits == VISITS or runs == 3 * VISITS:
                 continue
             moved = sizes.moved(self.flat, values, self.section.call.names)

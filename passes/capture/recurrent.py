@@ -7,7 +7,7 @@ said here; in the graph that comes of it torch's own stands again.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ _STATES = {"lstm": 2, "gru": 1, "rnn_tanh": 1, "rnn_relu": 1}
 _LIBRARY = torch.library.Library("gpdfx_capture", "DEF")
 
 
-@cache
+@lru_cache(maxsize=len(_STATES))
 def _opaque(name: str) -> Any:
     """Ours of a name. Made once it is called: torch's compiler must be imported before."""
     states = _STATES[name]
@@ -45,9 +45,9 @@ class FreeLength(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _STATES and func is getattr(torch, name) and not kwargs:
-            if isinstance(args[3], bool):  # not packed sequences, which have their sizes before it
-                return _opaque(name)(*args)
+        ours = name in _STATES and func is getattr(torch, name) and not kwargs
+        if ours and isinstance(args[3], bool):  # not packed ones, which have batch sizes before it
+            return _opaque(name)(*args)
         return func(*args, **(kwargs or {}))
 
 
