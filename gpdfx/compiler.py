@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import passes
-from .calls.examples import example_call
+from .calls.examples import example_call, two_samples
 from .check import laws
 from .check.certificate import Check
 from .check.faults.python import REMEDY, python_of
@@ -32,7 +32,7 @@ from .passes.capture.export import capture, whole
 from .passes.capture.hooks import hooked_modules, hooked_parameters
 from .passes.capture.limits import LEVELS
 from .passes.capture.sized import sized
-from .passes.capture.submodules import capture_parts
+from .passes.capture.submodules import capture_parts, record
 from .passes.infer import NeedsFunctional
 from .passes.program import Program, duplicate, source_line
 from .passes.rules.writer import DynamicAxis
@@ -138,11 +138,15 @@ def expand(
         control, scales, shares, extract, tuple(features), randomness, dynamic, seed
     )
     with _undisturbed(model):
-        example = example_call(model, example_inputs, example_kwargs)
+        own = example_call(model, example_inputs, example_kwargs)
+        example = two_samples(*own)
         caches = find_caches(model, example)  # first: what fails here is the user's to mend
         python = python_of(model, example, seed, caches)
         clock.lap("capture")
         compiled, check = _checked(model, example, options, python, clock, verify)
+        if example is not own and not compiled.takes(record(duplicate(model), *own)):
+            example = own  # one sample goes another way than two
+            compiled, check = _checked(model, example, options, python, clock, verify)
         program = compiled.program
 
         def describe(teacher: Teacher) -> Report:
@@ -181,7 +185,7 @@ def _checked(
         except CaptureError as error:
             raise first or error from error
         if not verify:
-            return compiled, None
+            return compiled.unseen(), None
         _make_room(model)
         try:
             check = laws.verify(_to_check(compiled), seed=options.seed)

@@ -32,7 +32,7 @@ class GpdfxError(Exception):
         lines += [f"  {k}: {v}" for k, v in (("node", node), ("module", module_path)) if v]
         lines += [f"  at: {source}"] if source else []
         lines += [f"  what to do: {remedy}"] if remedy else []
-        super().__init__("\n".join(lines))
+        self.args = ("\n".join(lines),)  # the compiler cannot follow super().__init__ here
 
 
 class InputError(GpdfxError):

@@ -14,6 +14,7 @@ from .compiler import expand
 from .control import ExpandOptions
 from .errors import InputError
 from .files import AsPath, Tensors
+from .teacher.captured import Section
 from .teacher.module import Teacher
 from .teacher.states import check_keys, to_dtype
 
@@ -41,6 +42,7 @@ def save(teacher: Teacher, path: AsPath) -> None:
         "recipe": _spell_options(facts.options),
         "inputs": spec,
         "same": same,
+        "sizes": [[[*one.sizes.symbols], one.sizes.conditions] for one in _sections(teacher)],
         "student": _structure(teacher._student),
     }
     header["hash"] = files.hash_json(header["student"])
@@ -89,6 +91,8 @@ def load(
         example_kwargs=inputs[1],
         verify=False,
     )
+    for section, (free, known) in zip(_sections(teacher), header.get("sizes", ()), strict=False):
+        section.sizes = section.sizes.settled(section.call.shapes, set(free), set(known))
     state = {k: v for k, v in stored.items() if not k.startswith(_EXAMPLE)}
     state |= {name: state[known] for name, known in header["same"].items()}
     teacher = to_dtype(teacher, state)
@@ -122,6 +126,10 @@ def version() -> str:
         return version("gpdfx")
     except PackageNotFoundError:
         return "source"
+
+
+def _sections(teacher: Teacher) -> list[Section]:
+    return [section for part in teacher._parts.values() for section in part.sections]
 
 
 def _spell_options(options: ExpandOptions) -> dict[str, Any]:

@@ -63,6 +63,10 @@ class Call:
     def _name(self, path: tree.KeyPath) -> str:
         """``[0][1]['boxes']`` -> ``targets['boxes']``; ``[1]['mask']`` -> ``mask``."""
         positional, argument, rest = path[0].idx == 0, path[1], path[2:]
-        parameters = list(self.signature.parameters)
-        name = parameters[min(argument.idx, len(parameters) - 1)] if positional else argument.key
-        return f"{name}{torch_private.key_text(rest)}"
+        if not positional:
+            return f"{argument.key}{torch_private.key_text(rest)}"
+        names = list[str]()
+        for name, parameter in self.signature.parameters.items():
+            many = parameter.kind is parameter.VAR_POSITIONAL
+            names += [f"{name}[{k}]" for k in range(argument.idx + 1)] if many else [name]
+        return f"{names[argument.idx]}{torch_private.key_text(rest)}"

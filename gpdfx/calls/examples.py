@@ -91,14 +91,12 @@ def example_call(
             remedy="pass what you would pass to the model: positional inputs as example_inputs, "
             "keyword inputs as example_kwargs",
         ) from error
-    args, kwargs = tree.copied(two_samples(tuple(inputs), keywords))
+    args, kwargs = tree.copied((tuple(inputs), keywords))
     return args, kwargs
 
 
-def two_samples(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A sample batch of one would be baked in: double it."""
+def two_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """A call with a batch of one, which would be baked in, with it doubled."""
     tensors = [x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     if tensors and all(x.ndim and x.shape[0] == 1 for x in tensors):
         args, kwargs = tree.map_leaves(_twice, (args, kwargs))

@@ -56,38 +56,73 @@ class Sizes:
     conditions: tuple[str, ...]
     assumed: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        demands = tuple(self._demands())
+        code = _first_broken(tuple(one.text for one in demands))
+        self.__dict__.update(_all=demands, _broken=code)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the function, which does not pickle."""
+        return Sizes, (self.inputs, self.symbols, self.conditions, self.assumed)
+
     def check(self, flat: Sequence[Any], names: list[str]) -> None:
-        """Raise ``InputError`` unless the inputs have sizes that the graph holds for."""
+        """Raise ``InputError`` unless the inputs have sizes that the graph holds for. A compiler
+        follows this, too, and then guards on what was asked of sizes."""
         for name, x, sizes in zip(names, flat, self.inputs, strict=True):
             if x.ndim != len(sizes):
                 raise InputError(
                     f"input {name} has {x.ndim} dimensions, not {len(sizes)}",
                     remedy="pass inputs of the example's rank",
                 )
-            for d, want in enumerate(sizes):
-                if isinstance(want, int) and x.shape[d] != want:
-                    raise _refusal(name, x, d, f"; the network was captured with {want} there")
-        if not torch.compiler.is_compiling():
-            self._check_symbols(flat, names)
+        broken = self.__dict__["_broken"](flat)
+        if broken is not None:
+            one: _Demand = self.__dict__["_all"][broken]
+            why = self._readable(one.why, names)
+            if one.dim is not None:
+                size = flat[one.input].shape[one.dim]
+                why = f"input {names[one.input]} has size {size} in dimension {one.dim}{why}"
+            raise InputError(why, remedy="expand the model with example_inputs of this size")
 
-    def _check_symbols(self, flat: Sequence[Any], names: list[str]) -> None:
-        values = {}
-        for name, at in self.symbols.items():
-            values[name], rest = at.read(flat)
-            if rest:
+    def takes(self, flat: Sequence[Any]) -> bool:
+        """Whether ``check`` lets the inputs pass."""
+        with contextlib.suppress(InputError):
+            self.check(flat, [""] * len(flat))
+            return True
+        return False
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Conditions that need not hold, but of which that was not seen: the assumed ones, and that
+        no size is one or zero, which capture takes for granted."""
+        unseen = (f"{name} != {size}" for size in (1, 0) for name in self.symbols)
+        return tuple(dict.fromkeys((*self.assumed, *unseen)))
+
+    def unseen(self) -> Sizes:
+        """As this, but all doubts are conditions."""
+        conditions = (*self.conditions, *self.doubts)
+        return Sizes(self.inputs, self.symbols, conditions, self.doubts)
+
+    def _demands(self) -> Iterator[_Demand]:
+        """All that is asked of sizes, as Python that names the tensors ``flat``."""
+        places = [f"flat[{k}]" for k in range(len(self.inputs))]
+        all_ = [(k, d, want) for k, each in enumerate(self.inputs) for d, want in enumerate(each)]
+        for k, d, want in all_:
+            if isinstance(want, int):
+                why = f"; the network was captured with {want} there"
+                yield _Demand(f"{places[k]}.shape[{d}] == {want}", why, k, d)
+        for at in self.symbols.values():
+            if at.scale != 1:
+                text = f"({places[at.input]}.shape[{at.dim}] - {at.offset}) % {at.scale} == 0"
                 why = f", which is not {at.offset} plus a multiple of {at.scale}"
-                raise _refusal(names[at.input], flat[at.input], at.dim, why)
-        for name, x, sizes in zip(names, flat, self.inputs, strict=True):
-            for d, want in enumerate(sizes):
-                if isinstance(want, str) and evaluate(want, values) != x.shape[d]:
-                    place = self._readable(want, names)
-                    why = f"; the network was captured with the size of {place} there"
-                    raise _refusal(name, x, d, why)
+                yield _Demand(text, why, at.input, at.dim)
+        for k, d, want in all_:
+            own = f"{places[k]}.shape[{d}]"
+            if isinstance(want, str) and (text := self._readable(want, places)) != own:
+                why = f"; the network was captured with the size of {want} there"
+                yield _Demand(f"{own} == {text}", why, k, d)
         for condition in self.conditions:
-            if not evaluate(condition, values):
-                needed = self._readable(condition, names)
-                why = f"the network was captured on a path that needs {needed}"
-                raise InputError(why, remedy=_REMEDY)
+            why = f"the network was captured on a path that needs {condition}"
+            yield _Demand(self._readable(condition, places), why)
 
     def _readable(self, text: str, names: list[str]) -> str:
         for name, at in self.symbols.items():
@@ -118,24 +153,24 @@ class Sizes:
                 size = int(evaluate(want, values)) if isinstance(want, str) else want
                 if size != flat[k].shape[d]:
                     moved[k] = resized(moved[k], d, max(size, 0))
-        with contextlib.suppress(InputError):
-            self.check(moved, names)
-            return moved
-        return None
+        return moved if self.takes(moved) else None
 
     def elsewhere(self, flat: Sequence[Any], level: str, names: list[str]) -> Iterator[list[Any]]:
         """The example's values, cut or repeated to other sizes that the graph claims to hold for:
         a sample more, or the first number that it holds for, and half the lengths, or lengths that
-        differ more, but equal ones equally."""
+        differ more, also by what conditions name, or twice the lengths, but equal ones equally."""
         shapes = [tuple(x.shape) for x in flat]
         free, batch = self.free(level, shapes), self.free("batch", shapes)
         example, none = self.read(flat), True
-        for samples in (1, 2, 3, *(example[name] for name in batch)):
-            for step in (0, 32, 28, 24, 16, 12, 8, 4, 2, 1):  # 0: half the size
+        most = max(example.values(), default=0)
+        named = {n for text in (*self.conditions, *self.assumed) for n in numbers(text)}
+        steps = (32, 28, 24, 16, 12, 8, 4, 2, 1, *sorted(n for n in named if 1 < n <= most))
+        for samples in (1, 2, 3, *(example[name] for name in batch), -1):
+            for halves, step in ((1, 0), *((2, step) for step in steps), (4, 0)):
                 values = dict(example)
                 for name in free - batch:
-                    more = max(step // self.symbols[name].scale, 1)
-                    values[name] += more if step else -(values[name] // 2)
+                    more = max(step // self.symbols[name].scale, 1) if step else 0
+                    values[name] = (values[name] * halves + 1) // 2 + more
                 values |= {name: example[name] + samples for name in batch & free}
                 if (moved := self.moved(flat, values, names)) is not None:
                     none = False
@@ -162,7 +197,17 @@ class Sizes:
 
     def pinned(self, shapes: list[tuple[int, ...]], level: str) -> Sizes:
         """As this, but only the symbols of a lower level are free; all else is the example's."""
-        free = self.free(level, shapes)
+        return self.fixed(shapes, self.free(level, shapes))
+
+    def settled(self, shapes: list[tuple[int, ...]], free: set[str], known: set[str]) -> Sizes:
+        """``unseen``, with what was seen of another capture of the same: its free symbols, and its
+        conditions, which decide of doubts alone."""
+        sizes = self.fixed(shapes, free)
+        kept = (c for c in sizes.conditions if c not in sizes.assumed or c in known)
+        return Sizes(sizes.inputs, sizes.symbols, tuple(kept))
+
+    def fixed(self, shapes: list[tuple[int, ...]], free: set[str]) -> Sizes:
+        """``pinned`` to any free symbols."""
         inputs = tuple(
             tuple(want if names_in(want) <= free else s for s, want in zip(*both, strict=True))
             for both in zip(shapes, self.inputs, strict=True)
@@ -196,12 +241,27 @@ class Sizes:
         return {name: " x ".join(w) or "number" for name, w in zip(names, words, strict=True)}
 
 
-_REMEDY = "expand the model with example_inputs of this size"
+@dataclass(frozen=True)
+class _Demand:
+    """``text``: Python that has to be true; ``why``: what is told where it is not, with the symbols
+    of ``Sizes``, after the size that is at fault, if it is one."""
+
+    text: str
+    why: str
+    input: int = -1
+    dim: int | None = None
 
 
-def _refusal(name: str, x: Any, dim: int, why: str) -> InputError:
-    size = f"input {name} has size {x.shape[dim]} in dimension {dim}"
-    return InputError(f"{size}{why}", remedy=_REMEDY)
+@lru_cache(maxsize=4096)
+def _first_broken(texts: tuple[str, ...]) -> Callable[[Sequence[Any]], int | None]:
+    """One function, made of all, that says which is the first that tensors do not fulfil; one that
+    divides by a size of nothing is not."""
+    lines = [f"        k = {k}\n        if not ({t}): return k" for k, t in enumerate(texts)]
+    body = "\n".join((*lines, "    except ZeroDivisionError: return k", "    return None"))
+    scope: dict[str, Any] = {"math": math, "torch": torch}
+    exec(compile(f"def broken(flat):\n    try:\n        k = 0\n{body}", "<sizes>", "exec"), scope)
+    function: Callable[[Sequence[Any]], int | None] = scope["broken"]
+    return function
 
 
 def resized(x: Tensor, dim: int, size: int) -> Tensor:
@@ -230,16 +290,19 @@ def names_in(size: int | str) -> set[str]:
     return set(filter(_SYMBOL.fullmatch, used))
 
 
+def numbers(text: str) -> set[int]:
+    """The whole numbers in an expression, none of a name's or a fraction's."""
+    return set(map(int, _NUMBER.findall(text)))
+
+
 _SYMBOL = re.compile(r"\b[a-z]\d+\b")
+_NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 
 
 # --------------------------------------------------------------------------- of a graph
 def fits(graph: fx.Graph, tensors: Sequence[Tensor]) -> bool:
     """True if a captured graph holds for tensors of these sizes."""
-    with contextlib.suppress(InputError):
-        input_sizes(graph).check(tensors, [""] * len(tensors))
-        return True
-    return False
+    return input_sizes(graph).takes(tensors)
 
 
 def input_sizes(graph: fx.Graph) -> Sizes:

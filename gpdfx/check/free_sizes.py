@@ -7,7 +7,6 @@ operation's and not the model's: where both agree the condition is none, else it
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from ..calls import tree
-from ..calls.sizes import Sizes, evaluate, names_in
+from ..calls.sizes import Sizes, evaluate, names_in, numbers
 from ..passes.capture.limits import LEVELS
 from ..passes.capture.modes import set_flags
 from ..passes.program import CallSite
@@ -30,6 +29,8 @@ from .visit import Pair, nudged
 
 VISITS, SEEDS = 8, 5
 """Sizes at which one graph is tried across its conditions; how often, where it draws."""
+LARGEST = 4096
+"""What a condition names is tried up to here; who asks for more may mean a limit of memory."""
 FAR = 1e-6
 """What differs by more is no rounding, even amplified."""
 
@@ -89,20 +90,18 @@ class _Visits:
         sizes, level = self.section.sizes, self._level()
         if level == LEVELS[-1]:
             return replace(sizes, assumed=()), level
-        ones = (f"{name} != 1" for name in sizes.symbols)
-        sizes = replace(sizes, assumed=tuple(dict.fromkeys((*sizes.assumed, *ones))))
+        sizes = replace(sizes, assumed=sizes.doubts)
         needed = self._across(sizes)
         return replace(sizes, conditions=(*sizes.conditions, *needed), assumed=()), level
 
     def _level(self) -> str:
         """The first level at which both agree in the first size that the student can have."""
         sizes, names = self.section.sizes, self.section.call.names
-        relations = [c for c in sizes.assumed if not _unit(c)]
         for level in LEVELS[:-1] if self.flat else ():
             verdicts = (
                 self._agree(moved)
                 for moved in sizes.elsewhere(self.flat, level, names)
-                if all(evaluate(c, sizes.read(moved)) for c in relations)
+                if all(evaluate(c, sizes.read(moved)) for c in sizes.assumed)
             )
             if next((agree for agree in verdicts if agree is not None), False):
                 return level
@@ -116,6 +115,8 @@ class _Visits:
             open_ = set(sizes.assumed) - innocent
             broken = frozenset(c for c in open_ if not evaluate(c, values))
             broken -= frozenset(c for c in broken if degenerate and not _unit(c))
+            if 0 in values.values():  # of nothing all is the same
+                broken &= {f"{name} != 0" for name in values}
             if broken in seen or visits == VISITS or runs == 3 * VISITS:
                 continue
             moved = sizes.moved(self.flat, values, self.section.call.names)
@@ -214,10 +215,11 @@ def _distance(expected: Observed, got: Observed) -> float:
 
 def _candidates(flat: Any, sizes: Sizes) -> Iterator[tuple[dict[str, int], bool]]:
     """Values of the symbols across conditions, and whether they are so small that much is the same
-    by chance: one sample; all small; one symbol alone at the numbers that conditions name."""
+    by chance: one sample; all small; one symbol alone at the numbers that conditions name, or at
+    nothing."""
     now = sizes.read(flat)
     batch = sizes.free("batch", [tuple(x.shape) for x in flat])
-    named = {int(n) for c in sizes.assumed for n in re.findall(r"\d+", re.sub(r"\bs\d+", "", c))}
+    named = {n for c in sizes.assumed for n in numbers(c) if n <= LARGEST}
     yield now | dict.fromkeys(batch, 1), True
     for size in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
         yield {n: v if n in batch else min(v, size) for n, v in now.items()}, True
@@ -225,6 +227,8 @@ def _candidates(flat: Any, sizes: Sizes) -> Iterator[tuple[dict[str, int], bool]
     for name in now:
         for size in near:
             yield now | {name: size}, False
+    for name in now:
+        yield now | {name: 0}, True
 
 
 def _unit(condition: str) -> bool:

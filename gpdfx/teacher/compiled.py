@@ -17,7 +17,8 @@ from ..calls.sizes import Sizes, input_sizes
 from ..control import ExpandOptions
 from ..errors import InputError
 from ..passes.capture.modes import enter, modes_of
-from ..passes.program import duplicate, source_line
+from ..passes.capture.submodules import Calls, alike
+from ..passes.program import CallSite, duplicate, source_line
 from ..passes.shares import Shares
 from ..passes.widen import Widened
 
@@ -55,6 +56,20 @@ class Compiled:
         """With the sizes that capture left free."""
         sizes = {key: input_sizes(mode.graph) for key, mode in program.modes.items()}
         return Compiled(program, example, sizes, python)
+
+    def unseen(self) -> Compiled:
+        """As this, but no size is accepted for which a graph only may hold."""
+        return replace(self, sizes={key: sizes.unseen() for key, sizes in self.sizes.items()})
+
+    def takes(self, calls: Calls) -> bool:
+        """Whether a graph of its mode accepts each call of a module that has graphs."""
+
+        def taken(site: CallSite) -> bool:
+            modes = self.program.modes.items()
+            graphs = [key for key, mode in modes if alike(mode.site, site)]
+            return any(self.sizes[key].takes(site.tensors) for key in graphs)
+
+        return all(taken(site) for path in self.program.parts for site in calls.get(path, []))
 
     def pinned(self, levels: Mapping[str, str]) -> Compiled:
         """As this, but part by part only the example's input sizes are accepted, except for those

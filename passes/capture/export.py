@@ -27,7 +27,7 @@ from ...calls.held import HeldTensors, registered
 from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
 from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
-from . import limits
+from . import limits, recurrent
 from .branchless import StandIns, stand_back, without_branches
 from .intercept import forget, intercepted, put_back
 from .limits import LEVELS
@@ -82,6 +82,7 @@ def with_module(
         put_back(module)
         graph = copied(module.graph)  # names are ours from here on, not its attributes
         stand_back(graph)
+        recurrent.put_back(graph)
         _drop_writes_to_itself(graph)
         for node in graph.nodes:
             if node.op == "get_attr":
@@ -226,7 +227,8 @@ def _export_site(
     unique = [n if names.count(n) == 1 else f"{n}_{k}" for k, n in enumerate(names)]
     flat.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in unique])  # type: ignore[attr-defined]
     module.forward = flat
-    with limits.quiet(), limits.time_limit(patience), intercepted(), StandIns():
+    length = recurrent.FreeLength()
+    with limits.quiet(), limits.time_limit(patience), intercepted(), StandIns(), length:
         shapes = dict(zip(unique, free, strict=True)) if free else None
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
     if any(limits.has_unknown_size(node.meta.get("val")) for node in exported.graph.nodes):

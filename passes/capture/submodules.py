@@ -80,7 +80,7 @@ def _with_part(
     """The program with one module, a graph for every structure and mode of its calls."""
     for site in sites:
         graphs = [mode for mode in program.modes.values() if mode.site.path == site.path]
-        if any(_alike(mode.site, site) and fits(mode.graph, site.tensors) for mode in graphs):
+        if any(alike(mode.site, site) and fits(mode.graph, site.tensors) for mode in graphs):
             continue
         if len(graphs) == GRAPHS:
             raise CaptureError(f"it is called in more than {GRAPHS} ways")
@@ -109,8 +109,9 @@ def _enlarged(site: CallSite) -> CallSite:
     return replace(site, tensors=tuple(map(three, site.tensors)))
 
 
-def _alike(a: CallSite, b: CallSite) -> bool:
-    return a.flags == b.flags and a.call.pattern.same(b.call.pattern)
+def alike(a: CallSite, b: CallSite) -> bool:
+    """True for calls of one module that differ in their tensors alone."""
+    return a.path == b.path and a.flags == b.flags and a.call.pattern.same(b.call.pattern)
 
 
 def recapture(
@@ -158,7 +159,7 @@ def _steady(calls: Calls, others: Calls) -> Calls:
     return {
         path: sites
         for path, sites in calls.items()
-        if all(any(_alike(a, b) for a in sites) for b in others.get(path, []))
+        if all(any(alike(a, b) for a in sites) for b in others.get(path, []))
     }
 
 
