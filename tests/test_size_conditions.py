@@ -277,3 +277,10 @@ def test_a_recurrent_layers_own_conditions_hold() -> None:
     same(teacher, model, (2, 7, 8))
     with pytest.raises(gpdfx.InputError, match=r"x\.shape\[1\] <= 7"):
         teacher(torch.randn(2, 8, 8))
+
+
+def test_a_visit_leaves_no_statistics_behind() -> None:
+    """Of no samples there are none, and the branches of a layer have norms of their own."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1)).train()
+    teacher = gpdfx.expand(model, 2, example_inputs=(torch.randn(4, 3, 8, 8),), branches="dbb")
+    assert all(bool(buffer.isfinite().all()) for buffer in teacher.buffers())

@@ -117,6 +117,9 @@ class StreamingTeacher(Teacher):
             _memory=_Memory(),
         )
         super().__init__(compiled)
+        self._statistics = [
+            {name: buffer.clone() for name, buffer in fold.named_buffers()} for fold in self.folds()
+        ]
         self._size = sum(8 * self._net.get_parameter(name).numel() for name in self.names)
         self._folding.read_with(self._tensor)
 
@@ -178,7 +181,11 @@ class StreamingTeacher(Teacher):
         return copy.deepcopy({key: own[key[1]] for key, own in held.items() if key[1] in own})
 
     def forget_calls(self) -> None:
-        """Let the user's Python between the parts have the state of the first call again."""
+        """Let the user's Python between the parts have the state of the first call again, and the
+        norms of branches their statistics (of no samples there are none)."""
+        for fold, pristine in zip(self.folds(), self._statistics, strict=True):
+            for name, buffer in fold.named_buffers():
+                buffer.copy_(pristine[name])
         if self._python_shell is not None:
             object.__setattr__(self, "_python_shell", self._make_python_shell())
             self._find_held()
