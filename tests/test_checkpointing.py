@@ -148,7 +148,7 @@ def test_gradients_and_statistics_are_those_of_a_checkpoint(name: str) -> None:
         torch.testing.assert_close(student.get_buffer(key), buffer)
 
 
-@pytest.mark.parametrize("extract", ["first", "mean"])
+@pytest.mark.parametrize(("extract", "branches"), [("first", "auto"), ("mean", "mobileone")])
 @pytest.mark.parametrize(
     ("with_", "without"),
     [
@@ -158,14 +158,13 @@ def test_gradients_and_statistics_are_those_of_a_checkpoint(name: str) -> None:
     ],
 )
 def test_branches_train_under_a_checkpoint(
-    with_: Callable[[], nn.Module], without: Callable[[], nn.Module], extract: str
+    with_: Callable[[], nn.Module], without: Callable[[], nn.Module], extract: str, branches: str
 ) -> None:
     x, gradients = torch.randn(4, 8) if with_ is InPython else torch.randn(4, 3, 8, 8), []
+    options: Any = {"scales": "scratch", "extract": extract, "branches": branches}
     for build in (with_, without):
         torch.manual_seed(0)
-        teacher = gpdfx.expand(
-            build().train(), 2, example_inputs=(x,), scales="scratch", extract=extract
-        )
+        teacher = gpdfx.expand(build().train(), 2, example_inputs=(x,), **options)
         torch.manual_seed(0)
         sum(y.square().sum() for y in teacher.both(x)).backward()  # type: ignore[union-attr]
         gradients.append({n: p.grad for n, p in teacher.named_parameters()})

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..calls import tree
 from ..calls.sizes import Sizes, evaluate, names_in, numbers
-from ..passes.capture.limits import LEVELS
+from ..passes.capture.limits import LEVELS, quiet
 from ..passes.capture.modes import set_flags
 from ..passes.program import CallSite
 from ..teacher.captured import Section
@@ -133,7 +133,7 @@ class _Visits:
         draws may drop what differs: it has to agree for several seeds."""
         for seed in range(self.pair.seed, self.pair.seed + SEEDS):
             self.pair.reload()
-            with torch.no_grad(), keep_rng():
+            with torch.no_grad(), keep_rng(), quiet():
                 self._restore()
                 verdict, by_chance = self._agree_once(flat, seed)
             if not (verdict and by_chance):

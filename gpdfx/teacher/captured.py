@@ -134,6 +134,7 @@ def _outlined(graph: fx.Graph) -> fx.Graph:
 
 def _outline(graph: fx.Graph, start: fx.Node, end: fx.Node) -> None:
     given, reentrant, preserve = start.args
+    _modules_as_inputs(graph, start, end)
     inside, node = list[fx.Node](), start.next
     while node is not end:
         inside += [] if node.op == "get_attr" or node.target is read else [node]
@@ -157,6 +158,21 @@ def _outline(graph: fx.Graph, start: fx.Node, end: fx.Node) -> None:
             )
     for n in (end, *reversed(inside), start):
         graph.erase_node(n)
+
+
+def _modules_as_inputs(graph: fx.Graph, start: fx.Node, end: fx.Node) -> None:
+    """A region has no ``self``: the modules that it calls are read outside."""
+    for node in [n for n in graph.find_nodes(op="call_module") if start < n < end]:
+        with graph.inserting_before(start):
+            module = graph.get_attr(str(node.target))
+        with graph.inserting_before(node):
+            called = graph.call_function(_called, (module, *node.args), node.kwargs)
+        node.replace_all_uses_with(called)
+        graph.erase_node(node)
+
+
+def _called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
 
 
 class Region:
