@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
 import operator
@@ -31,14 +30,6 @@ class Section:
         graph = _outlined(copied(graph))
         _read_late(graph)
         self.code = _Code.of(graph)
-
-    def alike(self, state: str | Flags, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call has the mode and the structure of this one's, whatever its sizes."""
-        if self.site.state == state:
-            with contextlib.suppress(InputError):
-                self.call.flatten(args, kwargs)
-                return True
-        return False
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The tensors of a call. Raises ``InputError`` for one that the graph does not hold for."""
@@ -73,29 +64,31 @@ class Part:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         features: list[Any] | None = None,
+        plain: nn.Module | None = None,
     ) -> Any:
-        """Run the first graph that holds for a call in a state (see ``CallSite``). Raises
-        ``InputError`` if none does."""
-        refused: InputError | None = None
+        """Run the first graph that holds for a call in a state (see ``CallSite``). What the example
+        never called like this (a branch that it did not take) runs as the user's own module
+        ``plain``, if it is given. Raises ``InputError`` for other sizes, or another structure."""
+        refused: list[InputError] = []
+        unlike: list[InputError] = []
         for section in (s for s in self.sections if s.site.state == state):
+            errors = unlike
             try:
-                flat = section.flatten(args, kwargs)
+                flat = section.call.flatten(args, kwargs)
+                errors = refused
+                section.sizes.check(flat, section.call.names)
             except InputError as error:
-                refused = refused or error
+                errors.append(error)
                 continue
             return section(net, folded, flat, features)
-        mode = "train" if state[0] else "eval"
-        mode += " mode" if len({*state}) == 1 else " mode, and some of its modules in the other"
-        raise refused or InputError(
-            f"{self.path} is called in {mode}, which the example did not do",
-            remedy="expand the model with example inputs that reach it in both modes, and with its "
-            "modules in the modes that they are to have",
-        )
+        if refused or plain is None:
+            raise (refused + unlike)[0]
+        plain.training = bool(state[0])
+        return plain(*args, **kwargs)
 
     def take_over(self, module: nn.Module, net: nn.Module, folded: Folded) -> None:
-        """Let a user's module run this instead of its forward; its hooks are in the graph. What
-        the example never called like this (a branch that it did not take) runs as the user's
-        Python. ``folded``: filled when it runs."""
+        """Let a user's module run this instead of its forward; its hooks are in the graph.
+        ``folded``: filled when it runs."""
         plain = copy.copy(module)  # over the same parameters, buffers and modules
         module.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
         module.forward = partial(self._forward, net, folded, list(module.modules()), plain)
@@ -110,10 +103,7 @@ class Part:
         **kwargs: Any,
     ) -> Any:
         flags = tuple(m.training for m in modules)
-        if any(section.alike(flags, args, kwargs) for section in self.sections):
-            return self(net, folded, flags, args, kwargs)
-        plain.training = modules[0].training
-        return plain(*args, **kwargs)
+        return self(net, folded, flags, args, kwargs, plain=plain)
 
 
 def _read_late(graph: fx.Graph) -> None:
