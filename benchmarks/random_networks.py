@@ -26,8 +26,17 @@ from tests.random_networks import BRANCHES, RATIOS, SHARES, check, networks
 CHUNK = 50  # networks drawn with one seed, in one go
 FIELDS = (
     *("seed", "number", "ratio", "shares", "branches", "status", "error", "worst", "widened"),
-    *("nodes", "bridged", "seconds", "source"),
+    *("nodes", "bridged", "seconds", "special", "source"),
 )
+SPECIAL = {
+    "own gradient": (".apply(", ".register_hook("),
+    "checkpoint": ("checkpoint(",),
+    "state in Python": (" = 0\n", "random.random()"),
+    "state in a buffer": ("register_buffer",),
+    "condition on sizes": ("if x.shape",),
+    "part in eval mode": (".eval()",),
+}
+"""What no graph of one call has -> what it looks like in the source."""
 Row = dict[str, Any]
 
 
@@ -49,6 +58,9 @@ def chunk(number: int) -> list[Row]:
         start = time.perf_counter()
         row: Row = {"seed": number, "number": len(rows), "ratio": ratio, "shares": shares}
         row["branches"] = branches or "none"
+        body = code.partition("class Net")[2]
+        kinds = [k for k, words in SPECIAL.items() if any(word in body for word in words)]
+        row["special"] = "; ".join(kinds)
         try:
             report = check(code, ratio, shares, branches)
         except Exception as error:  # a failure of any kind is a row
@@ -95,6 +107,8 @@ def summary(path: Path) -> str:
         f"{fmean(float(r['widened']) for r in ok):.1%} on average; {bridged:.1%} of their nodes "
         f"bridged; {fmean(float(r['seconds']) for r in rows):.1f} s each."
     ]
+    special = Counter(kind for r in rows for kind in r["special"].split("; ") if kind)
+    lines += [", ".join(f"{count} have a {kind}" for kind, count in special.items()) + "."]
     lines += [f"- seed {r['seed']}, {r['number']}: {r['error']}" for r in rows if r not in ok]
     return "\n".join(lines)
 

@@ -7,8 +7,10 @@ and the registries of a module (``_parameters``, ``_buffers``, ``_modules``).
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache
@@ -351,6 +353,17 @@ def gradient_hooks(p: Tensor) -> list[Callable[..., Any]]:
 def accumulation_hooks(p: Tensor) -> list[Callable[..., Any]]:
     """What ``register_post_accumulate_grad_hook`` was given."""
     return [*(p._post_accumulate_grad_hooks or {}).values()]
+
+
+# --------------------------------------------------------------------------- hooks on modules
+def take_hooks(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward together with its forward hooks, which a call of the module itself no
+    longer runs. Relies on ``_call_impl``, and on a shallow copy sharing all registries."""
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return module.forward
+    plain = copy.copy(module)
+    module.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
+    return plain._call_impl
 
 
 # --------------------------------------------------------------------------- kinds

@@ -543,8 +543,9 @@ def networks(draw: Draw) -> str:
     """The source of a network from a (4, 3, 8, 8) image to 5 logits."""
     s = Source(draw)
     conv(s)
-    special = draw(st.integers(0, 6))  # the place of a step by which calls differ
-    for k in range(draw(st.integers(1, 7))):
+    count = draw(st.integers(1, 7))
+    special = draw(st.integers(-1, count - 1))  # the place of a step by which calls differ, if any
+    for k in range(count):
         every, some = (IMAGE, IMAGE_CALLS) if s.kind == "image" else (TOKENS, TOKEN_CALLS)
         draw(st.sampled_from(some if k == special else every))(s)
     s.add("x = x.mean((2, 3))" if s.kind == "image" else "x = x.mean(1)")

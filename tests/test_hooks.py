@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 import gpdfx
 
-from .helpers import facts, python_shell, summed
+from .helpers import facts, parts, python_shell, summed, trains_as
 
 
 class Words(nn.Module):
@@ -310,3 +310,31 @@ def test_update_bn_of_copies_averages_and_compiled_teachers() -> None:
         settled(run, Chain)
         torch.testing.assert_close(run.eval()(x), model.eval()(x), rtol=1e-3, atol=1e-4)
     assert python_shell(teacher) is None
+
+
+class Around(nn.Module):
+    """Forward hooks on the module that is captured: the whole, or a part."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 12))
+        self.head, self.whole = nn.Linear(12, 4), whole
+        for one in (self, self.stem):
+            one.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+            one.register_forward_hook(lambda module, args, y: y * 3 + args[0].mean())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        if not self.whole and float(y.detach().mean()) > 1e9:
+            return self.head(y * 2)
+        return self.head(y)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_forward_hooks_of_what_is_captured(whole: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Around(whole), torch.randn(4, 8)
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches=None)
+    assert list(parts(teacher)) == ([""] if whole else ["stem", "head"])
+    assert teacher.report().parameters[1] > teacher.report().parameters[0]
+    trains_as(model, teacher, x)

@@ -444,3 +444,17 @@ def test_steps_that_learn_have_gradients() -> None:
         assert of_x.tolist() == [[1, 0], [1, 0]]
         rows = torch.tensor([3 - 3.2 + 7, -3 + 2.8 - 8]) / 2  # half, as the last argument says
         torch.testing.assert_close(of_scale, rows.sum(0, keepdim=True) if size == 1 else rows)
+
+
+def test_hooks_are_taken_from_a_module() -> None:
+    layer, x = nn.Linear(2, 3), torch.ones(4, 2)
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: ((args[0] * 2,), kwargs), with_kwargs=True
+    )
+    layer.register_forward_hook(lambda module, args, y: y + 1)
+    wanted, hooked = layer(x), torch_private.take_hooks(layer)
+    torch.testing.assert_close(hooked(x), wanted)
+    layer._parameters["bias"] = nn.Parameter(layer.bias + 1)  # the registries are one
+    torch.testing.assert_close(hooked(x), wanted + 1)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert torch_private.take_hooks(layer) == layer.forward

@@ -221,10 +221,11 @@ def test_the_model_stays_as_it_is() -> None:
             self.calls += 1
             return super().forward(x)
 
-    model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), Counts(0.1), nn.Linear(12, 4))
+    stem = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 12))
+    model = nn.Sequential(stem, nn.BatchNorm1d(12), Counts(0.1), nn.Linear(12, 4))
     model[2].calls = 0
     model[1].eval()
-    model[0].bias.requires_grad_(False)
+    stem[0].bias.requires_grad_(False)
     model[3].weight.grad = torch.ones(4, 12)
     model[0].register_forward_hook(lambda module, args, y: y * 2)
     before = snapshot(model)

@@ -26,6 +26,7 @@ from ...calls.call import Call
 from ...calls.held import HeldTensors, registered
 from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
+from ...torch_private import take_hooks
 from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
 from . import limits, recurrent
 from .branchless import StandIns, stand_back, without_branches
@@ -207,7 +208,7 @@ def _export_site(
         del others[id(t)]
     module = _called(duplicate(original, dict(others)), site)
     without_branches(module)
-    forward, returned, also = module.forward, list[Pattern](), HeldTensors(module)
+    forward, returned, also = take_hooks(module), list[Pattern](), HeldTensors(module)
 
     def flat(*tensors: Any) -> tuple[Any, ...]:
         args, kwargs = site.call.unflatten(list(tensors))
