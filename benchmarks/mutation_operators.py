@@ -341,6 +341,11 @@ def argument(names: set[str], other: Callable[[Any], Any], kinds: Any, subject: 
                 yield in_graph(subject.program, key, node, edit, name)
 
 
+def other_momentum(old: float | fx.Node) -> float:
+    """Another number; a constant in the place of one that is read."""
+    return 0.11 if isinstance(old, fx.Node) else old + 0.01
+
+
 def swap_operands(subject: Subject) -> Mutants:
     """An op whose operands are not to be exchanged, with exchanged ones."""
     for key, node, given in subject.calls():
@@ -510,7 +515,7 @@ OPERATORS: dict[str, Operator] = {
     "swap shares": swap_shares,
     "wrong count": wrong_count,
     "eps": partial(argument, {"eps"}, lambda x: 2 * x, float),
-    "momentum": partial(argument, {"momentum"}, lambda x: x + 0.01, float),
+    "momentum": partial(argument, {"momentum"}, other_momentum, float | fx.Node),
     "correction": partial(argument, {"correction", "unbiased"}, lambda x: 1 - x, int | float),
     "drop dropout": partial(argument, {"p", "dropout_p"}, lambda x: 0.0, float),
     "swap operands": swap_operands,

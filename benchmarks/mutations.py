@@ -39,7 +39,7 @@ from benchmarks.tables import RESULTS, Table, command_line, markdown, read
 from gpdfx.check import laws
 from gpdfx.errors import GpdfxError
 from gpdfx.passes.widen import Widened
-from gpdfx.teacher.compiled import Compiled, find_caches
+from gpdfx.teacher.compiled import Compiled, Python, find_caches
 from tests.helpers import program_of, teacher_of
 
 FIELDS = ("network", "operator", "mode", "node", "op", "source", "outcome", "reason", "seconds")
@@ -110,7 +110,8 @@ class Trial:
 
 def _checked(program: Widened, call: Call) -> Any:
     """Which input sizes the check found to be free."""
-    return laws.verify(Compiled.of(program, call, find_caches(program.student, call)), seed=0).sizes
+    python = Python(find_caches(program.student, call))
+    return laws.verify(Compiled.of(program, call, python), seed=0).sizes
 
 
 def _first_line(error: Exception) -> str:

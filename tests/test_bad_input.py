@@ -41,18 +41,6 @@ class Hopeless(nn.Module):
         return x
 
 
-class Listed(nn.Module):
-    """Reads a parameter by a name that it is not registered under."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
-        self.scales = [self.scale]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x) * self.scales[0]
-
-
 class Empty(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -96,10 +84,6 @@ def test_a_model_that_does_not_export_names_the_line() -> None:
     assert isinstance(error, gpdfx.CaptureError)
     assert error.source is not None
     assert "if x.sum() > 0" in error.source
-
-
-def test_a_parameter_in_a_plain_list() -> None:
-    refused(Listed(), "parameter scale out of a plain list", example_inputs=(torch.ones(2, 4),))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from gpdfx.errors import LossyError
 from gpdfx.kernels import copies
 from gpdfx.passes.program import is_mutable
 from gpdfx.passes.widen import Widened
-from gpdfx.teacher.compiled import Compiled, Inputs
+from gpdfx.teacher.compiled import Compiled, Inputs, Python
 
 from .helpers import program_of, teacher_of, verify
 
@@ -300,7 +300,7 @@ def test_a_stale_cache_in_the_student_is_cleared_or_caught() -> None:
     model = Cached().eval()
     widened, call = compiled(model, torch.randn(2, 5))
     with pytest.raises(LossyError, match=r"teacher\.student"):
-        laws.verify(Compiled.of(widened, call, ()))
+        laws.verify(Compiled.of(widened, call, Python()))
     verify(widened, call)
     assert not model.cache
 
@@ -323,7 +323,7 @@ def test_a_cache_of_any_parameter_is_seen(name: str) -> None:
 
     widened, call = compiled(Remembers().eval(), torch.randn(2, 5))
     with pytest.raises(LossyError, match=r"teacher\.student"):
-        laws.verify(Compiled.of(widened, call, ()))
+        laws.verify(Compiled.of(widened, call, Python()))
 
 
 def test_not_a_number_fails() -> None:
