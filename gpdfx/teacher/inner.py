@@ -6,10 +6,10 @@ batch norm), and is refused where nothing would come of it (hooks, another modul
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..passes.capture.modes import EVAL, TRAIN, enter
@@ -190,3 +190,43 @@ def _blank(kind: type[nn.Module]) -> Inner:
     made = object.__new__(_CLASSES[kind])
     nn.Module.__init__(made)
     return made
+
+
+# --------------------------------------------------------------------------- tensors by name
+class Ordered(nn.Module):
+    """Shares and branches, which are no images: they keep their memory order where a module is
+    moved to ``channels_last``, which is for tensors of four or five dimensions."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Ordered:
+        def moved(t: Tensor) -> Tensor:
+            wide = t[(None,) * 6]
+            made: Tensor = fn(wide)
+            return t if made is wide else made[(0,) * 6]
+
+        super()._apply(moved, recurse)
+        return self
+
+
+def add_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Register a module under a dotted name."""
+    parent, leaf = _parent(root, path)
+    parent._modules[leaf] = module
+
+
+def attach(root: nn.Module, name: str, tensor: Tensor, persistent: bool) -> None:
+    """Register a parameter or buffer under a dotted name."""
+    module, leaf = _parent(root, name)
+    if isinstance(tensor, nn.Parameter):
+        module._parameters[leaf] = tensor
+    else:
+        module._buffers[leaf] = tensor
+        if not persistent:
+            module._non_persistent_buffers_set.add(leaf)
+
+
+def _parent(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module, made where there is none, that has the last part of a dotted name."""
+    *parents, leaf = name.split(".")
+    for part in parents:
+        root = root._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+    return root, leaf

@@ -31,8 +31,8 @@ from .compiled import Compiled, Facts
 from .extract import Mean, take_first
 from .fold import Fold
 from .folding import Folding, Lazy, operator_get
-from .inner import Inner, Modes, refuse_other
-from .python import Within, apply_to, placeholder
+from .inner import Inner, Modes, Ordered, add_module, attach, refuse_other
+from .python import Within, apply_to, moves_its_student, placeholder
 from .python import again as run_again
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ _PICKLED = ("__getstate__", "__reduce__", "__reduce_ex__")
 _HIDDEN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
+@moves_its_student
 class Teacher(nn.Module):
     """A wider network with the student's function, call signature and state_dict names.
 
@@ -89,18 +90,18 @@ class Teacher(nn.Module):
             net.__dict__[registry] = self.__dict__[registry]
         object.__setattr__(self, "_net", net)
         self._folds = {one.weight: module_of(one.weight) for one in program.branched}
-        self._modules.update({name.split(".")[0]: _Ordered() for name in self._folds.values()})
+        self._modules.update({name.split(".")[0]: Ordered() for name in self._folds.values()})
         for one in program.branched:
             weight = program.tensors[program.alias.get(one.weight, one.weight)]
             seed = options.seed + zlib.crc32(one.weight.encode())
             live, drawn = options.scales == "scratch", self._draws(one.weight)
             fold = Fold(one, weight.detach(), seed, live=live, drawn=drawn)
-            _add_module(self, module_of(one.weight), fold)
+            add_module(self, module_of(one.weight), fold)
         self._means: dict[str, Mean] = {}
         for name, _ in self._student.named_parameters() if options.extract == "mean" else ():
             if any(m.wide for m in program.maps[name]):
                 self._means[name] = Mean(program.maps[name], program.uses.get(name))
-                _add_module(self, f"_extraction.{name}", self._means[name])
+                add_module(self, f"_extraction.{name}", self._means[name])
         fused = dict(program.lowered)
         for name in self._means.keys() & fused.keys():  # a mean needs all of the copies
             fused[name] = replace(fused[name], site=replace(fused[name].site, cut=None))
@@ -137,11 +138,11 @@ class Teacher(nn.Module):
         tensors |= {name: tensors[first] for name, first in program.alias.items()}
         for path, module in program.student.named_modules(remove_duplicate=False):
             if path:
-                _add_module(self, path, Inner.of(module, path, self._modes))
+                add_module(self, path, Inner.of(module, path, self._modes))
         lasting = {*program.student.state_dict(keep_vars=True), *program.shares}
         for name, tensor in tensors.items():
             attach(self, name, tensor, persistent=name in lasting)
-        self._modules.update({name.split(".")[0]: _Ordered() for name in program.shares})
+        self._modules.update({name.split(".")[0]: Ordered() for name in program.shares})
         for name, tensor in (program.shares | program.constants).items():
             attach(self, name, tensor, persistent=name in lasting)
         self._modules.update(program.children)
@@ -407,68 +408,3 @@ class Teacher(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._find_held()
-
-
-# --------------------------------------------------------------------------- moves
-def _moves(name: str) -> Callable[..., Teacher]:
-    """A method like ``to``: torch's, and then the student's own one, if it has one. Such a method
-    moves tensors that are in no registry; what is, it finds moved already."""
-    plain = getattr(nn.Module, name)
-
-    def move(self: Teacher, *args: Any, **kwargs: Any) -> Teacher:
-        plain(self, *args, **kwargs)
-        device = next((p.device for p in self.parameters()), None)
-        for module in filter(None, (self._python_shell, self._student)):
-            own = getattr(module, name)
-            if getattr(own, "__func__", None) is not plain:
-                holder, empty = nn.Module(), dict[str, Tensor]()
-                for path, p in module.named_parameters(prefix="module"):
-                    empty[path] = torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
-                holder.module, holder.forward = module, own
-                functional_call(holder, empty, args, kwargs, tie_weights=True)
-        return self
-
-    return functools.wraps(plain)(move)
-
-
-for _name in ("to", "cuda", "cpu", "float", "double", "half", "bfloat16", "type"):
-    setattr(Teacher, _name, _moves(_name))
-
-
-# --------------------------------------------------------------------------- tensors by name
-class _Ordered(nn.Module):
-    """Shares and branches, which are no images: they keep their memory order where a module is
-    moved to ``channels_last``, which is for tensors of four or five dimensions."""
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> _Ordered:
-        def moved(t: Tensor) -> Tensor:
-            wide = t[(None,) * 6]
-            made: Tensor = fn(wide)
-            return t if made is wide else made[(0,) * 6]
-
-        super()._apply(moved, recurse)
-        return self
-
-
-def _add_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, leaf = _parent(root, path)
-    parent._modules[leaf] = module
-
-
-def attach(root: nn.Module, name: str, tensor: Tensor, persistent: bool) -> None:
-    """Register a parameter or buffer under a dotted name."""
-    module, leaf = _parent(root, name)
-    if isinstance(tensor, nn.Parameter):
-        module._parameters[leaf] = tensor
-    else:
-        module._buffers[leaf] = tensor
-        if not persistent:
-            module._non_persistent_buffers_set.add(leaf)
-
-
-def _parent(root: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module, made where there is none, that has the last part of a dotted name."""
-    *parents, leaf = name.split(".")
-    for part in parents:
-        root = root._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
-    return root, leaf

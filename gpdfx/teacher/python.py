@@ -1,22 +1,25 @@
-"""The user's Python on tensors that are not its own: placeholders, which have a shape and no values
-yet; and what runs once more in the backward, on the tensors of its call (checkpoints, and functions
-that call modules there, as reversible blocks do)."""
+"""The user's Python on tensors that are not its own: what runs once more in the backward, on the
+tensors of its call (checkpoints, and functions that call modules there, as reversible blocks do);
+placeholders, which have a shape and no values yet; and moves of what the user moves."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..calls.held import reached
 from ..calls.tree import Pattern, Slot, pattern
 from ..torch_private import Checkpoints, checkpoints, functions, plain_apply
 
+Kind = TypeVar("Kind", bound=type)
 Run = Callable[..., Any]
 """``run(tensors, folded, function, *args, **kwargs)``: call a function while the student's modules
 have these tensors, and its parts these folded weights."""
@@ -138,3 +141,32 @@ def apply_to(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     except NotImplementedError:  # to a device
         dtype = fn(torch.empty(0, dtype=t.dtype)).dtype
         return torch.empty_strided(t.size(), t.stride(), dtype=dtype, device="meta")
+
+
+# --------------------------------------------------------------------------- moves
+def _moves(name: str) -> Callable[..., Any]:
+    """A method like ``to``: torch's, and then the student's own one, if it has one. Such a method
+    moves tensors that are in no registry; what is, it finds moved already."""
+    plain = getattr(nn.Module, name)
+
+    def move(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plain(self, *args, **kwargs)
+        device = next((p.device for p in self.parameters()), None)
+        for module in filter(None, (self._python_shell, self._student)):
+            own = getattr(module, name)
+            if getattr(own, "__func__", None) is not plain:
+                holder, empty = nn.Module(), dict[str, Tensor]()
+                for path, p in module.named_parameters(prefix="module"):
+                    empty[path] = torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
+                holder.module, holder.forward = module, own
+                functional_call(holder, empty, args, kwargs, tie_weights=True)
+        return self
+
+    return functools.wraps(plain)(move)
+
+
+def moves_its_student(kind: Kind) -> Kind:
+    """A teacher whose methods that move it are these."""
+    for name in ("to", "cuda", "cpu", "float", "double", "half", "bfloat16", "type"):
+        setattr(kind, name, _moves(name))
+    return kind
