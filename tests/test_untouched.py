@@ -318,6 +318,23 @@ def test_two_at_once() -> None:
             assert torch.equal(p, q)
 
 
+def test_another_thread_may_draw_meanwhile() -> None:
+    """Now and then it does between student and teacher, which is nobody's fault."""
+    stop: list[int] = []
+
+    def draw() -> None:
+        while not stop:
+            torch.randn(1)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        gpdfx.expand(Net(), 2, example_inputs=(example(),), branches=None)
+    finally:
+        stop.append(1)
+        thread.join()
+
+
 def test_quiet_speaks_for_its_own_thread(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -167,7 +167,11 @@ def _same_function(
     floor = _floor(attempt)
     if not seen.worst[1] <= floor:
         noise = {f: 50 * x for f, x in rounding(pair, mode, seen).items()}
-    unsteady = {f for f, x in noise.items() if f.law is Law.GENERATORS and not math.isfinite(x)}
+    moved = {f for f, x in seen.errors.items() if f.law is Law.GENERATORS and x}
+    unsteady = {f for f in moved if not math.isfinite(noise.get(f, 0.0))}
+    for _ in range(JUMPS if moved - unsteady else 0):  # a fault draws whenever it is looked at
+        again = visit(pair, mode, differentiate=False, calls=CALLS if mode == "train" else 1)
+        unsteady |= {f for f in moved if not again.errors.get(f, 0.0)}
     seen = seen.without(unsteady)  # another thread draws, say
     left_out = [f"{where}: {f} is another after two equal calls" for f in unsteady]
     ceiling = CEILING * floor / TOLERANCE if attempt.precision.dtype is None else CEILING
