@@ -49,7 +49,7 @@ def python_of(
     kept, does, late = set[Attribute](), dict[str, set[Any]](), list[bool]()
 
     def watch(kind: Any, args: Any, kwargs: Any) -> Any:
-        late.append(calls_modules((args, kwargs)))
+        late.append(not kind.__module__.startswith("torch.") and calls_modules((args, kwargs)))
         return kind.apply(*args, **kwargs)
 
     modes = modes_of(student)
