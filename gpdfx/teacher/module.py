@@ -278,7 +278,8 @@ class Teacher(nn.Module):
         """While it lasts, what the user's Python holds of its tensors are these."""
         if isinstance(module, Within):
             return nullcontext()
-        return self._also_held[module is self._student].filled(tensors)
+        shell, student = self._also_held
+        return (student if module is self._student else shell).filled(tensors)
 
     # ---- between student and teacher
     def student_parameters(self, folded: Folded | None = None) -> Iterator[tuple[str, Tensor]]:
