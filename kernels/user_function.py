@@ -14,24 +14,25 @@ class UserFunction:
     """Calls ``kind.apply`` on tensors and sizes, with all its other arguments filled in, and gives
     the list of tensors that it returns.
 
-    ``arguments``: with slots for what it is called on; ``result``: the structure of what it last
-    returned. ``rule``: how it treats axes, or ``why`` that is not known; ``draws``: it moves the
-    random state.
+    ``arguments``: with slots for what it is called on. ``rule``: how it treats axes, or ``why``
+    that is not known; ``draws``: it moves the random state.
     """
 
     def __init__(self, kind: type[torch.autograd.Function], arguments: Pattern) -> None:
         self.kind, self.arguments = kind, arguments
-        self.result: Pattern | None = None
         self.rule: Any = None
         self.why = "it was not tried"
         self.draws = False
         self.__name__ = self.__qualname__ = kind.__name__
         self.__module__ = __name__
 
-    def __call__(self, *given: Any) -> list[Tensor]:
+    def apply(self, *given: Any) -> Any:
+        """What the function itself returns."""
         args, kwargs = self.arguments.fill(given)
-        self.result, tensors = pattern(self.kind.apply(*args, **kwargs), (Tensor,))
-        return tensors
+        return self.kind.apply(*args, **kwargs)
+
+    def __call__(self, *given: Any) -> list[Tensor]:
+        return pattern(self.apply(*given), (Tensor,))[1]
 
     def learn_from(self, other: UserFunction) -> None:
         """What is known of another call of the same."""

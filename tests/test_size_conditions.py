@@ -14,6 +14,8 @@ from torch._dynamo.testing import CompileCounter
 
 import gpdfx
 
+from .helpers import trains_as
+
 
 class Forks(nn.Module):
     """Another way where a condition holds; a sum over the length, so that none is no nothing."""
@@ -277,6 +279,31 @@ def test_a_recurrent_layers_own_conditions_hold() -> None:
     same(teacher, model, (2, 7, 8))
     with pytest.raises(gpdfx.InputError, match=r"x\.shape\[1\] <= 7"):
         teacher(torch.randn(2, 8, 8))
+
+
+class Inside(nn.Module):
+    """A recurrent layer in a region of its own."""
+
+    def __init__(self, autocast: bool) -> None:
+        super().__init__()
+        self.a, self.r, self.c = nn.Linear(5, 8), nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 4)
+        self.autocast = autocast
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        region = torch.autocast("cpu", enabled=False) if self.autocast else torch.no_grad()
+        with region:
+            y = self.r(h)[0]
+        return self.c(y) + h[..., :4]
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_recurrent_layer_in_a_region_widens_too(autocast: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Inside(autocast), torch.randn(3, 7, 5)
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches=None)
+    assert not teacher.report().bridged
+    trains_as(model, teacher, torch.randn(3, 9, 5))
 
 
 def test_a_visit_leaves_no_statistics_behind() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -105,3 +107,10 @@ def two_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...
 
 def _twice(x: Any) -> Any:
     return torch.cat([x, x.flip(tuple(range(1, x.ndim)))]) if isinstance(x, torch.Tensor) else x
+
+
+def seed_all(seed: int) -> None:
+    """Every global generator: a call can then be made again."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)

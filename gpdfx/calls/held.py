@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_private import storage_key
+from .tree import Pattern, Slot
 
 T = TypeVar("T")
 Module = TypeVar("Module", bound=nn.Module)
@@ -128,6 +129,11 @@ def tensors_and_modules(root: Any, hops: int | None = None) -> Iterator[tuple[st
 def reached(x: Any) -> Iterator[Any]:
     """The modules and tensors in a structure, and those that functions in it name."""
     return (held for _, held in itertools.islice(tensors_and_modules([x], hops=2), 1, None))
+
+
+def holds_modules(arguments: Pattern) -> bool:
+    """Whether what is no tensor in the arguments of a call is a module, or names one."""
+    return any(True for x in arguments.held if x is not Slot for _ in reached(x))
 
 
 def identity(held: Any) -> Any:

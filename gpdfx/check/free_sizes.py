@@ -48,7 +48,8 @@ def free_sizes(pair: Pair, floor: float) -> dict[str, tuple[Sizes, str]]:
             if section.site.mode == mode:
                 path = section.site.path
                 module = set_flags(student.get_submodule(path), section.site.flags)
-                flat = call_of(section, [*calls.get(path, []), _as(pair, section.site)])
+                flat = call_of(section, calls.get(path, []))
+                flat = call_of(section, [_as(pair, section.site)]) if flat is None else flat
                 visits = _Visits(pair, student, module, section, path, flat, min(floor, FAR))
                 found[key] = visits.found()
     pair.reload()

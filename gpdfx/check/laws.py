@@ -159,7 +159,8 @@ def _same_function(
 ) -> tuple[Visit, list[Finding], list[str]]:
     """All that is observed in a mode is the same, call after call; what rounding decides on the
     real weights is left out."""
-    seen = visit(pair, mode, differentiate=True, calls=1 if mode == EVAL else CALLS)
+    calls = 1 if mode == EVAL else CALLS
+    seen = visit(pair, mode, differentiate=True, calls=calls)
     where = f"{weights}/{mode}"
     if seen.silent and weights == "probe":
         raise UndecidedError(f"every output is zero or nan in {mode} mode", remedy=_ZERO)
@@ -170,8 +171,8 @@ def _same_function(
     moved = {f for f, x in seen.errors.items() if f.law is Law.GENERATORS and x}
     unsteady = {f for f in moved if not math.isfinite(noise.get(f, 0.0))}
     for _ in range(JUMPS if moved - unsteady else 0):  # a fault draws whenever it is looked at
-        again = visit(pair, mode, differentiate=False, calls=CALLS if mode == "train" else 1)
-        unsteady |= {f for f in moved if not again.errors.get(f, 0.0)}
+        again = visit(pair, mode, differentiate=False, calls=calls)
+        unsteady |= {f for f in moved if again.errors.get(f) == 0}
     seen = seen.without(unsteady)  # another thread draws, say
     left_out = [f"{where}: {f} is another after two equal calls" for f in unsteady]
     ceiling = CEILING * floor / TOLERANCE if attempt.precision.dtype is None else CEILING

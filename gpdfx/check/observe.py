@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import tree
+from ..calls.examples import seed_all
 from ..torch_private import Checkpoints, checkpoints
 from .facts import Fact, Inputs, Law, Observed, floating
 
@@ -97,12 +98,6 @@ def reached(seen: Observed, sources: Observed) -> Observed:
 
 
 # --------------------------------------------------------------------------- generators
-def seed_all(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
 def states() -> dict[str, Tensor]:
     """Where the generators are, as numbers that can be compared."""
     numpy_state: Any = np.random.get_state()

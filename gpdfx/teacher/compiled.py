@@ -98,7 +98,8 @@ class Facts:
         return self.maps[self.alias.get(name, name)]
 
 
-_REGISTRIES = frozenset(nn.Module().__dict__)
+REGISTRIES = frozenset(nn.Module().__dict__)
+"""The attributes of every module: what a student keeps elsewhere is its own."""
 
 
 def find_caches(student: nn.Module, example: Inputs) -> Caches:
@@ -111,7 +112,7 @@ def find_caches(student: nn.Module, example: Inputs) -> Caches:
         (path, k): copy.copy(v)
         for path, module in student.named_modules()
         for k, v in module.__dict__.items()
-        if isinstance(v, dict | list | Tensor | type(None)) and k not in _REGISTRIES
+        if isinstance(v, dict | list | Tensor | type(None)) and k not in REGISTRIES
     }
     probe = duplicate(student)
     modes = modes_of(student)

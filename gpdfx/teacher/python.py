@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..calls.held import reached
-from ..calls.tree import Pattern, Slot, pattern
+from ..calls.held import holds_modules
+from ..calls.tree import Pattern, pattern
 from ..torch_private import Checkpoints, checkpoints, functions, plain_apply
 
 Kind = TypeVar("Kind", bound=type)
@@ -68,12 +68,6 @@ class Within(nn.Module):
 
 
 # --------------------------------------------------------------------------- functions
-def calls_modules(args: Any) -> bool:
-    """Whether a function is called with a module, or with what holds one."""
-    held = pattern(args, (Tensor,))[0].held
-    return any(True for x in held if x is not Slot for _ in reached(x))
-
-
 def _late(
     run: Run,
     tensors: Mapping[str, Tensor],
@@ -82,9 +76,9 @@ def _late(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    if not (torch.is_grad_enabled() and calls_modules((args, kwargs))):
-        return kind.apply(*args, **kwargs)
     arguments, given = pattern((args, kwargs), (Tensor,))
+    if not (torch.is_grad_enabled() and holds_modules(arguments)):
+        return kind.apply(*args, **kwargs)
     structure: list[Pattern] = []
 
     def call(*inputs: Tensor) -> list[Tensor]:

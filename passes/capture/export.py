@@ -28,9 +28,8 @@ from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
 from ...torch_private import take_hooks
 from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
-from . import limits, recurrent
+from . import intercept, limits, recurrent
 from .branchless import StandIns, stand_back, without_branches
-from .intercept import forget, intercepted, put_back
 from .limits import LEVELS
 from .modes import GIVEN, modes_of, set_flags
 
@@ -80,10 +79,11 @@ def with_module(
         if functional:
             export = export.run_decompositions({})
         module: Any = export.module(check_guards=False)
-        put_back(module)
+        for part in module.modules():  # regions have graphs of their own
+            if isinstance(part, fx.GraphModule):
+                for put_back in (intercept.put_back, stand_back, recurrent.put_back):
+                    put_back(part.graph)
         graph = copied(module.graph)  # names are ours from here on, not its attributes
-        stand_back(graph)
-        recurrent.put_back(graph)
         _drop_writes_to_itself(graph)
         for node in graph.nodes:
             if node.op == "get_attr":
@@ -97,7 +97,7 @@ def with_module(
                     for k, (path, kind) in stack.items()
                 }
         modes[key] = Mode(graph, site, out, level)
-    forget()
+    intercept.forget()
     return program
 
 
@@ -229,7 +229,7 @@ def _export_site(
     flat.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in unique])  # type: ignore[attr-defined]
     module.forward = flat
     length = recurrent.FreeLength()
-    with limits.quiet(), limits.time_limit(patience), intercepted(), StandIns(), length:
+    with limits.quiet(), limits.time_limit(patience), intercept.intercepted(), StandIns(), length:
         shapes = dict(zip(unique, free, strict=True)) if free else None
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
     if any(limits.has_unknown_size(node.meta.get("val")) for node in exported.graph.nodes):

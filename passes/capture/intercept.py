@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from ...calls.held import reached
-from ...calls.tree import SLOTS, leaves, pattern
+from ...calls.held import holds_modules
+from ...calls.tree import Pattern, pattern
 from ...kernels.regions import enter_recompute, exit_recompute, require_grad
 from ...kernels.user_function import Hooked, UserFunction
 from ...torch_private import Checkpoints, checkpoints, functions, is_traced, version
@@ -37,15 +37,18 @@ _ENTER, _EXIT = torch.ops.gpdfx.enter_recompute.default, torch.ops.gpdfx.exit_re
 _REQUIRE = torch.ops.gpdfx.require_grad.default
 _NUMBERS = itertools.count()
 _FUNCTIONS: dict[int, tuple[UserFunction, list[bool]]] = {}
+_RESULTS: dict[int, Pattern] = {}
 _REGIONS: dict[int, tuple[bool, bool]] = {}
 """What stands behind a number while its graph is made. Of a function's arguments: which are
-tensors; of a region: whether it is reentrant, and preserves the random state."""
+tensors; of its result: the structure; of a region: whether it is reentrant, and preserves the
+random state."""
 
 
 def _run(tensors: list[Tensor], sizes: list[Any], number: int) -> list[Tensor]:
     function, kinds = _FUNCTIONS[number]
     versions = list(map(version, tensors))
-    made = function(*_merged(tensors, sizes, kinds))
+    result = function.apply(*_merged(tensors, sizes, kinds))
+    _RESULTS[number], made = pattern(result, (Tensor,))
     if versions != list(map(version, tensors)):
         raise TypeError(f"{function} writes to its arguments")
     return [y.clone() if any(y is x for x in tensors) else y for y in made]
@@ -76,21 +79,18 @@ def _function(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not is_traced():
         return kind.apply(*args, **kwargs)
     arguments, given = pattern((args, kwargs))
-    for held in leaves((args, kwargs)):
-        if not isinstance(held, SLOTS) and any(True for _ in reached(held)):
-            raise TypeError(f"{kind.__name__}.apply is called with a module")
+    if holds_modules(arguments):
+        raise TypeError(f"{kind.__name__}.apply is called with a module")
     if not all(isinstance(x, Tensor | torch.SymInt) for x in given):
         raise TypeError(f"{kind.__name__}.apply is called with a number that follows from sizes")
     number = next(_NUMBERS)
-    function = UserFunction(kind, arguments)
-    _FUNCTIONS[number] = function, [isinstance(x, Tensor) for x in given]
+    _FUNCTIONS[number] = UserFunction(kind, arguments), [isinstance(x, Tensor) for x in given]
     tensors = [x for x in given if isinstance(x, Tensor)]
     made = _FUNCTION(tensors, [x for x in given if isinstance(x, torch.SymInt)], number)
     for y in made:  # export has no kernel for its gradient: what forward asks of it is true
         if torch.is_grad_enabled() and y.is_floating_point():
             y.requires_grad = any(x.requires_grad for x in tensors)
-    assert function.result is not None
-    return function.result.fill(made)
+    return _RESULTS[number].fill(made)
 
 
 class _Regions(Checkpoints):
@@ -131,21 +131,15 @@ class _Hooks(TorchFunctionMode):
 
 
 # --------------------------------------------------------------------------- afterwards
-def put_back(module: fx.GraphModule) -> None:
-    """Replace the operators in a finished graph, and in those that it calls, by what they stand
-    for."""
-    for part in module.modules():
-        if isinstance(part, fx.GraphModule):
-            _put_back(part.graph)
-
-
 def forget() -> None:
     """Nothing refers to what was met so far any more."""
     _FUNCTIONS.clear()
+    _RESULTS.clear()
     _REGIONS.clear()
 
 
-def _put_back(graph: fx.Graph) -> None:
+def put_back(graph: fx.Graph) -> None:
+    """Replace the operators in a finished graph by what they stand for."""
     tokens: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         number: Any = node.args[-1] if node.op == "call_function" and node.args else None

@@ -8,18 +8,17 @@ between the parts stays the user's Python, and sees the student's widths.
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from ...calls import tree
 from ...calls.call import Call
+from ...calls.examples import seed_all
 from ...calls.sizes import fits
 from ...errors import CaptureError
 from ...torch_private import FUSED
@@ -139,9 +138,7 @@ def record(student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             run = enter(duplicate(student), mode, modes)
             own_args, own_kwargs = tree.fresh((args, kwargs))
             if seed:
-                random.seed(seed)
-                np.random.seed(seed)
-                torch.manual_seed(seed)
+                seed_all(seed)
             with contextlib.suppress(Exception), recording(run, met, mode=mode):
                 run(*own_args, **own_kwargs)
             new = met.keys() - known

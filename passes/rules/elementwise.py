@@ -12,11 +12,6 @@ from .op import Axes, Op, broadcast
 from .writer import Rule
 
 
-def tensors(node: fx.Node) -> list[fx.Node]:
-    """The tensors that a user's function is called on."""
-    return [x for x in node.args if isinstance(x, fx.Node) and is_tensor(x)]
-
-
 def elementwise(moving: Collection[int]) -> Rule:
     """Operands broadcast, results have the broadcast shape (any other one stays). Along dimensions
     other than the ``moving``, counted from the right, the function sees the student's width."""
@@ -24,7 +19,7 @@ def elementwise(moving: Collection[int]) -> Rule:
 
 
 def _infer(moving: Collection[int], op: Op) -> list[Axes]:
-    given = tensors(op.node)
+    given = [x for x in op.node.args if isinstance(x, fx.Node) and is_tensor(x)]
     result = broadcast(op, *map(op.axes, given))
     rank, sizes = len(result), [axis.size for axis in result]
     for x in given:

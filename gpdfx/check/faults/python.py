@@ -22,18 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from ...calls import tree
+from ...calls.examples import seed_all
+from ...calls.held import holds_modules
 from ...passes.capture.modes import enter, modes_of
 from ...passes.program import duplicate
-from ...teacher.compiled import Python
-from ...teacher.python import calls_modules
+from ...teacher.compiled import REGISTRIES, Python
 from ...torch_private import functions
 from ..facts import Inputs, difference, floating, identical
-from ..observe import keep_rng, seed_all, states
+from ..observe import keep_rng, states
 from ..visit import other_inputs
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor)
 _CLOSED = (nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
-_REGISTRIES = frozenset((*nn.Module().__dict__, "training"))
 Attribute = tuple[str, str]
 """The path of a module, and a name."""
 REMEDY = (
@@ -49,7 +49,8 @@ def python_of(
     kept, does, late = set[Attribute](), dict[str, set[Any]](), list[bool]()
 
     def watch(kind: Any, args: Any, kwargs: Any) -> Any:
-        late.append(not kind.__module__.startswith("torch.") and calls_modules((args, kwargs)))
+        own = not kind.__module__.startswith("torch.")
+        late.append(own and holds_modules(tree.pattern((args, kwargs))[0]))
         return kind.apply(*args, **kwargs)
 
     modes = modes_of(student)
@@ -135,7 +136,7 @@ def attributes(
         (path, name): _frozen(value)
         for path, part in module.named_modules()
         for name, value in vars(part).items()
-        if name not in _REGISTRIES and (only is None or (path, name) in only)
+        if name not in REGISTRIES and (only is None or (path, name) in only)
     }
 
 
