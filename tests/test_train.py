@@ -198,13 +198,16 @@ def test_the_student_learns(tmp_path: Path, source: str) -> None:
 
 # --------------------------------------------------------------------------- stopped and resumed
 @pytest.mark.parametrize(
-    "changes", [{}, {"plain": True}, {"amp": "fp16"}], ids=["gpd", "plain", "fp16"]
+    ("optimizer", "changes"),
+    [("sgd", {}), ("adamw", {}), ("adamw", {"plain": True}), ("adamw", {"amp": "fp16"})],
+    ids=["sgd", "adamw", "plain", "fp16"],
 )
 def test_a_stopped_run_ends_bit_for_bit_like_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, changes: dict[str, Any]
 ) -> None:
-    recipe = with_changes(TINY, optimizer="adamw" if changes else "sgd", lr=0.01, mixup=0.4)
-    changes = changes | {"recipe": recipe}
+    """In float16 the state comes back bit for bit, but what follows is as near as rounding lets
+    it be: on a CPU with instructions for it two runs were seen to part."""
+    changes = changes | {"recipe": with_changes(TINY, optimizer=optimizer, lr=0.01, mixup=0.4)}
     go(tmp_path / "whole", **changes)
     end_step = log.RunLog.end_step
     for stop in (1, 4, 5):  # nothing but the first checkpoint; amid an epoch; at its last step
@@ -221,17 +224,32 @@ def test_a_stopped_run_ends_bit_for_bit_like_another(
             patched.setattr(log.RunLog, "end_step", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 go(tmp_path / "parts", checkpoint_every=2, **changes)
+        assert_restored(tmp_path / "parts", checkpoint_every=2, **changes)
     go(tmp_path / "parts", checkpoint_every=2, workers=0, patience=7, **changes)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert (whole / run.STUDENT).read_bytes() == (parts / run.STUDENT).read_bytes()
     one, other = (states.read_state(folder / run.STATE) for folder in (whole, parts))
     assert one[0].keys() == other[0].keys()
+    if "amp" in changes:
+        assert all((x - other[0][k]).double().abs().mean() < 5e-3 for k, x in one[0].items())
+        return
+    assert (whole / run.STUDENT).read_bytes() == (parts / run.STUDENT).read_bytes()
     assert all(torch.equal(x, other[0][name]) for name, x in one[0].items())
     rows = [
         [{k: v for k, v in r.items() if k != "seconds"} for r in s[1]["history"]]
         for s in (one, other)
     ]
     assert rows[0] == rows[1]
+
+
+def assert_restored(folder: Path, **changes: Any) -> None:
+    """What the next step depends on is what the checkpoint holds, bit for bit."""
+    tensors, facts = states.read_state(folder / run.STATE)
+    restored, mine = run.Run(
+        config(folder, **changes), Ranks(torch.device("cpu")), True
+    ).stepper.flatten()
+    assert tensors.keys() == restored.keys()
+    assert all(torch.equal(x, restored[name]) for name, x in tensors.items())
+    assert mine == {name: facts[name] for name in mine}
 
 
 def kill_and_resume(tmp_path: Path, kills: int, epochs: int) -> None:

@@ -6,7 +6,8 @@ The folder of a run holds ``state.safetensors`` (the checkpoint), ``log.csv``, `
 and at the end ``student.safetensors`` (the plain student's ``state_dict``), ``teacher.safetensors``
 (for ``gpdfx.load``), ``curves.png`` and ``summary.json``. The same call on a folder that holds a
 checkpoint goes on from there. Randomness is a function of seed, epoch and step, so that a run which
-was killed ends, on CPUs, with the same parameters bit for bit.
+was killed ends, on CPUs and without ``amp``, with the same parameters bit for bit; half precision
+ends within its rounding, for not every CPU's products of it are the same twice.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, facts:
     for name, x in tensors.items():
         if name.startswith(OPTIMIZER):
             number, _, key = name.removeprefix(OPTIMIZER).partition(".")
-            state[int(number)][key] = x
+            state[int(number)][key] = x.clone()  # aligned as new memory is: libraries round by that
     optimizer.load_state_dict({"state": state, "param_groups": facts["param_groups"]})
 
 
