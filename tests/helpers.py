@@ -86,7 +86,7 @@ def hidden_student(teacher: Teacher) -> nn.Module:
 
 def python_shell(teacher: Teacher) -> nn.Module | None:
     """The user's Python between its parts."""
-    return teacher._python_shell
+    return teacher._code.shell
 
 
 def run_teacher(teacher: Teacher, folded: Any, *args: Any, features: Any = None) -> Any:

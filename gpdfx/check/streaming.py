@@ -186,9 +186,7 @@ class StreamingTeacher(Teacher):
         for fold, pristine in zip(self.folds(), self._statistics, strict=True):
             for name, buffer in fold.named_buffers():
                 buffer.copy_(pristine[name])
-        if self._python_shell is not None:
-            object.__setattr__(self, "_python_shell", self._make_python_shell())
-            self._find_held()
+        self._begin_parts()
 
     @torch.no_grad()
     def perturb(self, seed: int) -> None:

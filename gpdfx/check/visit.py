@@ -145,7 +145,7 @@ def _run_student(
     """A copy that ran, what it showed, which of ``GRADIENTS`` it has, and the turns it took."""
     for level in levels:
         pair.enter(run, mode)
-        parts = pair.teacher._parts_in(run)
+        parts = pair.teacher._code.parts_in(run)
         asked = {n: p for n, p in run.named_parameters() if p.is_floating_point()}
         try:
             for p in asked.values():
@@ -177,7 +177,7 @@ def _run_student(
 
 def _run_teacher(pair: Pair, gradients: str, expected: Observed, turns: Turns) -> Observed:
     teacher = pair.teacher
-    parts = teacher._parts_in(teacher._python_shell)
+    parts = teacher._code.parts_in(teacher._code.shell)
     look = partial(observe, teacher, parts=parts, given=expected, copy=tree.copied)
     seen = look(pair.inputs, pair.seed, gradients, parameters=teacher.sources)
     for fact in [f for f in seen if f.law is Law.PARAMETERS]:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import itertools
 import zlib
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 
 from ..algebra.frozen import Frozen
 from ..algebra.gather import gather
-from ..calls.held import HeldTensors, importable, registered
+from ..calls.held import importable
 from ..errors import InputError
 from ..passes.capture.modes import EVAL, TRAIN
-from ..passes.capture.submodules import slow_attention
 from ..passes.folded import Folded, merged, module_of, students
 from ..passes.program import Mode, duplicate, unused
 from ..passes.widen import Widened
@@ -32,8 +25,7 @@ from .extract import Mean, take_first
 from .fold import Fold
 from .folding import Folding, Lazy, operator_get
 from .inner import Inner, Modes, Ordered, add_module, attach, refuse_other
-from .python import Within, apply_to, moves_its_student, placeholder
-from .python import again as run_again
+from .python import StudentCode, moves_its_student, placeholder
 
 if TYPE_CHECKING:
     from ..report.report import Report
@@ -58,9 +50,7 @@ class Teacher(nn.Module):
     ``describe``: makes the report, once everything else is there.
     """
 
-    _student: nn.Module  # the user's module; hidden from nn.Module's registries
     _net: nn.Module  # what generated code runs on
-    _python_shell: nn.Module | None  # the user's Python between the parts, which it calls
 
     def __init__(
         self, compiled: Compiled, describe: Callable[[Teacher], Report] | None = None
@@ -75,13 +65,8 @@ class Teacher(nn.Module):
             self._parts[mode.site.path].sections.append(section)
         # The user's module hides from nn.Module: its parameters are placeholders for the teacher's.
         hidden: dict[int, Any] = {id(p): placeholder(p) for p in student.parameters()}
-        object.__setattr__(self, "_student", duplicate(student, hidden))
+        self._code = StudentCode(duplicate(student, hidden), compiled.python)
         self._modes = Modes(self._student, program.flags)
-        self._caches = [
-            (path, name, copy.copy(vars(self._student.get_submodule(path))[name]))
-            for path, name in compiled.python.caches
-        ]
-        self._late = compiled.python.late
         self._register(program)
         # Generated code names tensors as attributes; `_net` has the same registries and none of
         # this class's methods, so a student may call its own submodules `student` or `report`.
@@ -107,11 +92,7 @@ class Teacher(nn.Module):
             fused[name] = replace(fused[name], site=replace(fused[name].site, cut=None))
         singles = [path for name, path in self._folds.items() if name not in fused]
         self._folding = Folding(net, fused, singles)
-        # what the parts read while the user's Python runs between them
-        self._held: ChainMap[str, Tensor] = ChainMap()
-        shell = None if "" in self._parts else self._make_python_shell()
-        object.__setattr__(self, "_python_shell", shell)
-        self._find_held()
+        self._begin_parts()
         self._enter(self._modes.mode or TRAIN)
         self._report = describe(self) if describe else None
 
@@ -152,27 +133,22 @@ class Teacher(nn.Module):
             own = buffer.detach().clone()
             attach(self, f"{self._buffers_name}.{name}", own, persistent=name in lasting)
 
-    def _make_python_shell(self) -> nn.Module:
-        """The student's Python, whose parts run their graphs; its own tensors are not used."""
-        tensors = itertools.chain(self._student.parameters(), self._student.buffers())
-        shell = duplicate(self._student, {id(t): t for t in tensors})
-        slow_attention(shell)
-        for path, part in self._parts.items():
-            part.take_over(shell.get_submodule(path), self._net, self._held)
-        self._modes.runs[1:] = [shell]
-        return shell
+    def _begin_parts(self) -> None:
+        """Let the user's Python between parts, if there are some, be as it was given."""
+        if "" not in self._parts:
+            self._code.begin_parts(self._parts, self._net)
+            self._modes.runs[:] = self._code.modules
 
-    def _find_held(self) -> None:
-        """What the user's Python holds of its tensors, in the shell and in the student."""
-        taken = [part.forward for part in self._parts_in(self._python_shell).values()]
-        shell = HeldTensors(self._python_shell or nn.Module(), taken)
-        self._also_held = shell, HeldTensors(self._student)
+    @property
+    def _student(self) -> nn.Module:
+        """The user's module."""
+        return self._code.student
 
     # ---- running
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the dynamic teacher. Raises ``InputError`` for inputs of another structure than the
         example's, or of another size where the network has that size baked in."""
-        folded = self._folding.for_call(student=self._python_shell is not None)
+        folded = self._folding.for_call(student=self._code.shell is not None)
         return self._run_teacher(folded, args, kwargs)
 
     def student(self, *args: Any, **kwargs: Any) -> Any:
@@ -207,79 +183,21 @@ class Teacher(nn.Module):
         self, folded: Folded, args: Any, kwargs: Any, features: list[Tensor] | None = None
     ) -> Any:
         """``features``: takes those that were asked for (``features=`` of ``expand``)."""
-        if self._python_shell is None:
+        if self._code.shell is None:
             if self._modes.mode is None:
                 raise self._modes.refusal()
             return self._parts[""](self._net, folded, self._modes.mode, args, kwargs, features)
         tensors = dict(self.student_parameters(folded))
         for name, _ in self._student.named_buffers():
             tensors[name] = take_first(self._tensor(name), self._facts.maps_of(name))
-        return self._run(self._python_shell, tensors, args, kwargs, folded)
+        return self._code.run(self._code.shell, tensors, args, kwargs, folded)
 
     def _run_student(
         self, folded: Folded, args: Any, kwargs: Any, own: Mapping[str, Tensor] | None = None
     ) -> Any:
         """``own``: parameters that the student does not share."""
         tensors = dict(self.student_parameters(folded)) | dict(own or {})
-        return self._run(self._student, tensors | self._student_buffers(), args, kwargs)
-
-    def _run(
-        self,
-        module: nn.Module,
-        tensors: dict[str, Tensor],
-        args: Any,
-        kwargs: dict[str, Any],
-        folded: Folded | None = None,
-    ) -> Any:
-        """Run the user's module on other tensors; what it keeps of them is forgotten after, also
-        a buffer that it registers, but one that it replaces by another is written down. What it has
-        under a checkpoint runs again on the same ones. ``folded``: what its parts read."""
-        own = {name: tensors[name] for name, _ in module.named_buffers()}
-        held = [(part, dict(part._buffers)) for part in module.modules()]
-        reading = self._held.maps[:]
-        self._held.maps[:] = [folded or {}]  # type: ignore[list-item]
-        within, also = partial(self._run_again, module), self._filled(module, tensors)
-        try:
-            with run_again(within, tensors, folded or {}, late=self._late), also:
-                result = functional_call(module, tensors, args, kwargs, tie_weights=True)
-            with torch.no_grad():
-                for name, buffer in own.items():
-                    if tensors[name] is not buffer and tensors[name].shape == buffer.shape:
-                        buffer.copy_(tensors[name])
-            return result
-        finally:
-            self._held.maps[:] = reading
-            for part, before in held:
-                for leaf in [k for k, b in part._buffers.items() if b is not before.get(k, b)]:
-                    part._buffers[leaf] = before[leaf]
-                for leaf in [k for k in part._buffers if k not in before]:
-                    del part._buffers[leaf]
-            for path, attribute, pristine in self._caches:
-                again = pristine if isinstance(pristine, Tensor) else copy.copy(pristine)
-                module.get_submodule(path).__dict__[attribute] = again
-            if self._caches and any(held.places for held in self._also_held):  # maybe in these
-                self._find_held()
-
-    def _run_again(
-        self,
-        module: nn.Module,
-        tensors: dict[str, Tensor],
-        folded: Folded,
-        function: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """``_run`` for a function that belongs to the module."""
-        own = {f"module.{name}": x for name, x in tensors.items()}
-        with self._filled(module, tensors):
-            return self._run(Within(module, function), own, args, kwargs, folded)
-
-    def _filled(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
-        """While it lasts, what the user's Python holds of its tensors are these."""
-        if isinstance(module, Within):
-            return nullcontext()
-        shell, student = self._also_held
-        return (student if module is self._student else shell).filled(tensors)
+        return self._code.run(self._student, tensors | self._student_buffers(), args, kwargs)
 
     # ---- between student and teacher
     def student_parameters(self, folded: Folded | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -334,12 +252,6 @@ class Teacher(nn.Module):
         own = dict(self._modules[self._buffers_name].named_buffers())  # type: ignore[union-attr]
         return own | {n: own[first] for n, first in self._facts.alias.items() if first in own}
 
-    def _parts_in(self, module: nn.Module | None) -> dict[str, nn.Module]:
-        """The modules of a student that were captured one by one; none if it was in one piece."""
-        if self._python_shell is None or module is None:
-            return {}
-        return {path: module.get_submodule(path) for path in self._parts}
-
     def report(self) -> Report:
         """What widened, what did not and why, parameters, multiply-adds, measured error."""
         assert self._report is not None
@@ -378,19 +290,14 @@ class Teacher(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)
         options = {} if recurse else {"recurse": False}  # which an override need not know
-        for module, held in zip((self._python_shell, self._student), self._also_held, strict=True):
-            if module is not None:
-                module._apply(functools.partial(apply_to, fn), **options)
-                held.fill(registered(module))
-        self._find_held()
+        self._code.apply(fn, **options)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         """As ``expand`` copies: whatever the student's Python holds."""
         twin = memo[id(self)] = type(self).__new__(type(self))
-        state = {name: held for name, held in vars(self).items() if name != "_also_held"}
-        vars(twin).update(duplicate(state, memo, ours=True))
-        twin._find_held()
+        vars(twin).update(duplicate(vars(self), memo, ours=True))
+        twin._code.find_held()  # in functions that are its own by now
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -404,8 +311,4 @@ class Teacher(nn.Module):
                             module_path=f"{path or '(root)'} ({type(part).__name__})",
                             remedy="gpdfx.save(teacher, path) and gpdfx.load need no pickle",
                         )
-        return {name: held for name, held in vars(self).items() if name != "_also_held"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._find_held()
+        return vars(self)

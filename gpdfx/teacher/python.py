@@ -1,13 +1,16 @@
-"""The user's Python on tensors that are not its own: what runs once more in the backward, on the
-tensors of its call (checkpoints, and functions that call modules there, as reversible blocks do);
-placeholders, which have a shape and no values yet; and moves of what the user moves."""
+"""The user's Python on tensors that are not its own: the student and, around captured parts, its
+copy; what runs once more in the backward, on the tensors of its call (checkpoints, and functions
+that call modules there, as reversible blocks do); placeholders, which have a shape and no values
+yet; and moves of what the user moves."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import itertools
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,9 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..calls.held import holds_modules
+from ..calls.held import HeldTensors, holds_modules, registered
 from ..calls.tree import Pattern, pattern
+from ..passes.capture.submodules import slow_attention
+from ..passes.folded import Folded
+from ..passes.program import duplicate
 from ..torch_private import Checkpoints, checkpoints, functions, plain_apply
+from .captured import Part
+from .compiled import Python
 
 Kind = TypeVar("Kind", bound=type)
 Run = Callable[..., Any]
@@ -25,6 +33,120 @@ Run = Callable[..., Any]
 have these tensors, and its parts these folded weights."""
 
 
+class StudentCode:
+    """The user's module, which every call gives its tensors: ``student``, and, where it was
+    captured in parts, ``shell``, a copy of it whose parts run their graphs."""
+
+    def __init__(self, student: nn.Module, facts: Python) -> None:
+        self.student, self.late = student, facts.late
+        self.shell: nn.Module | None = None
+        self._caches = [
+            (path, name, copy.copy(vars(student.get_submodule(path))[name]))
+            for path, name in facts.caches
+        ]
+        self._parts: tuple[str, ...] = ()
+        self._folded = ChainMap[str, Tensor]()  # what parts read while the shell runs
+        self.find_held()
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those that there are."""
+        return [self.student, *([] if self.shell is None else [self.shell])]
+
+    def parts_in(self, module: nn.Module | None) -> dict[str, nn.Module]:
+        """The modules of a student that were captured one by one; none if it was in one piece."""
+        return {} if module is None else {path: module.get_submodule(path) for path in self._parts}
+
+    def begin_parts(self, parts: Mapping[str, Part], net: nn.Module) -> None:
+        """A new ``shell``; what its parts compute is on the tensors of ``net``."""
+        tensors = itertools.chain(self.student.parameters(), self.student.buffers())
+        self.shell = duplicate(self.student, {id(t): t for t in tensors})
+        slow_attention(self.shell)
+        for path, part in parts.items():
+            part.take_over(self.shell.get_submodule(path), net, self._folded)
+        self._parts = tuple(parts)
+        self.find_held()
+
+    def find_held(self) -> None:
+        """What the user's Python holds of its tensors beside the registries of modules."""
+        taken = [part.forward for part in self.parts_in(self.shell).values()]
+        self._held = [HeldTensors(module, taken) for module in self.modules]
+
+    def run(
+        self,
+        module: nn.Module,
+        tensors: dict[str, Tensor],
+        args: Any,
+        kwargs: dict[str, Any],
+        folded: Folded | None = None,
+    ) -> Any:
+        """Run one of the modules on tensors; what it keeps of them is forgotten after, also a
+        buffer that it registers, but one that it replaces by another is written down. What it has
+        under a checkpoint runs again on the same ones. ``folded``: what its parts read."""
+        own = {name: tensors[name] for name, _ in module.named_buffers()}
+        held = [(part, dict(part._buffers)) for part in module.modules()]
+        reading = self._folded.maps[:]
+        self._folded.maps[:] = [folded or {}]  # type: ignore[list-item]
+        within, also = partial(self._run_again, module), self._filled(module, tensors)
+        try:
+            with again(within, tensors, folded or {}, late=self.late), also:
+                result = functional_call(module, tensors, args, kwargs, tie_weights=True)
+            with torch.no_grad():
+                for name, buffer in own.items():
+                    if tensors[name] is not buffer and tensors[name].shape == buffer.shape:
+                        buffer.copy_(tensors[name])
+            return result
+        finally:
+            self._folded.maps[:] = reading
+            for part, before in held:
+                for leaf in [k for k, b in part._buffers.items() if b is not before.get(k, b)]:
+                    part._buffers[leaf] = before[leaf]
+                for leaf in [k for k in part._buffers if k not in before]:
+                    del part._buffers[leaf]
+            for path, attribute, pristine in self._caches:
+                kept = pristine if isinstance(pristine, Tensor) else copy.copy(pristine)
+                module.get_submodule(path).__dict__[attribute] = kept
+            if self._caches and any(held.places for held in self._held):  # maybe in these
+                self.find_held()
+
+    def _run_again(
+        self,
+        module: nn.Module,
+        tensors: dict[str, Tensor],
+        folded: Folded,
+        function: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """``run`` for a function that belongs to the module."""
+        own = {f"module.{name}": x for name, x in tensors.items()}
+        with self._filled(module, tensors):
+            return self.run(Within(module, function), own, args, kwargs, folded)
+
+    def _filled(
+        self, module: nn.Module, tensors: Mapping[str, Tensor]
+    ) -> AbstractContextManager[None]:
+        """While it lasts, what the user's Python holds of its tensors are these."""
+        if isinstance(module, Within):
+            return nullcontext()
+        return self._held[self.modules.index(module)].filled(tensors)
+
+    def apply(self, fn: Callable[[Tensor], Tensor], **options: Any) -> None:
+        """``nn.Module._apply`` of the modules, whose placeholders stay such."""
+        for module, held in zip(self.modules, self._held, strict=True):
+            module._apply(partial(apply_to, fn), **options)
+            held.fill(registered(module))
+        self.find_held()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: held for name, held in vars(self).items() if name != "_held"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.find_held()
+
+
+# --------------------------------------------------------------------------- what runs again
 @contextmanager
 def again(
     run: Run, tensors: Mapping[str, Tensor], folded: Mapping[str, Tensor], *, late: bool
@@ -146,7 +268,7 @@ def _moves(name: str) -> Callable[..., Any]:
     def move(self: Any, *args: Any, **kwargs: Any) -> Any:
         plain(self, *args, **kwargs)
         device = next((p.device for p in self.parameters()), None)
-        for module in filter(None, (self._python_shell, self._student)):
+        for module in self._code.modules:
             own = getattr(module, name)
             if getattr(own, "__func__", None) is not plain:
                 holder, empty = nn.Module(), dict[str, Tensor]()
