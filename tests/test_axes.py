@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpdfx.algebra.axes import ONE, Axis, Leaf, Product, Sum, leaves, paths, product, sum_
@@ -430,8 +430,13 @@ def test_widths_of_anything(weights: list[Spec], others: list[Spec], ratio: floa
     assert ratio > 1 or all(freeze(a, widths).teacher == a.size for a in build.axes)
 
 
+PAIR = node("x", [Spec(2, 3), Spec(2)])
+BESIDE_ONE = node("x", [Spec(3), Spec(2), node("+", [Spec(1), Spec(2, 3)])])
+
+
 @law
 @given(st.lists(specs(60), min_size=1, max_size=4), ratios, st.integers(2, 16))
+@example([BESIDE_ONE, PAIR], 1, 4)  # the sum is rounded by 3, the product by 2 or 4
 def test_round_widths(weights: list[Spec], ratio: float, unit: int) -> None:
     """The same leaves widen, by little more; leaves and products become multiples, by as little
     as may be; a bare leaf that stands for heads (another factor is held by it) need not."""

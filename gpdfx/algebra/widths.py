@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from .axes import Axis, Leaf, Sum, evaluate, leaves, paths
+from .axes import Axis, Leaf, evaluate, leaves, paths
 from .solver import Reason, Solver
 
 Sizes = dict[Leaf, int]
@@ -125,15 +125,16 @@ def _recurs(axis: Axis, size: Sizes) -> bool:
 def _round_up(size: Sizes, holders: set[Leaf], axes: list[Axis], unit: int) -> Sizes:
     """Let leaves grow on, by as little as may be, until whole axes are multiples of ``unit``.
 
-    Axes with one wide leaf come first: 25->38 becomes 40; heads 3->6 of 3 x 5 become 8, the axis
-    40. Where several are wide (a concatenation) one of them takes what is missing, and what was
-    a multiple stays one. Heads and groups count as factors only: a table with one entry per head
-    needs no 8 of them. An axis for which there is no such width stays as it is (24 + 1).
+    Axes with one wide leaf come first, those without a concatenation before the others: 25->38
+    becomes 40; heads 3->6 of 3 x 5 become 8, the axis 40. Where several are wide (a concatenation)
+    one of them takes what is missing, and what was a multiple stays one. Heads and groups count as
+    factors only: a table with one entry per head needs no 8 of them. An axis for which there is no
+    such width stays as it is (24 + 1).
     """
     wide = {a: sorted(size.keys() & leaves(a)) for a in axes if a not in holders}
 
     def rank(axis: Axis) -> tuple[int, bool, list[Leaf]]:
-        return len(wide[axis]), isinstance(axis, Sum), leaves(axis)
+        return len(wide[axis]), len(paths(axis)) > 1, leaves(axis)
 
     done: list[Axis] = []
     for axis in sorted((a for a in wide if wide[a]), key=rank):
