@@ -7,7 +7,6 @@ and the registries of a module (``_parameters``, ``_buffers``, ``_modules``).
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 from collections import OrderedDict
@@ -356,12 +355,19 @@ def accumulation_hooks(p: Tensor) -> list[Callable[..., Any]]:
 
 
 # --------------------------------------------------------------------------- hooks on modules
+def twin(module: nn.Module) -> nn.Module:
+    """Another module over the same registries; ``copy`` is a class's to override."""
+    other = object.__new__(type(module))
+    vars(other).update(vars(module))
+    return other
+
+
 def take_hooks(module: nn.Module) -> Callable[..., Any]:
     """The module's forward together with its forward hooks, which a call of the module itself no
-    longer runs. Relies on ``_call_impl``, and on a shallow copy sharing all registries."""
+    longer runs. Relies on ``_call_impl``."""
     if not (module._forward_hooks or module._forward_pre_hooks):
         return module.forward
-    plain = copy.copy(module)
+    plain = twin(module)
     module.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
     return plain._call_impl
 

@@ -209,6 +209,8 @@ def _export_site(
     module = _called(duplicate(original, dict(others)), site)
     without_branches(module)
     forward, returned, also = take_hooks(module), list[Pattern](), HeldTensors(module)
+    if isinstance(module, fx.GraphModule):  # export would run its graph, and not what is given here
+        module.__class__ = nn.Module  # type: ignore[assignment]
 
     def flat(*tensors: Any) -> tuple[Any, ...]:
         args, kwargs = site.call.unflatten(list(tensors))
