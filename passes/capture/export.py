@@ -37,7 +37,7 @@ from .modes import GIVEN, modes_of, set_flags
 def whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[CallSite]:
     """The network as one piece, in all its modes."""
     call = Call(model, args, kwargs)
-    tensors = tuple(call.flatten(args, kwargs))
+    tensors = tuple(map(tree.copied, call.flatten(args, kwargs)))  # one in two places becomes two
     return [CallSite("", mode, flags, call, tensors) for mode, flags in modes_of(model).items()]
 
 
