@@ -220,7 +220,7 @@ def follow_momentum(program: Widened) -> Widened:
             norm: Any = modules.get(path)
             if isinstance(norm, BATCH_NORMS) and given["training"]:
                 calls[path] += 1
-                if given["momentum"] == norm.momentum and norm.track_running_stats:
+                if norm.momentum in (None, given["momentum"]) and norm.track_running_stats:
                     with graph.inserting_before(node):
                         ahead = calls[path] if program.functional else 0
                         read = graph.call_function(momentum, (graph.get_attr(path), ahead))
