@@ -173,3 +173,73 @@ def test_one_tensor_in_several_places_is_several_inputs(
     memory = torch.randn(3, 6, width)
     trains_as(model, teacher, torch.randn(3, 4, width), memory, torch.randn(3, 6, width))
     trains_as(model, teacher, torch.randn(3, 4, width), memory, memory)
+
+
+class Spectral(nn.Module):
+    """A filter of complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.filter = nn.Parameter(torch.randn(8, 4, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = torch.fft.rfft(self.a(x), dim=1)
+        return self.c(torch.fft.irfft(f * self.filter.mT, n=x.shape[1], dim=1))
+
+
+class Waves(nn.Module):
+    """A layer of complex numbers, and some that come out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(4, 8), nn.Linear(6, 3)
+        self.b = nn.Linear(8, 6, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.b(self.a(x).to(torch.complex64))
+        return self.c(z.abs()), z.real
+
+
+class Phase(nn.Module):
+    """A bias of complex numbers alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.phase = nn.Parameter(torch.randn(8, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c((self.a(x) + self.phase).imag.tanh() + self.a(x))
+
+
+class Operator(nn.Module):
+    """As neural operators do: low frequencies are written into zeros of a given dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.low = nn.Parameter(torch.randn(8, 8, 2, dtype=torch.cfloat) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).mT
+        f = torch.fft.rfft(x)
+        low = torch.zeros(*f.shape, dtype=torch.cfloat)
+        low[..., :2] = torch.einsum("bix,iox->box", f[..., :2], self.low)
+        return self.c((torch.fft.irfft(low, n=x.shape[-1]) + x).relu().mT)
+
+
+@pytest.mark.parametrize("kind", [Spectral, Waves, Phase, Operator])
+@pytest.mark.parametrize("branches", [None, "auto"])
+def test_complex_parameters(kind: type[nn.Module], branches: str | None) -> None:
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(3, 6, 4)
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches=branches)
+    report = teacher.report()
+    assert not report.apart
+    assert report.parameters[1] > report.parameters[0]
+    assert max(report.error.values()) <= 1e-10
+    student = gpdfx.collapse(teacher)
+    torch.testing.assert_close(student(x), model(x))
+    teacher.load_state_dict(gpdfx.to_teacher(student.state_dict(), teacher))
+    trains_as(model, teacher, x)
