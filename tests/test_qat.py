@@ -229,12 +229,13 @@ def test_switches_work_before_expand_and_after(chosen: str, switch: Any) -> None
     model.apply(switch)
     teacher = gpdfx.expand(model, 2, example_inputs=(image(),), branches=None, dynamic="batch")
     agree(teacher, model, image())
-    off = "observer_enabled" if switch is q.disable_observer else "fake_quant_enabled"
+    for one in (q.enable_observer, q.enable_fake_quant, switch):
+        model.apply(one), teacher.apply(one)
+        agree(teacher, model, image() * 2)
+    twin = copy.deepcopy(teacher)
     model.apply(q.enable_observer).apply(q.enable_fake_quant)
-    for name, buffer in teacher.named_buffers():
-        if name.endswith(off):
-            buffer.fill_(1)
-    agree(teacher, model, image() * 2)
+    twin.double().float().apply(q.enable_observer).apply(q.enable_fake_quant)
+    agree(twin, model, image() * 3)
 
 
 @pytest.mark.parametrize(("make", "chosen"), [(Convs, "fused, by channel"), (Plain, "in Python")])
