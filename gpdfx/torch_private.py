@@ -7,7 +7,6 @@ and the registries of a module (``_parameters``, ``_buffers``, ``_modules``).
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 from collections import OrderedDict
@@ -36,8 +35,9 @@ TreeSpec = pytree.TreeSpec
 
 
 def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
-    """Leaves and structure of containers, named tuples, and every class registered with pytree."""
-    return pytree.tree_flatten(tree)
+    """Leaves and structure of containers, named tuples, and every class registered with pytree but
+    ``torch.Size``, which it would make a tuple again: that is a leaf."""
+    return pytree.tree_flatten(tree, is_leaf=_is_size)
 
 
 def tree_unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
@@ -58,12 +58,21 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 def tree_paths(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
     """The keys on the way to every leaf, and the leaf: ``.idx`` in a sequence, ``.key`` in a
     mapping."""
-    return pytree.tree_flatten_with_path(tree)[0]
+    return pytree.tree_flatten_with_path(tree, is_leaf=_is_size)[0]
+
+
+def _is_size(x: Any) -> bool:
+    return isinstance(x, torch.Size)
 
 
 def attribute_key(name: str) -> Any:
     """The key of an attribute, as classes registered with pytree give it."""
     return pytree.GetAttrKey(name)
+
+
+def item_key(key: Any) -> Any:
+    """The same for what is in a mapping."""
+    return pytree.MappingKey(key)
 
 
 def key_text(path: tuple[Any, ...]) -> str:
@@ -356,12 +365,19 @@ def accumulation_hooks(p: Tensor) -> list[Callable[..., Any]]:
 
 
 # --------------------------------------------------------------------------- hooks on modules
+def twin(module: nn.Module) -> nn.Module:
+    """Another module over the same registries; ``copy`` is a class's to override."""
+    other = object.__new__(type(module))
+    vars(other).update(vars(module))
+    return other
+
+
 def take_hooks(module: nn.Module) -> Callable[..., Any]:
     """The module's forward together with its forward hooks, which a call of the module itself no
-    longer runs. Relies on ``_call_impl``, and on a shallow copy sharing all registries."""
+    longer runs. Relies on ``_call_impl``."""
     if not (module._forward_hooks or module._forward_pre_hooks):
         return module.forward
-    plain = copy.copy(module)
+    plain = twin(module)
     module.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
     return plain._call_impl
 

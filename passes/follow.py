@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..calls.held import converted
+from ..calls.held import converted, has_gradient
 from ..errors import CaptureError
 from ..torch_private import BATCH_NORMS, tree_leaves
 from .capture.inline import inline
@@ -92,7 +92,7 @@ def _follow_node(
     def replaced(mine: Any, other: Any) -> Any:
         if isinstance(mine, list | tuple) and isinstance(other, list | tuple):
             return [replaced(a, b) for a, b in zip(mine, other, strict=False)]
-        if isinstance(mine, torch.dtype) and mine != other:
+        if isinstance(mine, torch.dtype) and mine != other and not mine.is_complex:
             return _attribute(program, node, "dtype", torch.float32)
         if isinstance(mine, float) and mine != other and (limit := _limit(mine)):
             return _limit_of(program, node, twin, limit)
@@ -111,7 +111,7 @@ def bakes_constants(program: Program) -> bool:
     of none (and by that may name the default dtype)."""
 
     def bakes(node: fx.Node) -> bool:
-        makes = is_tensor(node) and value(node).is_floating_point() and not _reads_floats(node)
+        makes = is_tensor(node) and has_gradient(value(node)) and not _reads_floats(node)
         limits = (isinstance(x, float) and _limit(x) for x in _arguments(node))
         return bool(asked(node)) or makes or any(limits)
 
@@ -138,13 +138,14 @@ def asked(node: fx.Node) -> set[torch.dtype]:
         node.op == "call_function" and node.target is not aten._assert_tensor_metadata.default
     )
     given = _arguments(node) if computes else []
-    return {x for x in given if isinstance(x, torch.dtype) and x.is_floating_point}
+    dtypes = (x for x in given if isinstance(x, torch.dtype))
+    return {x for x in dtypes if x.is_floating_point or x.is_complex}
 
 
 def _reads_floats(node: fx.Node) -> bool:
     """Its inputs may be several tensors in one, as of a split."""
     given = tree_leaves([value(n) for n in node.all_input_nodes])
-    return any(x.is_floating_point() for x in given if isinstance(x, torch.Tensor))
+    return any(has_gradient(x) for x in given if isinstance(x, torch.Tensor))
 
 
 # --------------------------------------------------------------------------- limits of a dtype
@@ -220,7 +221,7 @@ def follow_momentum(program: Widened) -> Widened:
             norm: Any = modules.get(path)
             if isinstance(norm, BATCH_NORMS) and given["training"]:
                 calls[path] += 1
-                if given["momentum"] == norm.momentum and norm.track_running_stats:
+                if norm.momentum in (None, given["momentum"]) and norm.track_running_stats:
                     with graph.inserting_before(node):
                         ahead = calls[path] if program.functional else 0
                         read = graph.call_function(momentum, (graph.get_attr(path), ahead))

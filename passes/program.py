@@ -185,6 +185,7 @@ def duplicate(held: T, memo: dict[int, Any] | None = None, *, ours: bool = False
         elif isinstance(one, ATOMIC):
             atomic.add(id(one))
     try:
+        _copy_traced([one for _, one in own.values() if isinstance(one, fx.GraphModule)], memo)
         twin = copy_functions(copy.deepcopy(held, memo), memo, own, atomic)
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -208,6 +209,17 @@ def duplicate(held: T, memo: dict[int, Any] | None = None, *, ours: bool = False
                 "global: let it be a local variable, an argument or a default of the function",
             )
     return twin
+
+
+def _copy_traced(modules: list[fx.GraphModule], memo: dict[int, Any]) -> None:
+    """Copy them as any module into ``memo``: their own copies hold what their graph names, and not
+    their hooks, their attributes, or another forward."""
+    made = [(one, type(one).__new__(type(one))) for one in modules if id(one) not in memo]
+    memo.update((id(one), twin) for one, twin in made)
+    for one, twin in made:
+        vars(twin).update(copy.deepcopy(vars(one), memo))
+        twin.graph = twin.graph  # makes its code
+        type(twin).__name__ = type(one).__name__
 
 
 # --------------------------------------------------------------------------- reading nodes

@@ -231,6 +231,7 @@ class Wraps(nn.Sequential):
         super().__init__(*net())
         old = self[0].forward
         self[0].forward = lambda input: old(input) * 2
+        self.history: list[int] = []
 
     def __deepcopy__(self, memo: Any) -> Wraps:
         twin = memo[id(self)] = Wraps()
@@ -240,8 +241,17 @@ class Wraps(nn.Sequential):
         return twin.train(self.training)
 
 
+def wraps_and_more() -> nn.Module:
+    """Its copies have less."""
+    model = Wraps()
+    model.history.append(1)
+    model.tags = {"of": "the original"}  # type: ignore[assignment]
+    return model
+
+
 FUNCTIONS: list[Make] = [
     Wraps,
+    wraps_and_more,
     by_default,
     by_closure,
     as_accelerate_does,

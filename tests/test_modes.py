@@ -101,6 +101,27 @@ def only_head_trains(model: nn.Module) -> None:
     model.eval().get_submodule("head").train()
 
 
+def average_all(model: nn.Module) -> None:
+    """Statistics are those of all batches, by the count of them."""
+    for module in model.train().modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.momentum = None
+
+
+@pytest.mark.parametrize("change", [lambda model: None, freeze_norms, freeze_one])
+def test_norms_that_average_all_batches(change: Callable[[nn.Module], None]) -> None:
+    model = a_model()
+    average_all(model), change(model)
+    teacher = expanded(model)
+    assert not teacher.report().apart
+    same(model, teacher, calls=3)
+    model.train(), teacher.train()
+    same(model, teacher, calls=3)
+    for run in (model, teacher):
+        run.get_submodule("stem.1").momentum = 0.5
+    same(model, teacher)
+
+
 CHANGES = [freeze_norms, freeze_stem, freeze_one, drop_in_eval, only_head_trains]
 
 

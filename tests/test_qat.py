@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.ao.quantization as q
 from torch import Tensor, nn
+from torch.ao.quantization import quantize_fx
 
 import gpdfx
 
@@ -123,6 +124,36 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
+class Untouched(nn.Module):
+    """Nothing in it knows of quantization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n, self.b = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1)
+        self.c = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.n(self.a(x)).relu()
+        return self.c(torch.sigmoid(x + self.b(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_what_fx_prepares_widens_and_converts(called: bool) -> None:
+    torch.manual_seed(0)
+    torch.backends.quantized.engine = torch.backends.quantized.supported_engines[-1]
+    choice, x = q.get_default_qat_qconfig_mapping("fbgemm"), image()
+    model: Any = quantize_fx.prepare_qat_fx(Untouched().train(), choice, (x,))
+    if called:
+        model(image())
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches=None, dynamic="batch")
+    assert teacher.report().widened == 1.0
+    agree(teacher, model, x, image() * 2)
+    converted = quantize_fx.convert_fx(gpdfx.collapse(teacher).eval())
+    assert ".quantized" in type(converted.a).__module__
+    gap = (converted(x) - model.eval()(x)).abs().max() / model(x).abs().max()
+    assert gap < 0.1
+
+
 def prepared(model: nn.Module, chosen: str, *calls: Tensor) -> nn.Module:
     model.train().qconfig = CONFIGS[chosen]()  # type: ignore[assignment]
     q.prepare_qat(model, inplace=True)
@@ -198,12 +229,13 @@ def test_switches_work_before_expand_and_after(chosen: str, switch: Any) -> None
     model.apply(switch)
     teacher = gpdfx.expand(model, 2, example_inputs=(image(),), branches=None, dynamic="batch")
     agree(teacher, model, image())
-    off = "observer_enabled" if switch is q.disable_observer else "fake_quant_enabled"
+    for one in (q.enable_observer, q.enable_fake_quant, switch):
+        model.apply(one), teacher.apply(one)
+        agree(teacher, model, image() * 2)
+    twin = copy.deepcopy(teacher)
     model.apply(q.enable_observer).apply(q.enable_fake_quant)
-    for name, buffer in teacher.named_buffers():
-        if name.endswith(off):
-            buffer.fill_(1)
-    agree(teacher, model, image() * 2)
+    twin.double().float().apply(q.enable_observer).apply(q.enable_fake_quant)
+    agree(twin, model, image() * 3)
 
 
 @pytest.mark.parametrize(("make", "chosen"), [(Convs, "fused, by channel"), (Plain, "in Python")])

@@ -64,6 +64,9 @@ def test_trees_are_flattened_and_put_together() -> None:
 def test_what_pytree_does_not_know_is_a_leaf() -> None:
     assert torch_private.tree_leaves([Pair((1, 2))]) == [Pair((1, 2))]
     assert torch_private.tree_leaves({1, 2}) == [{1, 2}]
+    size = torch.Size([3, 4])  # pytree knows it, and makes a tuple of it
+    assert torch_private.tree_flatten([size])[0] == [size]
+    assert [leaf for _, leaf in torch_private.tree_paths([size])] == [size]
 
 
 def test_leaves_have_paths() -> None:
@@ -73,6 +76,7 @@ def test_leaves_have_paths() -> None:
     assert last[0][1].key == "mask"
     path = (*last[0], torch_private.attribute_key("sizes"))
     assert torch_private.key_text(path) == "[1]['mask'].sizes"
+    assert torch_private.key_text((torch_private.item_key("mask"),)) == "['mask']"
     assert torch_private.key_text(()) == ""
 
 

@@ -188,6 +188,11 @@ def substituted(x: Any, new: Callable[[Any], Any]) -> Any:
     return kind(*made) if hasattr(x, "_fields") else kind(made)
 
 
+def has_gradient(x: Tensor) -> bool:
+    """Whether autograd knows its dtype."""
+    return x.is_floating_point() or x.is_complex()
+
+
 def registered(module: nn.Module) -> dict[str, Tensor]:
     """Its parameters and buffers, tied ones once."""
     return dict(itertools.chain(module.named_parameters(), module.named_buffers()))
@@ -238,10 +243,20 @@ class HeldTensors:
                     _put(*place)
 
 
+def cast(module: Module, dtype: torch.dtype) -> Module:
+    """``module.to(dtype)``, but for complex numbers, which that would make real."""
+    if any(x.is_complex() for x in registered(module).values()):
+        kinds = {True: dtype.to_complex(), False: dtype}
+        module._apply(lambda x: x.to(kinds[x.is_complex()]) if has_gradient(x) else x)
+    else:
+        module.to(dtype)
+    return module
+
+
 def converted(module: Module, dtype: torch.dtype) -> Module:
-    """``module.to(dtype)``; where its Python holds a buffer, too, that is the new one."""
+    """``cast``; where its Python holds a buffer, too, that is the new one."""
     held = HeldTensors(module)
-    module.to(dtype)
+    cast(module, dtype)
     held.fill(registered(module))
     return module
 

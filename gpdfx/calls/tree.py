@@ -2,16 +2,17 @@
 
 What PyTorch's pytree knows (containers, named tuples, every class registered with it) is its; an
 object that it does not know and that holds tensors in its attributes (a dataclass, torchvision's
-``ImageList``) is opened here, and made again by a shallow copy that runs no code of its class.
+``ImageList``) or its items (a class of the user's that is a dict) is opened here, and made again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,13 +26,30 @@ KeyPath = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class _Opened:
-    """The object that is leaf number ``place``: its attributes, and an empty copy of it."""
+    """The object that is leaf number ``place``: its class, the keys of its items, the names of its
+    attributes, and whether these two are the same."""
 
     place: int
     kind: type
+    items: tuple[Any, ...]
     names: tuple[str, ...]
+    same: bool
     spec: Spec
-    shell: Any = field(compare=False)
+
+    def filled(self, inside: list[Any]) -> Any:
+        """Another one of such values; no code of its class runs."""
+        count = len(self.items)
+        fixed = (inside[:count],) if issubclass(self.kind, tuple) else ()
+        made = _native(self.kind).__new__(self.kind, *fixed)
+        if issubclass(self.kind, list):
+            list.extend(made, inside[:count])
+        elif issubclass(self.kind, dict):
+            dict.update(made, zip(self.items, inside, strict=False))
+        if self.same:
+            object.__setattr__(made, "__dict__", made)
+        for name, value in zip(self.names, inside[count:], strict=True):
+            object.__setattr__(made, name, value)
+        return made
 
 
 @dataclass(frozen=True)
@@ -48,13 +66,13 @@ def flatten(tree: Any) -> tuple[list[Any], Spec]:
     leaves: list[Any] = []
     opened = []
     for place, leaf in enumerate(flat):
-        if not _holds_tensors(leaf):
+        if not _opens(leaf):
             leaves.append(leaf)
             continue
-        shell = copy.copy(leaf)
-        shell.__dict__.clear()
-        inside, spec = flatten(list(vars(leaf).values()))
-        opened.append(_Opened(place, type(leaf), tuple(vars(leaf)), spec, shell))
+        items, attributes = _entries(leaf)
+        inside, spec = flatten([*items.values(), *attributes.values()])
+        same = getattr(leaf, "__dict__", None) is leaf
+        opened.append(_Opened(place, type(leaf), tuple(items), tuple(attributes), same, spec))
         leaves += inside
     return leaves, Spec(outer, tuple(opened))
 
@@ -63,13 +81,12 @@ def paths(tree: Any) -> list[KeyPath]:
     """The way to every leaf of ``flatten``."""
     found: list[KeyPath] = []
     for path, leaf in torch_private.tree_paths(tree):
-        if _holds_tensors(leaf):
-            for name, value in vars(leaf).items():
-                found += [
-                    (*path, torch_private.attribute_key(name), *rest) for rest in paths(value)
-                ]
-        else:
+        if not _opens(leaf):
             found.append(path)
+            continue
+        for entries, key in zip(_entries(leaf), _KEYS, strict=True):
+            for name, value in entries.items():
+                found += [(*path, key(name), *rest) for rest in paths(value)]
     return found
 
 
@@ -85,9 +102,7 @@ def unflatten(leaves: Iterable[Any], spec: Spec) -> Any:
     values = []
     for place in range(spec.outer.num_leaves):
         if one := opened.get(place):
-            made = copy.copy(one.shell)
-            made.__dict__.update(zip(one.names, unflatten(rest, one.spec), strict=True))
-            values.append(made)
+            values.append(one.filled(unflatten(rest, one.spec)))
         else:
             values.append(next(rest))
     return torch_private.tree_unflatten(values, spec.outer)
@@ -178,12 +193,49 @@ def own(constant: Any) -> Any:
     return constant
 
 
-_CLOSED = (Tensor, nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
+_CLOSED = (*SLOTS, nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
+
+
+def _native(kind: type) -> Any:
+    """The class of Python's own that makes the objects of one."""
+    made = (one for one in kind.__mro__ if isinstance(vars(one).get("__new__"), _BUILTIN))
+    return next(made)
+
+
+def _opens(leaf: Any) -> bool:
+    """True for a size, and for an object that pytree leaves whole and that holds tensors."""
+    return isinstance(leaf, torch.Size) or _holds_tensors(leaf)
 
 
 def _holds_tensors(leaf: Any, depth: int = 4) -> bool:
-    """True for an object that pytree leaves whole and that has tensors in its attributes."""
-    if isinstance(leaf, _CLOSED) or not hasattr(leaf, "__dict__") or depth == 0:
+    if isinstance(leaf, _CLOSED) or depth == 0:
         return False
-    inside = torch_private.tree_leaves(list(vars(leaf).values()))
+    if not (hasattr(leaf, "__dict__") or hasattr(leaf, "__slots__") or isinstance(leaf, _OPEN)):
+        return False
+    native = _native(type(leaf))
+    if native is not object and not issubclass(native, _OPEN):
+        return False
+    inside = torch_private.tree_leaves([list(entries.values()) for entries in _entries(leaf)])
     return any(isinstance(x, Tensor) or _holds_tensors(x, depth - 1) for x in inside)
+
+
+def _entries(leaf: Any) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """The items and the attributes of an object; neither twice."""
+    items: dict[Any, Any] = {}
+    if isinstance(leaf, dict):
+        items = dict(dict.items(leaf))
+    elif isinstance(leaf, list | tuple):
+        items = dict(enumerate(leaf))
+    attributes = getattr(leaf, "__dict__", {})
+    attributes = {} if attributes is leaf else dict(attributes)
+    slots = (getattr(kind, "__slots__", ()) for kind in type(leaf).__mro__)
+    for name in itertools.chain.from_iterable((s,) if isinstance(s, str) else s for s in slots):
+        with contextlib.suppress(AttributeError):  # not set, or of a mangled name
+            if name not in ("__dict__", "__weakref__"):
+                attributes[name] = object.__getattribute__(leaf, name)
+    return items, attributes
+
+
+_OPEN = (dict, list, tuple, types.SimpleNamespace)
+_BUILTIN = types.BuiltinMethodType
+_KEYS = torch_private.item_key, torch_private.attribute_key

@@ -126,16 +126,16 @@ def _errors(layer: _Layer, tensors: Tensors, expected: Folded, seed: int) -> Err
         folded = layer.call(given)
         errors = {Fact(Law.FOLD, n): difference(expected[n], y.detach()) for n, y in folded.items()}
         cotangents = {n: like(y) for n, y in folded.items()}
-        total = torch.stack([(y * cotangents[n]).sum() for n, y in folded.items()]).sum()
+        total = torch.stack([(y * cotangents[n]).real.sum() for n, y in folded.items()]).sum()
     sources = [given[key] for key in steps]
     gradients = torch.autograd.grad(total, sources, materialize_grads=True)
-    terms = [g * step for g, step in zip(gradients, steps.values(), strict=True)]
+    terms = [(g.conj() * step).real for g, step in zip(gradients, steps.values(), strict=True)]
     foretold, size = (sum(float(f(t).sum()) for t in terms) for f in (torch.clone, torch.abs))
     with torch.no_grad():
         other = layer.call(
             {key: x + steps[key] if key in steps else x for key, x in tensors.items()}
         )
-        comes = sum(float(((other[n] - folded[n]) * cotangents[n]).sum()) for n in folded)
+        comes = sum(float(((other[n] - folded[n]) * cotangents[n]).real.sum()) for n in folded)
     fact = Fact(Law.FOLD, f"gradient of {layer.weight}")
     errors[fact] = abs(comes - foretold) / max(size, abs(comes), 1e-300)
     return errors

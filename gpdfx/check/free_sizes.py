@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..calls import tree
+from ..calls.held import has_gradient
 from ..calls.sizes import Sizes, evaluate, names_in, numbers
 from ..passes.capture.limits import LEVELS, quiet
 from ..passes.capture.modes import set_flags
@@ -171,7 +172,7 @@ class _Visits:
         for level in dict.fromkeys((*self.levels, "none")):
             try:
                 for p in own.values():
-                    p.requires_grad_(level != "none" and p.is_floating_point())
+                    p.requires_grad_(level != "none" and has_gradient(p))
                 seen = observe(self.module, inputs, seed, level, parameters=own, reach=True)
                 self.levels[:] = [level]
                 return seen

@@ -17,6 +17,7 @@ import torch
 
 from ..algebra.gather import gather
 from ..calls import tree
+from ..calls.held import cast
 from ..errors import InputError, LossyError
 from ..passes.capture.modes import EVAL, GIVEN, TRAIN
 from ..passes.follow import asked
@@ -105,7 +106,8 @@ def _verify(compiled: Compiled, seed: int) -> Check:
 def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Check:
     """Look at all laws, on the probe and on the real weights."""
     precision = attempt.precision
-    teacher.to(precision.dtype) if precision.dtype else None
+    if precision.dtype:
+        cast(teacher, precision.dtype)
     teacher.noise = None
     findings, moved = list[Finding](), set[str]()
     vacuous, unseen = list[str](), dict[str, str]()

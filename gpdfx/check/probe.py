@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..calls import tree
-from ..calls.held import converted
+from ..calls.held import converted, has_gradient
 from ..kernels.quantize import SINGLE
 from ..passes.capture.modes import EVAL, TRAIN, enter
 from ..passes.program import duplicate
@@ -115,7 +115,8 @@ class _Lifted(TorchFunctionMode):
 
     @staticmethod
     def _lift(x: Any) -> Any:
-        return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
+        number = isinstance(x, torch.dtype) and (x.is_floating_point or x.is_complex)
+        return torch.promote_types(x, torch.float64) if number else x
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,18 @@ def _castings(inputs: Inputs) -> Iterator[Inputs]:
     flat, spec = tree.flatten(inputs)
     names = [re.split(r"[\[.]", name)[-1] for name in tree.names(inputs)]
     named = list(zip(names, flat, strict=True))
-    kept = dict.fromkeys(name for name, x in named if floating(x))
+    kept = dict.fromkeys(name for name, x in named if number(x))
     for one in (None, *kept) if len(kept) > 1 else (None,):
-        cast = [x.double() if floating(x) and name != one else x for name, x in named]
+        cast = [
+            x.to(torch.promote_types(x.dtype, torch.float64)) if number(x) and name != one else x
+            for name, x in named
+        ]
         yield tree.unflatten(cast, spec)
+
+
+def number(x: Any) -> bool:
+    """True for a tensor that has a precision."""
+    return isinstance(x, Tensor) and has_gradient(x)
 
 
 def _outputs(student: nn.Module, precision: Precision) -> list[Tensor] | None:

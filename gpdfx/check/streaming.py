@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..algebra.gather import gather, scatter
+from ..calls.held import has_gradient
 from ..kernels import copies
 from ..kernels.fold import elements
 from ..passes.folded import Folded, Lowered, Make, merged, plain, students, teachers
@@ -162,7 +163,7 @@ class StreamingTeacher(Teacher):
         """Gather from this one's parameters from now on; they must not change."""
         self.forget_student()
         for name, p in student.named_parameters():
-            self._given[name] = p.detach().requires_grad_(p.is_floating_point())
+            self._given[name] = p.detach().requires_grad_(has_gradient(p))
         super().load_student(student)
 
     def forget_student(self) -> None:

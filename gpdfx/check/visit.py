@@ -7,12 +7,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..algebra.gather import gather
 from ..calls import tree
+from ..calls.held import has_gradient
 from ..errors import InputError, LossyError
 from ..passes.capture.modes import EVAL, enter
 from ..passes.program import duplicate, source_line
@@ -55,10 +57,10 @@ class Pair:
         """``copy``, in a mode."""
         return self.enter(self.copy(), mode)
 
-    def digest(self) -> list[float]:
+    def digest(self) -> list[Any]:
         """Another one after a copy has written to what it borrows."""
         borrowed = self.student.parameters() if self.borrow else ()
-        return [float(p.detach().sum()) for p in borrowed if p.layout is torch.strided]
+        return [p.detach().sum().item() for p in borrowed if p.layout is torch.strided]
 
     def load(self) -> None:
         """Give the teacher the student's parameters and buffers."""
@@ -146,7 +148,7 @@ def _run_student(
     for level in levels:
         pair.enter(run, mode)
         parts = pair.teacher._code.parts_in(run)
-        asked = {n: p for n, p in run.named_parameters() if p.is_floating_point()}
+        asked = {n: p for n, p in run.named_parameters() if has_gradient(p)}
         try:
             for p in asked.values():
                 p.requires_grad_(level != "none")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import operator
 import types
@@ -18,6 +17,7 @@ from ..errors import InputError
 from ..kernels.regions import exit_recompute, recompute
 from ..passes.folded import Folded, read, reads
 from ..passes.program import Flags, Mode, copied
+from ..torch_private import twin
 
 
 class Section:
@@ -89,7 +89,7 @@ class Part:
     def take_over(self, module: nn.Module, net: nn.Module, folded: Folded) -> None:
         """Let a user's module run this instead of its forward; its hooks are in the graph.
         ``folded``: filled when it runs."""
-        plain = copy.copy(module)  # over the same parameters, buffers and modules
+        plain = twin(module)
         module.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
         module.forward = partial(self._forward, net, folded, list(module.modules()), plain)
 

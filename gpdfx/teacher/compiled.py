@@ -108,13 +108,13 @@ def find_caches(student: nn.Module, example: Inputs) -> Caches:
 
     Raises ``InputError`` for a model that does not run on the example in both modes.
     """
+    probe = duplicate(student)
     before = {
         (path, k): copy.copy(v)
-        for path, module in student.named_modules()
+        for path, module in probe.named_modules()  # its copies may have less than the student
         for k, v in module.__dict__.items()
         if isinstance(v, dict | list | Tensor | type(None)) and k not in REGISTRIES
     }
-    probe = duplicate(student)
     modes = modes_of(student)
     for mode in modes:
         _try(enter(probe, mode, modes), example)

@@ -1,7 +1,8 @@
 """What stands in a teacher for the modules of its student: they hold tensors, and are not called.
 
 So what a user does to one of them counts where it can (``train()``, ``eval()``, the momentum of a
-batch norm), and is refused where nothing would come of it (hooks, another module in its place).
+batch norm, the switches of a fake quantizer), and is refused where nothing would come of it (hooks,
+another module in its place).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantizeBase
 
 from ..errors import InputError
 from ..passes.capture.modes import EVAL, TRAIN, enter
@@ -19,7 +21,10 @@ from ..torch_private import BATCH_NORMS
 
 class Modes:
     """Which of its modes a teacher is in: ``mode``, as of the flags of its student's modules;
-    ``None`` if it was not captured so. ``runs``: the student, and other copies of it that run."""
+    ``None`` if it was not captured so. ``runs``: the student, and other copies of it that run;
+    ``buffers``: holds the student's buffers."""
+
+    buffers: nn.Module
 
     def __init__(self, student: nn.Module, captured: Mapping[str, Flags]) -> None:
         self.captured, self.runs = captured, [student]
@@ -173,6 +178,22 @@ class _Norm(Inner):
         return tensors[0].numel() if tensors else self._own.num_features  # type: ignore[return-value]
 
 
+class _FakeQuantizer(Inner):
+    """One of ``torch.ao.quantization``: its switches are the student's, too."""
+
+    forward = calculate_qparams = nn.Module.forward
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        self._switch("observer_enabled", enabled)
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        self._switch("fake_quant_enabled", enabled)
+
+    def _switch(self, name: str, on: bool) -> None:
+        for module in (self, self._modes.buffers.get_submodule(self._path)):
+            module.get_buffer(name).fill_(int(on))
+
+
 _Kinds = tuple[type[nn.Module], ...]
 _NORMS: _Kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *BATCH_NORMS)
 _DROPOUTS: _Kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -180,6 +201,9 @@ _DROPOUTS += (nn.AlphaDropout, nn.FeatureAlphaDropout)
 _CLASSES: dict[type[nn.Module], type[Inner]] = {
     **{kind: type(kind.__name__, (_Norm, kind), {"_kind": kind}) for kind in _NORMS},
     **{kind: type(kind.__name__, (Inner, kind), {"_kind": kind}) for kind in _DROPOUTS},
+    FakeQuantizeBase: type(
+        "FakeQuantize", (_FakeQuantizer, FakeQuantizeBase), {"_kind": FakeQuantizeBase}
+    ),
     nn.Module: Inner,
 }
 """What is looked for in a network by its class, to freeze it or to let it run on -> what is found

@@ -128,7 +128,7 @@ class Teacher(nn.Module):
             attach(self, name, tensor, persistent=name in lasting)
         self._modules.update(program.children)
         self._buffers_name = unused("student_buffers", self._modules)
-        self._modules[self._buffers_name] = nn.Module()
+        self._modules[self._buffers_name] = self._modes.buffers = nn.Module()
         for name, buffer in program.student.named_buffers():
             own = buffer.detach().clone()
             attach(self, f"{self._buffers_name}.{name}", own, persistent=name in lasting)

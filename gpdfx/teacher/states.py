@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..calls.held import cast
 from ..errors import InputError
 from .collapse import collapse
 from .module import Teacher
@@ -66,7 +67,7 @@ def _loaded(module: Any, state: State, whose: str) -> Any:
 def to_dtype(module: Any, state: State) -> Any:
     """In the dtype of a state: averages are often kept in a wider one."""
     dtypes = {x.dtype for x in state.values() if isinstance(x, Tensor) and x.is_floating_point()}
-    return module.to(dtypes.pop()) if len(dtypes) == 1 else module
+    return cast(module, dtypes.pop()) if len(dtypes) == 1 else module
 
 
 def check_keys(given: State, known: State, whose: str) -> None:

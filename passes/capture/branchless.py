@@ -1,4 +1,5 @@
-"""Modules of ``torch.ao.quantization`` that ask their buffers for values, without branches.
+"""Modules that ask their buffers for values (those of ``torch.ao.quantization``, batch norms that
+average all batches), without branches.
 
 Fake quantizers look in every call whether they are to observe and to quantize, observers whether
 they have seen anything. A graph cannot branch on that; it can compute both and choose. These are
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import fake_quantize, observer
 from torch.overrides import TorchFunctionMode
 
-from ...torch_private import LEARNED_STEPS
+from ...torch_private import BATCH_NORMS, LEARNED_STEPS
 
 aten = torch.ops.aten
 
@@ -29,6 +30,8 @@ def without_branches(module: nn.Module) -> None:
     """Let the modules in a copy of the user's that are known here, and have no forward of their
     own, run without branches."""
     for part in module.modules():
+        if isinstance(part, BATCH_NORMS) and part.momentum is None:
+            part.momentum = 0.1  # for a graph, which reads it anew (see ``follow_momentum``)
         spelled = _spelled(part)
         if spelled is not None:
             part.forward = partial(spelled, part)

@@ -37,7 +37,7 @@ from .modes import GIVEN, modes_of, set_flags
 def whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[CallSite]:
     """The network as one piece, in all its modes."""
     call = Call(model, args, kwargs)
-    tensors = tuple(call.flatten(args, kwargs))
+    tensors = tuple(map(tree.copied, call.flatten(args, kwargs)))  # one in two places becomes two
     return [CallSite("", mode, flags, call, tensors) for mode, flags in modes_of(model).items()]
 
 
@@ -209,6 +209,8 @@ def _export_site(
     module = _called(duplicate(original, dict(others)), site)
     without_branches(module)
     forward, returned, also = take_hooks(module), list[Pattern](), HeldTensors(module)
+    if isinstance(module, fx.GraphModule):  # export would run its graph, and not what is given here
+        module.__class__ = nn.Module  # type: ignore[assignment]
 
     def flat(*tensors: Any) -> tuple[Any, ...]:
         args, kwargs = site.call.unflatten(list(tensors))

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from ...errors import InputError
 from ..program import Flags, duplicate
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -35,7 +36,15 @@ def modes_of(student: nn.Module) -> dict[str, Flags]:
     found = {TRAIN: (True,) * len(given), EVAL: (False,) * len(given)}
     if any(type(m).train is not nn.Module.train or "train" in vars(m) for m in student.modules()):
         copy = duplicate(student)
-        found = {mode: flags_of(enter(copy, mode, {})) for mode in found}
+        try:
+            found = {mode: flags_of(enter(copy, mode, {})) for mode in found}
+        except Exception as error:  # an exported program's
+            raise InputError(
+                f"its train() or eval() raises {type(error).__name__}: {error}",
+                module_path=f"(root) ({type(student).__name__})",
+                remedy="let the model change its mode; of an exported program, expand the module "
+                "that it was made from",
+            ) from error
     return found if given in found.values() else {**found, GIVEN: given}
 
 
