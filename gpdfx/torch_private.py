@@ -11,8 +11,8 @@ import copy
 import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -181,6 +181,16 @@ def is_traced() -> bool:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     return get_proxy_mode() is not None
+
+
+@contextmanager
+def own_numbers(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Numbers that are read out of these tensors without data are unknown ones, of which no node of
+    a graph that is traced has to give the value."""
+    environments = (x.fake_mode.shape_env for x in tensors if isinstance(x, FakeTensor))
+    environment = next(environments, None)
+    with nullcontext() if environment is None else environment.ignore_fresh_unbacked_symbols():
+        yield
 
 
 class Checkpoints:

@@ -392,6 +392,24 @@ def test_the_kernel_of_an_operator_is_not_traced() -> None:
     assert not torch_private.is_traced()
 
 
+def test_numbers_of_tensors_without_data_are_of_no_concern_to_a_graph() -> None:
+    library = torch.library.Library("gpdfx_test", "DEF")
+    library.define("half(Tensor x) -> Tensor")
+
+    def half(x: Tensor) -> Tensor:
+        with torch_private.own_numbers([x]):
+            return x.clamp(max=x.max().item() / 2)
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.gpdfx_test.half(x)
+
+    torch.library.register_fake("gpdfx_test::half", half, lib=library)
+    exported = torch.export.export(Net(), (torch.ones(3, 2),), strict=False)
+    assert [n.op for n in exported.graph.nodes] == ["placeholder", "call_function", "output"]
+    torch.testing.assert_close(half(torch.ones(3)), torch.full((3,), 0.5))  # none of these
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_ask_the_handler_of_their_thread(reentrant: bool) -> None:
     layer, x = nn.Linear(2, 3), torch.ones(4, 2, requires_grad=True)
