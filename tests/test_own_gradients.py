@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,6 +146,49 @@ class Stochastic(Function):
         return grads[0]
 
 
+class Clip(Function):
+    """PACT: reads a number out of a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, most: Tensor) -> Tensor:
+        ctx.save_for_backward(x, most)
+        return (x.clamp(0, most.item()) * 4 / most).round() * most / 4
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, most = ctx.saved_tensors
+        return grads[0] * ((x > 0) & (x < most)), (grads[0] * (x >= most)).sum().view(most.shape)
+
+
+class Largest(Function):
+    """Reads one that follows from all elements; in the new form the context reads another."""
+
+    @staticmethod
+    def forward(w: Tensor) -> Tensor:  # type: ignore[override]
+        step = w.abs().max().item() / 3
+        return (w / step).round() * step
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.scale = 1 / (1 + inputs[0].square().mean().item())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * ctx.scale
+
+
+class Elsewhere(Function):
+    """Leaves PyTorch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.from_numpy(np.sign(x.detach().numpy()))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
 # --------------------------------------------------------------------------- networks
 class QuantizedConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
@@ -268,6 +313,51 @@ class Hooks(nn.Module):
         return self.c(y.relu())
 
 
+class Clipped(nn.Module):
+    """An activation with a limit of its own, in a container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = nn.Parameter(torch.tensor([0.6]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Clip.apply(x, self.most)
+
+
+class Clips(nn.Sequential):
+    def __init__(self) -> None:
+        conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Clipped())
+        super().__init__(conv, nn.Conv2d(8, 6, 3), Clipped(), nn.Flatten(), nn.Linear(96, 4))
+
+
+class Scaled(nn.Module):
+    """The weights of a recurrent cell, by their largest element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        for _ in range(2):
+            h = F.linear(h, Largest.apply(self.b.weight)).tanh()
+        return self.c(h)
+
+
+class Shared(nn.Module):
+    """One limit for two places, under names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep = nn.ModuleDict({"a": nn.Linear(8, 12), "b": nn.Linear(12, 12)})
+        self.most, self.c = nn.Parameter(torch.tensor(0.5)), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.deep.values():
+            x = Clip.apply(layer(x), self.most)
+        return self.c(x)
+
+
 TEXT = torch.randint(0, 9, (3, 5), generator=torch.Generator().manual_seed(0))
 CASES: dict[str, tuple[type[nn.Module], Any, int]] = {
     "quantized": (Quantized, (3, 8, 8), 0),
@@ -279,6 +369,9 @@ CASES: dict[str, tuple[type[nn.Module], Any, int]] = {
     "vector quantizer": (Straight, (8,), 1),
     "draws": (Rounding, (8,), 1),
     "hooks": (Hooks, (8,), 1),
+    "limits": (Clips, (3, 8, 8), 0),
+    "largest": (Scaled, (8,), 2),
+    "one limit": (Shared, (8,), 0),
 }
 """Network, shape of a sample, and how many nodes are bridged."""
 
@@ -316,6 +409,22 @@ def test_functions_go_through_the_compiler(name: str) -> None:
     teacher(x).square().sum().backward()
     for n, p in teacher.named_parameters():
         torch.testing.assert_close(mine[n], p.grad, msg=n)
+
+
+def test_a_function_that_needs_values_is_python() -> None:
+    """And PyTorch is as it was after the capture that failed."""
+
+    class Signs(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(Elsewhere.apply(x * 2))
+
+    torch.manual_seed(0)
+    model, x = Signs(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4)), torch.randn(4, 8)
+    outer = nn.Sequential(nn.Linear(8, 8), model)
+    teacher = gpdfx.expand(outer, 2, example_inputs=(x,), branches=None)
+    assert "" in teacher.report().apart
+    gc.collect()
+    trains_as(outer, teacher, x)
 
 
 def test_a_teacher_with_functions_is_pickled() -> None:
@@ -391,3 +500,54 @@ def test_a_backward_that_calls_modules_has_the_tensors_of_its_call(branches: Any
         (one.square().sum() + two.sum()).backward()
         gradients.append({n: p.grad for n, p in teacher.named_parameters()})
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+class Again(Function):
+    """A checkpoint written by hand, as diffusion networks have it: runs a function again, and asks
+    for the gradients of its inputs and of the parameters that it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Any, count: int, *args: Tensor) -> Tensor:
+        ctx.function, ctx.inputs, ctx.weights = function, args[:count], args[count:]
+        with torch.no_grad():
+            return function(*args[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        inputs = [x.detach().requires_grad_() for x in ctx.inputs]
+        with torch.enable_grad():
+            y = ctx.function(*(x.view_as(x) for x in inputs))
+        asked = [*inputs, *ctx.weights]
+        return None, None, *torch.autograd.grad(y, asked, grads, allow_unused=True)
+
+
+class Inner(nn.Module):
+    """Its function is named as ``how`` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.net, self.how = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12)), how
+        self.scale = nn.Parameter(torch.rand(12))
+
+    def inside(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.net(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "module":
+            return x * self.scale + Again.apply(self.net, 1, x, *self.net.parameters())
+        function = self.inside if self.how == "method" else lambda y: self.inside(y)
+        return Again.apply(function, 1, x, *self.parameters())
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("how", ["module", "method", "lambda"])
+def test_a_backward_that_asks_for_parameters(how: str, verify: bool) -> None:
+    """What it names runs as Python, too: the gradients are those of its own parameters."""
+    torch.manual_seed(0)
+    blocks = nn.Sequential(Inner(how), nn.Sequential(nn.ReLU(), Inner(how)))
+    head = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+    model, x = nn.Sequential(nn.Linear(8, 12), blocks, head), torch.randn(4, 8)
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches=None, verify=verify)
+    assert "2" in parts(teacher)
+    assert "Again asks for gradients of its parameters" in teacher.report().apart.values()
+    trains_as(model, teacher, x)

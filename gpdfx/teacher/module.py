@@ -232,9 +232,9 @@ class Teacher(nn.Module):
         folded: Folded | None = None,
     ) -> Any:
         """Run the user's module on other tensors; what it keeps of them is forgotten after, also
-        a buffer that it registers, but one that it replaces by another is written down. What it has
+        a buffer that it registers, but what it replaces by another is written down. What it has
         under a checkpoint runs again on the same ones. ``folded``: what its parts read."""
-        own = {name: tensors[name] for name, _ in module.named_buffers()}
+        own = dict(tensors)
         held = [(part, dict(part._buffers)) for part in module.modules()]
         reading = self._held.maps[:]
         self._held.maps[:] = [folded or {}]  # type: ignore[list-item]
@@ -243,9 +243,9 @@ class Teacher(nn.Module):
             with run_again(within, tensors, folded or {}, late=self._late), also:
                 result = functional_call(module, tensors, args, kwargs, tie_weights=True)
             with torch.no_grad():
-                for name, buffer in own.items():
-                    if tensors[name] is not buffer and tensors[name].shape == buffer.shape:
-                        buffer.copy_(tensors[name])
+                for name, given in own.items():
+                    if tensors[name] is not given and tensors[name].shape == given.shape:
+                        given.copy_(tensors[name])
             return result
         finally:
             self._held.maps[:] = reading

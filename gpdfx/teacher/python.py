@@ -103,7 +103,10 @@ class _Late(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, within: Any, call: Any, count: int, *flat: Tensor) -> tuple[Tensor, ...]:
-        leaves = [x.detach().requires_grad_(x.requires_grad) for x in flat]
+        made: dict[int, Tensor] = {}  # one that is given twice is one
+        for x in flat:
+            made.setdefault(id(x), x.detach().requires_grad_(x.requires_grad))
+        leaves = [made[id(x)] for x in flat]
         with torch.enable_grad():
             results = within(leaves[:count], call, *leaves[count:])
         ctx.within, ctx.leaves, ctx.results, ctx.count = within, leaves, results, count
@@ -114,7 +117,11 @@ class _Late(torch.autograd.Function):
         pairs = [(y, g) for y, g in zip(ctx.results, gradients, strict=True) if y.requires_grad]
         ys, grads = map(list, zip(*pairs, strict=True))
         ctx.within(ctx.leaves[: ctx.count], torch.autograd.backward, ys, grads)
-        return (None, None, None, *(x.grad for x in ctx.leaves))
+        found = list[Tensor | None]()
+        for x in ctx.leaves:
+            found.append(x.grad)
+            x.grad = None
+        return (None, None, None, *found)
 
 
 # --------------------------------------------------------------------------- placeholders
