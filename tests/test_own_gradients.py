@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
 import gpdfx
 from gpdfx.teacher.module import Teacher
@@ -358,6 +360,62 @@ class Shared(nn.Module):
         return self.c(x)
 
 
+to_steps = Round.apply  # as the tutorial has it
+
+
+class Steeper(Spike):
+    """A class that has only its backward for itself."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 3 * Spike.backward(ctx, *grads)
+
+
+class Named(nn.Module):
+    """By a name in its file, and under a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = to_steps(self.a.weight, 8)
+        y = checkpoint(lambda y: to_steps(F.conv2d(y, weight).relu(), 4), x, use_reentrant=False)
+        return self.c(y.mean((2, 3)))
+
+
+class Activation(nn.Module):
+    """By an attribute: a function in C, or one in a table that its container has."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+class Acts(nn.Sequential):
+    def __init__(self) -> None:
+        acts = {"swish": Swish.apply, "spike": partial(Steeper.apply), "spiked": Spike.apply}
+        layers = (nn.Sequential(nn.Linear(8, 8), Activation(act)) for act in acts.values())
+        super().__init__(*layers, nn.Linear(8, 4))
+
+
+class Twofold(nn.Module):
+    """The same function by both names; several results, one without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c, self.near = nn.Linear(8, 6), nn.Linear(6, 4), Nearest.apply
+        self.register_buffer("codes", torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        one, index = self.near(self.a(x), self.codes)
+        two, _ = Nearest.apply(one * 2, self.codes)
+        return self.c(one + two), index.float()
+
+
 TEXT = torch.randint(0, 9, (3, 5), generator=torch.Generator().manual_seed(0))
 CASES: dict[str, tuple[type[nn.Module], Any, int]] = {
     "quantized": (Quantized, (3, 8, 8), 0),
@@ -372,6 +430,9 @@ CASES: dict[str, tuple[type[nn.Module], Any, int]] = {
     "limits": (Clips, (3, 8, 8), 0),
     "largest": (Scaled, (8,), 2),
     "one limit": (Shared, (8,), 0),
+    "another name": (Named, (3, 8, 8), 0),
+    "attributes": (Acts, (8,), 0),
+    "both names": (Twofold, (8,), 2),
 }
 """Network, shape of a sample, and how many nodes are bridged."""
 
@@ -381,6 +442,16 @@ def made(name: str) -> tuple[nn.Module, Tensor, Teacher]:
     kind, size, _ = CASES[name]
     model, x = kind(), TEXT if size is None else torch.randn(4, *size)
     return model, x, gpdfx.expand(model, 1.5, example_inputs=(x,), branches=None)
+
+
+@pytest.mark.parametrize("name", ["another name", "attributes", "both names"])
+def test_other_names_need_no_check(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = CASES[name][0](), torch.randn(4, *CASES[name][1])
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches=None, verify=False)
+    assert not teacher.report().apart
+    trains_as(model, teacher, x)
+    assert not isinstance(Spike.forward, partial)  # the user's classes are as they were
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -25,7 +25,15 @@ from ...calls.held import holds_modules
 from ...calls.tree import Pattern, pattern
 from ...kernels.regions import enter_recompute, exit_recompute, require_grad
 from ...kernels.user_function import Hooked, UserFunction
-from ...torch_private import Checkpoints, checkpoints, functions, is_traced, own_numbers, version
+from ...torch_private import (
+    Checkpoints,
+    aliases,
+    checkpoints,
+    functions,
+    is_traced,
+    own_numbers,
+    version,
+)
 
 _LIBRARY = torch.library.Library("gpdfx", "FRAGMENT")
 _LIBRARY.define("user_function(Tensor[] tensors, SymInt[] sizes, int number) -> Tensor[]")
@@ -79,7 +87,7 @@ for _op in (_FUNCTION, _ENTER, _EXIT, _REQUIRE):
 def intercepted() -> Iterator[None]:
     """While it lasts, what this thread calls becomes operators in a trace. Raises ``TypeError``
     for what cannot be one node: such a module stays the user's Python."""
-    with functions(_function), checkpoints(_Regions()), _Hooks():
+    with aliases(), functions(_function), checkpoints(_Regions()), _Hooks():
         yield
 
 
