@@ -142,6 +142,7 @@ def expand(
         example = two_samples(*own)
         caches = find_caches(model, example)  # first: what fails here is the user's to mend
         python = python_of(model, example, seed, caches)
+        options = replace(options, control=control.without(python.written))
         clock.lap("capture")
         compiled, check = _checked(model, example, options, python, clock, verify)
         if example is not own and not compiled.takes(record(duplicate(model), *own)):

@@ -83,18 +83,16 @@ def load(
         )
     spelled = options.pop("branches")
     chosen = branches if branches is not None else {p: read(s) for p, s in spelled.items()}
-    teacher: Teacher = expand(
-        student,
-        **options,
-        branches=chosen,
-        example_inputs=inputs[0],
-        example_kwargs=inputs[1],
-        verify=False,
-    )
-    for section, (free, known) in zip(_sections(teacher), header.get("sizes", ()), strict=False):
-        section.sizes = section.sizes.settled(section.call.shapes, set(free), set(known))
+    given = {"branches": chosen, "example_inputs": inputs[0], "example_kwargs": inputs[1]}
     state = {k: v for k, v in stored.items() if not k.startswith(_EXAMPLE)}
     state |= {name: state[known] for name, known in header["same"].items()}
+    for verify in (False, True):  # the check may have taken a module apart
+        teacher: Teacher = expand(student, **options, **given, verify=verify)
+        own = teacher.state_dict()
+        if own.keys() == state.keys() and all(own[k].shape == x.shape for k, x in state.items()):
+            break
+    for section, (free, known) in zip(_sections(teacher), header.get("sizes", ()), strict=False):
+        section.sizes = section.sizes.settled(section.call.shapes, set(free), set(known))
     teacher = to_dtype(teacher, state)
     check_keys(state, teacher.state_dict(), "the teacher")
     teacher.load_state_dict(state)

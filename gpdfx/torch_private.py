@@ -10,9 +10,9 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -158,6 +158,47 @@ def functions(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> 
                 torch.autograd.Function.apply = _APPLY
 
 
+@contextmanager
+def aliases() -> Iterator[None]:
+    """While it lasts, a handler of ``functions`` gets the calls by another name, too: ``quantize =
+    Round.apply`` is a function of C, which calls the class's ``forward``. For tracing alone: what
+    the handler returns has the backward of the class, on a context that knows nothing. Relies on C
+    looking up ``forward`` and ``setup_context`` in the class. One thread at a time."""
+    kinds: list[Any] = torch.autograd.Function.__subclasses__()
+    own = list[tuple[Any, dict[str, Any]]]()
+    for kind in kinds:  # it grows
+        kinds += kind.__subclasses__()
+    with _LOCK:
+        for kind in kinds:
+            own.append((kind, {n: vars(kind)[n] for n in _FORWARD if n in vars(kind)}))
+            new = kind.setup_context is not torch.autograd.Function.setup_context
+            context = partial(_by_forward, kind, kind.setup_context, None)
+            forward = partial(_by_forward, kind, kind.forward, slice(0 if new else 1, None))
+            kind.forward = staticmethod(forward)
+            if new:
+                kind.setup_context = staticmethod(context)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            for kind, had in reversed(own):
+                for name in _FORWARD:
+                    if name in had:
+                        setattr(kind, name, had[name])
+                    elif name in vars(kind):
+                        delattr(kind, name)
+
+
+_FORWARD = ("forward", "setup_context")
+
+
+def _by_forward(kind: Any, own: Any, given: slice | None, *args: Any, **kwargs: Any) -> Any:
+    """``own`` of a class, or its handler on the arguments that are ``given``."""
+    if not getattr(_STACK, "functions", None) or torch._C._are_functorch_transforms_active():
+        return own(*args, **kwargs)
+    return None if given is None else _apply(kind, *args[given], **kwargs)
+
+
 _APPLY, _LOCK, _STACK = (
     torch.autograd.Function.__dict__["apply"],
     threading.Lock(),
@@ -190,6 +231,16 @@ def is_traced() -> bool:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     return get_proxy_mode() is not None
+
+
+@contextmanager
+def own_numbers(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Numbers that are read out of these tensors without data are unknown ones, of which no node of
+    a graph that is traced has to give the value."""
+    environments = (x.fake_mode.shape_env for x in tensors if isinstance(x, FakeTensor))
+    environment = next(environments, None)
+    with nullcontext() if environment is None else environment.ignore_fresh_unbacked_symbols():
+        yield
 
 
 class Checkpoints:

@@ -191,6 +191,37 @@ def test_a_file_makes_the_teacher_again(name: str, branches: Any, tmp_path: Path
     assert not list(tmp_path.glob("*.tmp"))
 
 
+class Detached(nn.Module):
+    """Has no gradient where it is traced; only a check finds out."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        return y.detach() if torch.compiler.is_exporting() else y
+
+
+@pytest.mark.parametrize("place", ["first", "last", "all"])
+def test_what_the_check_took_apart_is_loaded(place: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        one = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)
+        two = nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4)
+        first = (nn.Sequential if place == "last" else Detached)(*one)
+        return nn.Sequential(first, (nn.Sequential if place == "first" else Detached)(*two))
+
+    x = torch.randn(4, 6)
+    teacher = gpdfx.expand(build(), 2, example_inputs=(x,))
+    assert "" in teacher.report().apart
+    gpdfx.save(teacher, tmp_path / "t.safetensors")
+    again = gpdfx.load(tmp_path / "t.safetensors", build())
+    assert again.report().apart.keys() == teacher.report().apart.keys()
+    assert tensors_equal(again.state_dict(), teacher.state_dict())
+    torch.testing.assert_close(again(x), teacher(x))
+
+
 def test_the_header_is_json_and_ties_are_stored_once(tmp_path: Path) -> None:
     _, teacher, _ = trained("gpt")
     path = tmp_path / "teacher.safetensors"

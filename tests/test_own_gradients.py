@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
 import gpdfx
 from gpdfx.teacher.module import Teacher
@@ -144,6 +148,49 @@ class Stochastic(Function):
         return grads[0]
 
 
+class Clip(Function):
+    """PACT: reads a number out of a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, most: Tensor) -> Tensor:
+        ctx.save_for_backward(x, most)
+        return (x.clamp(0, most.item()) * 4 / most).round() * most / 4
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, most = ctx.saved_tensors
+        return grads[0] * ((x > 0) & (x < most)), (grads[0] * (x >= most)).sum().view(most.shape)
+
+
+class Largest(Function):
+    """Reads one that follows from all elements; in the new form the context reads another."""
+
+    @staticmethod
+    def forward(w: Tensor) -> Tensor:  # type: ignore[override]
+        step = w.abs().max().item() / 3
+        return (w / step).round() * step
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.scale = 1 / (1 + inputs[0].square().mean().item())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * ctx.scale
+
+
+class Elsewhere(Function):
+    """Leaves PyTorch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.from_numpy(np.sign(x.detach().numpy()))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
 # --------------------------------------------------------------------------- networks
 class QuantizedConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
@@ -268,6 +315,107 @@ class Hooks(nn.Module):
         return self.c(y.relu())
 
 
+class Clipped(nn.Module):
+    """An activation with a limit of its own, in a container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = nn.Parameter(torch.tensor([0.6]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Clip.apply(x, self.most)
+
+
+class Clips(nn.Sequential):
+    def __init__(self) -> None:
+        conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Clipped())
+        super().__init__(conv, nn.Conv2d(8, 6, 3), Clipped(), nn.Flatten(), nn.Linear(96, 4))
+
+
+class Scaled(nn.Module):
+    """The weights of a recurrent cell, by their largest element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        for _ in range(2):
+            h = F.linear(h, Largest.apply(self.b.weight)).tanh()
+        return self.c(h)
+
+
+class Shared(nn.Module):
+    """One limit for two places, under names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep = nn.ModuleDict({"a": nn.Linear(8, 12), "b": nn.Linear(12, 12)})
+        self.most, self.c = nn.Parameter(torch.tensor(0.5)), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.deep.values():
+            x = Clip.apply(layer(x), self.most)
+        return self.c(x)
+
+
+to_steps = Round.apply  # as the tutorial has it
+
+
+class Steeper(Spike):
+    """A class that has only its backward for itself."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 3 * Spike.backward(ctx, *grads)
+
+
+class Named(nn.Module):
+    """By a name in its file, and under a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = to_steps(self.a.weight, 8)
+        y = checkpoint(lambda y: to_steps(F.conv2d(y, weight).relu(), 4), x, use_reentrant=False)
+        return self.c(y.mean((2, 3)))
+
+
+class Activation(nn.Module):
+    """By an attribute: a function in C, or one in a table that its container has."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+class Acts(nn.Sequential):
+    def __init__(self) -> None:
+        acts = {"swish": Swish.apply, "spike": partial(Steeper.apply), "spiked": Spike.apply}
+        layers = (nn.Sequential(nn.Linear(8, 8), Activation(act)) for act in acts.values())
+        super().__init__(*layers, nn.Linear(8, 4))
+
+
+class Twofold(nn.Module):
+    """The same function by both names; several results, one without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c, self.near = nn.Linear(8, 6), nn.Linear(6, 4), Nearest.apply
+        self.register_buffer("codes", torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        one, index = self.near(self.a(x), self.codes)
+        two, _ = Nearest.apply(one * 2, self.codes)
+        return self.c(one + two), index.float()
+
+
 TEXT = torch.randint(0, 9, (3, 5), generator=torch.Generator().manual_seed(0))
 CASES: dict[str, tuple[type[nn.Module], Any, int]] = {
     "quantized": (Quantized, (3, 8, 8), 0),
@@ -279,6 +427,12 @@ CASES: dict[str, tuple[type[nn.Module], Any, int]] = {
     "vector quantizer": (Straight, (8,), 1),
     "draws": (Rounding, (8,), 1),
     "hooks": (Hooks, (8,), 1),
+    "limits": (Clips, (3, 8, 8), 0),
+    "largest": (Scaled, (8,), 2),
+    "one limit": (Shared, (8,), 0),
+    "another name": (Named, (3, 8, 8), 0),
+    "attributes": (Acts, (8,), 0),
+    "both names": (Twofold, (8,), 2),
 }
 """Network, shape of a sample, and how many nodes are bridged."""
 
@@ -288,6 +442,16 @@ def made(name: str) -> tuple[nn.Module, Tensor, Teacher]:
     kind, size, _ = CASES[name]
     model, x = kind(), TEXT if size is None else torch.randn(4, *size)
     return model, x, gpdfx.expand(model, 1.5, example_inputs=(x,), branches=None)
+
+
+@pytest.mark.parametrize("name", ["another name", "attributes", "both names"])
+def test_other_names_need_no_check(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = CASES[name][0](), torch.randn(4, *CASES[name][1])
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches=None, verify=False)
+    assert not teacher.report().apart
+    trains_as(model, teacher, x)
+    assert not isinstance(Spike.forward, partial)  # the user's classes are as they were
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -316,6 +480,22 @@ def test_functions_go_through_the_compiler(name: str) -> None:
     teacher(x).square().sum().backward()
     for n, p in teacher.named_parameters():
         torch.testing.assert_close(mine[n], p.grad, msg=n)
+
+
+def test_a_function_that_needs_values_is_python() -> None:
+    """And PyTorch is as it was after the capture that failed."""
+
+    class Signs(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(Elsewhere.apply(x * 2))
+
+    torch.manual_seed(0)
+    model, x = Signs(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4)), torch.randn(4, 8)
+    outer = nn.Sequential(nn.Linear(8, 8), model)
+    teacher = gpdfx.expand(outer, 2, example_inputs=(x,), branches=None)
+    assert "" in teacher.report().apart
+    gc.collect()
+    trains_as(outer, teacher, x)
 
 
 def test_a_teacher_with_functions_is_pickled() -> None:
@@ -391,3 +571,54 @@ def test_a_backward_that_calls_modules_has_the_tensors_of_its_call(branches: Any
         (one.square().sum() + two.sum()).backward()
         gradients.append({n: p.grad for n, p in teacher.named_parameters()})
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+class Again(Function):
+    """A checkpoint written by hand, as diffusion networks have it: runs a function again, and asks
+    for the gradients of its inputs and of the parameters that it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Any, count: int, *args: Tensor) -> Tensor:
+        ctx.function, ctx.inputs, ctx.weights = function, args[:count], args[count:]
+        with torch.no_grad():
+            return function(*args[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        inputs = [x.detach().requires_grad_() for x in ctx.inputs]
+        with torch.enable_grad():
+            y = ctx.function(*(x.view_as(x) for x in inputs))
+        asked = [*inputs, *ctx.weights]
+        return None, None, *torch.autograd.grad(y, asked, grads, allow_unused=True)
+
+
+class Inner(nn.Module):
+    """Its function is named as ``how`` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.net, self.how = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12)), how
+        self.scale = nn.Parameter(torch.rand(12))
+
+    def inside(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.net(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "module":
+            return x * self.scale + Again.apply(self.net, 1, x, *self.net.parameters())
+        function = self.inside if self.how == "method" else lambda y: self.inside(y)
+        return Again.apply(function, 1, x, *self.parameters())
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("how", ["module", "method", "lambda"])
+def test_a_backward_that_asks_for_parameters(how: str, verify: bool) -> None:
+    """What it names runs as Python, too: the gradients are those of its own parameters."""
+    torch.manual_seed(0)
+    blocks = nn.Sequential(Inner(how), nn.Sequential(nn.ReLU(), Inner(how)))
+    head = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+    model, x = nn.Sequential(nn.Linear(8, 12), blocks, head), torch.randn(4, 8)
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches=None, verify=verify)
+    assert "2" in parts(teacher)
+    assert "Again asks for gradients of its parameters" in teacher.report().apart.values()
+    trains_as(model, teacher, x)

@@ -6,6 +6,7 @@ import copy
 import random
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -226,6 +227,84 @@ def test_teacher_and_student_keep_their_own(name: str) -> None:
 def test_without_a_check_they_are_kept_too(name: str) -> None:
     model, teacher = made(KINDS[name][0], verify=False)
     follows(model, teacher, [True, True, False])
+
+
+class Codes(nn.Module):
+    """A codebook that follows what it met: other parameters after every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes, self.layer = nn.Embedding(5, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        near = torch.cdist(x, self.codes.weight).argmin(1)
+        code = self.codes.weight[near]
+        if self.training:
+            step = torch.zeros_like(self.codes.weight).index_add(0, near, x.detach() - code)
+            moved = (self.codes.weight + 0.1 * step).detach()
+            self.codes.weight = nn.Parameter(moved, requires_grad=False)
+        return x + (code - x).detach()
+
+
+class Follows(nn.Module):
+    """One network follows another, by its slow average; ``assign``: as another tensor."""
+
+    def __init__(self, assign: bool) -> None:
+        super().__init__()
+        self.fast, self.slow = nn.Linear(12, 12), nn.Linear(12, 12).requires_grad_(False)
+        self.assign = assign
+
+    def forward(self, x: Tensor) -> Tensor:
+        for p, q in zip(self.fast.parameters(), self.slow.parameters(), strict=True):
+            if self.assign:
+                q.data = 0.9 * q.data + 0.1 * p.data
+            else:
+                q.data.lerp_(p.data, 0.1)
+        return self.fast(x).tanh() + self.slow(x).detach()
+
+
+class Bounded(nn.Linear):
+    """Rows of a norm of at most one; ``graph``: as a graph can, too."""
+
+    def __init__(self, graph: bool) -> None:
+        super().__init__(12, 12)
+        self.graph = graph
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.graph:
+            with torch.no_grad():
+                self.weight.clamp_(-0.1, 0.1)
+        else:
+            self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.3)
+        return super().forward(x)
+
+
+WRITERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "replaced": (Codes, ["codes.weight"]),
+    "assigned": (partial(Follows, True), ["slow.weight", "slow.bias"]),
+    "in place": (partial(Follows, False), ["slow.weight", "slow.bias"]),
+    "own": (partial(Bounded, False), ["weight"]),
+    "in a graph": (partial(Bounded, True), ["weight"]),
+}
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("name", WRITERS)
+def test_parameters_that_forward_changes(name: str, verify: bool) -> None:
+    """They keep the student's width, so that what is written to them is theirs."""
+    build, written = WRITERS[name]
+    model, teacher = made(build, branches="auto", verify=verify)
+    before = copy.deepcopy(model)
+    for which in ("forward", "student"):
+        own, twin = copy.deepcopy(model), copy.deepcopy(teacher)
+        follows(own, getattr(twin, which), [True, True, False, True])
+        plain = gpdfx.collapse(twin)
+        for leaf in written:
+            p = own.get_parameter(f"inner.{leaf}")
+            assert not torch.equal(p, before.get_parameter(f"inner.{leaf}"))
+            torch.testing.assert_close(plain.get_parameter(f"inner.{leaf}").data, p.data)
+            assert twin.get_parameter(f"inner.{leaf}").shape == p.shape
 
 
 def test_what_is_only_looked_at_is_captured() -> None:

@@ -396,6 +396,62 @@ def test_the_kernel_of_an_operator_is_not_traced() -> None:
     assert not torch_private.is_traced()
 
 
+@pytest.mark.parametrize("new", [False, True])
+def test_functions_are_met_by_other_names(new: bool) -> None:
+    class Old(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, by: int = 3) -> Tensor:
+            return x * by
+
+    class New(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor, by: int = 3) -> Tensor:  # type: ignore[override]
+            return x * by
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            seen.append("context")
+
+    class Child(New if new else Old):  # type: ignore[misc]
+        """It inherits both."""
+
+    seen = list[Any]()
+
+    def handle(kind: Any, args: Any, kwargs: Any) -> Any:
+        seen.append((kind, args))
+        return args[0] * 5
+
+    x, alias, own = torch.ones(()), Child.apply, Child.forward
+    with torch_private.aliases():
+        assert alias(x, 2) == 2  # no handler
+        seen.clear()
+        with torch_private.functions(handle):
+            assert alias(x, 2) == 5
+    assert seen == [(Child, (x, 2))]
+    assert Child.forward is own
+    assert "forward" not in vars(Child)
+    assert alias(x, 2) == 2
+    assert seen[1:] == ["context"] * new
+
+
+def test_numbers_of_tensors_without_data_are_of_no_concern_to_a_graph() -> None:
+    library = torch.library.Library("gpdfx_test", "DEF")
+    library.define("half(Tensor x) -> Tensor")
+
+    def half(x: Tensor) -> Tensor:
+        with torch_private.own_numbers([x]):
+            return x.clamp(max=x.max().item() / 2)
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.gpdfx_test.half(x)
+
+    torch.library.register_fake("gpdfx_test::half", half, lib=library)
+    exported = torch.export.export(Net(), (torch.ones(3, 2),), strict=False)
+    assert [n.op for n in exported.graph.nodes] == ["placeholder", "call_function", "output"]
+    torch.testing.assert_close(half(torch.ones(3)), torch.full((3,), 0.5))  # none of these
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_ask_the_handler_of_their_thread(reentrant: bool) -> None:
     layer, x = nn.Linear(2, 3), torch.ones(4, 2, requires_grad=True)

@@ -98,6 +98,7 @@ class StreamingTeacher(Teacher):
     def __init__(self, compiled: Compiled) -> None:
         program = compiled.program
         written = {x.target for _, n in program.each() for _, x in mutated(n) if x.op == "get_attr"}
+        written |= {*compiled.python.written}
         sites = {name: one.site for name, one in program.lowered.items()}
         by_size = sorted(sites, key=lambda name: elements(sites[name].layer), reverse=True)
         self.__dict__.update(
@@ -162,6 +163,8 @@ class StreamingTeacher(Teacher):
     def load_student(self, student: nn.Module) -> None:
         """Gather from this one's parameters from now on; they must not change."""
         self.forget_student()
+        for p in self.parameters():  # what the user's Python hung on them
+            vars(p).clear()
         for name, p in student.named_parameters():
             self._given[name] = p.detach().requires_grad_(has_gradient(p))
         super().load_student(student)

@@ -81,9 +81,9 @@ class StudentCode:
         folded: Folded | None = None,
     ) -> Any:
         """Run one of the modules on tensors; what it keeps of them is forgotten after, also a
-        buffer that it registers, but one that it replaces by another is written down. What it has
+        buffer that it registers, but what it replaces by another is written down. What it has
         under a checkpoint runs again on the same ones. ``folded``: what its parts read."""
-        own = {name: tensors[name] for name, _ in module.named_buffers()}
+        own = dict(tensors)
         held = [(part, dict(part._buffers)) for part in module.modules()]
         reading = self._folded.maps[:]
         self._folded.maps[:] = [folded or {}]  # type: ignore[list-item]
@@ -92,9 +92,9 @@ class StudentCode:
             with again(within, tensors, folded or {}, late=self.late), also:
                 result = functional_call(module, tensors, args, kwargs, tie_weights=True)
             with torch.no_grad():
-                for name, buffer in own.items():
-                    if tensors[name] is not buffer and tensors[name].shape == buffer.shape:
-                        buffer.copy_(tensors[name])
+                for name, given in own.items():
+                    if tensors[name] is not given and tensors[name].shape == given.shape:
+                        given.copy_(tensors[name])
             return result
         finally:
             self._folded.maps[:] = reading
@@ -225,7 +225,10 @@ class _Late(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, within: Any, call: Any, count: int, *flat: Tensor) -> tuple[Tensor, ...]:
-        leaves = [x.detach().requires_grad_(x.requires_grad) for x in flat]
+        made: dict[int, Tensor] = {}  # one that is given twice is one
+        for x in flat:
+            made.setdefault(id(x), x.detach().requires_grad_(x.requires_grad))
+        leaves = [made[id(x)] for x in flat]
         with torch.enable_grad():
             results = within(leaves[:count], call, *leaves[count:])
         ctx.within, ctx.leaves, ctx.results, ctx.count = within, leaves, results, count
@@ -236,7 +239,11 @@ class _Late(torch.autograd.Function):
         pairs = [(y, g) for y, g in zip(ctx.results, gradients, strict=True) if y.requires_grad]
         ys, grads = map(list, zip(*pairs, strict=True))
         ctx.within(ctx.leaves[: ctx.count], torch.autograd.backward, ys, grads)
-        return (None, None, None, *(x.grad for x in ctx.leaves))
+        found = list[Tensor | None]()
+        for x in ctx.leaves:
+            found.append(x.grad)
+            x.grad = None
+        return (None, None, None, *found)
 
 
 # --------------------------------------------------------------------------- placeholders

@@ -25,7 +25,15 @@ from ...calls.held import holds_modules
 from ...calls.tree import Pattern, pattern
 from ...kernels.regions import enter_recompute, exit_recompute, require_grad
 from ...kernels.user_function import Hooked, UserFunction
-from ...torch_private import Checkpoints, checkpoints, functions, is_traced, version
+from ...torch_private import (
+    Checkpoints,
+    aliases,
+    checkpoints,
+    functions,
+    is_traced,
+    own_numbers,
+    version,
+)
 
 _LIBRARY = torch.library.Library("gpdfx", "FRAGMENT")
 _LIBRARY.define("user_function(Tensor[] tensors, SymInt[] sizes, int number) -> Tensor[]")
@@ -54,12 +62,20 @@ def _run(tensors: list[Tensor], sizes: list[Any], number: int) -> list[Tensor]:
     return [y.clone() if any(y is x for x in tensors) else y for y in made]
 
 
+def _run_fake(tensors: list[Tensor], sizes: list[Any], number: int) -> list[Tensor]:
+    """The same on tensors without values: a number that it reads out of them (``alpha.item()``) is
+    unknown, and its own affair."""
+    with own_numbers(tensors), torch.no_grad():
+        return _run(tensors, sizes, number)
+
+
 def _merged(tensors: Iterable[Any], sizes: Iterable[Any], kinds: list[bool]) -> tuple[Any, ...]:
     rest = {True: iter(tensors), False: iter(sizes)}
     return tuple(next(rest[is_tensor]) for is_tensor in kinds)
 
 
 _LIBRARY.impl("user_function", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("gpdfx::user_function", _run_fake, lib=_LIBRARY)
 for _name in ("enter_recompute", "exit_recompute", "require_grad"):
     _LIBRARY.impl(_name, lambda *_: None, "CompositeExplicitAutograd")
 for _op in (_FUNCTION, _ENTER, _EXIT, _REQUIRE):
@@ -71,7 +87,7 @@ for _op in (_FUNCTION, _ENTER, _EXIT, _REQUIRE):
 def intercepted() -> Iterator[None]:
     """While it lasts, what this thread calls becomes operators in a trace. Raises ``TypeError``
     for what cannot be one node: such a module stays the user's Python."""
-    with functions(_function), checkpoints(_Regions()), _Hooks():
+    with aliases(), functions(_function), checkpoints(_Regions()), _Hooks():
         yield
 
 
@@ -88,7 +104,7 @@ def _function(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [x for x in given if isinstance(x, Tensor)]
     made = _FUNCTION(tensors, [x for x in given if isinstance(x, torch.SymInt)], number)
     for y in made:  # export has no kernel for its gradient: what forward asks of it is true
-        if torch.is_grad_enabled() and y.is_floating_point():
+        if torch.is_grad_enabled() and y.is_floating_point() and not y.requires_grad:
             y.requires_grad = any(x.requires_grad for x in tensors)
     return _RESULTS[number].fill(made)
 

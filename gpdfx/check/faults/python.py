@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...calls import tree
 from ...calls.examples import seed_all
-from ...calls.held import holds_modules
+from ...calls.held import holds_modules, reached
 from ...passes.capture.modes import enter, modes_of
 from ...passes.program import duplicate
 from ...teacher.compiled import REGISTRIES, Python
@@ -47,24 +47,42 @@ def python_of(
 ) -> Python:
     """What a student's own code does that no graph does. ``caches``: see ``find_caches``."""
     kept, does, late = set[Attribute](), dict[str, set[Any]](), list[bool]()
+    written, replaced, asks = dict[str, None](), set[Attribute](), dict[str, str]()
 
-    def watch(kind: Any, args: Any, kwargs: Any) -> Any:
-        own = not kind.__module__.startswith("torch.")
-        late.append(own and holds_modules(tree.pattern((args, kwargs))[0]))
+    def watch(run: nn.Module, kind: Any, args: Any, kwargs: Any) -> Any:
+        arguments, given = tree.pattern((args, kwargs))
+        if not kind.__module__.startswith("torch.") and holds_modules(arguments):
+            late.append(True)
+            if any(isinstance(x, nn.Parameter) for x in given):
+                named = [m for m in reached(arguments.held) if isinstance(m, nn.Module)]
+                inside = {id(part) for module in named for part in module.modules()}
+                for path, module in run.named_modules():
+                    if id(module) in inside:
+                        asks[path] = f"{kind.__name__} asks for gradients of its parameters"
         return kind.apply(*args, **kwargs)
 
     modes = modes_of(student)
     runs = [partial(enter, mode=mode, modes=modes) for mode in modes]
     drawn = False
     for entered in runs:
-        with functions(watch):
-            own, moved = _kept(entered(duplicate(student)), inputs, seed, caches)
+        run = entered(duplicate(student))
+        before = dict(run.named_parameters())
+        with functions(partial(watch, run)):
+            own, moved = _kept(run, inputs, seed, caches)
         kept, drawn = kept | own, drawn or moved
-    for entered in runs if kept or drawn else ():
-        for path, what in _does(entered(duplicate(student)), inputs, seed, kept):
+        after, given = dict(run.named_parameters()), dict(student.named_parameters())
+        for name in before.keys() & after.keys():
+            if after[name] is not before[name]:
+                path, _, leaf = name.rpartition(".")
+                replaced.add((path, leaf))
+            if not identical(after[name], given[name]):
+                written[name] = None
+    for entered in runs if kept or replaced or drawn else ():
+        for path, what in _does(entered(duplicate(student)), inputs, seed, kept | replaced):
             does.setdefault(path, set()).add(what)
-    apart = {path: _told(path, student, sorted(what, key=str)) for path, what in does.items()}
-    return Python(tuple(c for c in caches if c not in kept), tuple(kept), any(late), apart)
+    told = {path: _told(path, student, sorted(what, key=str)) for path, what in does.items()}
+    caches = tuple(c for c in caches if c not in kept)
+    return Python(caches, tuple(kept), any(late), asks | told, tuple(written))
 
 
 def _told(path: str, student: nn.Module, does: list[tuple[str | None, str]]) -> str:
@@ -131,11 +149,12 @@ def _apart(a: list[Tensor], b: list[Tensor]) -> bool:
 def attributes(
     module: nn.Module, only: Collection[Attribute] | None = None
 ) -> dict[Attribute, Any]:
-    """What modules keep in plain attributes: numbers, strings, tensors, containers, objects."""
+    """What modules keep in plain attributes: numbers, strings, tensors, containers, objects;
+    parameters if they are named."""
     return {
         (path, name): _frozen(value)
         for path, part in module.named_modules()
-        for name, value in vars(part).items()
+        for name, value in (vars(part) if only is None else vars(part) | part._parameters).items()
         if name not in REGISTRIES and (only is None or (path, name) in only)
     }
 
