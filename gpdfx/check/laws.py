@@ -217,8 +217,7 @@ def _student_follows(teacher: StreamingTeacher, inputs: Inputs, seed: int) -> Fi
         teacher.student(*args, **kwargs)  # whatever it caches, it caches now
         teacher.perturb(seed)
         plain = filled(teacher, fresh)
-        for (path, name), value in teacher.python_state().items():  # kept on purpose: no cache
-            setattr(plain.get_submodule(path), name, value)
+        teacher.give_python_state(plain)  # kept on purpose: no cache
         expected = observe(plain, inputs, seed)
         got = observe(teacher.student, inputs, seed)
     shown = {f: x for f, x in expected.items() if f.law is not Law.GENERATORS}

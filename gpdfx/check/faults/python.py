@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...calls import tree
 from ...calls.examples import seed_all
-from ...calls.held import holds_modules
+from ...calls.held import entries, holds_modules
 from ...passes.capture.modes import enter, modes_of
 from ...passes.program import duplicate
 from ...teacher.compiled import REGISTRIES, Python
@@ -33,7 +33,7 @@ from ..observe import keep_rng, states
 from ..visit import other_inputs
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor)
-_CLOSED = (nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
+_PLAINLY = {"_forward_hooks": "a hook's state", "_forward_pre_hooks": "a pre-hook's state"}
 Attribute = tuple[str, str]
 """The path of a module, and a name."""
 REMEDY = (
@@ -71,7 +71,7 @@ def _told(path: str, student: nn.Module, does: list[tuple[str | None, str]]) -> 
     """What the code of a module does, and where."""
     drawn = [name for owner, name in does if owner is None]
     held = [
-        name if owner == path else f"{name} of {named(owner, student)}"
+        _PLAINLY.get(name, name) + ("" if owner == path else f" of {named(owner, student)}")
         for owner, name in does
         if owner is not None
     ]
@@ -131,30 +131,48 @@ def _apart(a: list[Tensor], b: list[Tensor]) -> bool:
 def attributes(
     module: nn.Module, only: Collection[Attribute] | None = None
 ) -> dict[Attribute, Any]:
-    """What modules keep in plain attributes: numbers, strings, tensors, containers, objects."""
+    """What modules keep in plain attributes and in their hooks: numbers, strings, tensors,
+    containers, objects, the variables of functions."""
     return {
         (path, name): _frozen(value)
         for path, part in module.named_modules()
         for name, value in vars(part).items()
-        if name not in REGISTRIES and (only is None or (path, name) in only)
+        if (name not in REGISTRIES or name in _PLAINLY) and (only is None or (path, name) in only)
     }
 
 
-def _frozen(value: Any, depth: int = 4) -> Any:
-    """A copy that later changes do not reach; of what has no plain state, the type."""
+def _frozen(value: Any, seen: dict[int, Any] | None = None, depth: int = 4) -> Any:
+    """A copy that later changes do not reach. ``depth``: through how many objects and functions to
+    look; ``seen``: what was looked into."""
+    seen = {} if seen is None else seen
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, np.ndarray):
         return [type(value), value.shape, value.tobytes()]
-    if isinstance(value, _CLOSED) or not depth:
+    if isinstance(value, _CLOSED) or id(value) in seen or not depth:
         return type(value)
+    seen[id(value)] = value
     if isinstance(value, list | tuple | set | deque):
-        return [type(value), *(_frozen(x, depth - 1) for x in value)]
-    if isinstance(value, Mapping):
-        return [type(value), *value, *(_frozen(x, depth - 1) for x in value.values())]
-    return [type(value), *(_frozen(x, depth - 1) for x in getattr(value, "__dict__", {}).items())]
+        inside, depth = list(value), depth + 1
+    elif isinstance(value, Mapping):
+        inside, depth = [*value, *value.values()], depth + 1
+    else:
+        inside = [x for entry in entries(value) for x in entry] + _reduced(value)
+        depth += isinstance(value, types.CellType)
+    return [type(value), *(_frozen(x, seen, depth - 1) for x in inside)]
+
+
+def _reduced(value: Any) -> list[Any]:
+    """What an object that is not Python's own is made of when it is copied: a generator of random
+    numbers, an iterator."""
+    names = ("__reduce__", "__reduce_ex__")
+    if all(getattr(type(value), name) is getattr(object, name) for name in names):
+        return []
+    with contextlib.suppress(Exception):  # it cannot be copied, either
+        return [x for x in value.__reduce_ex__(2)[1:] if x is not value]
+    return []
 
 
 def changed(before: dict[Attribute, Any], after: dict[Attribute, Any]) -> set[Attribute]:
@@ -179,30 +197,43 @@ def _does(
 ) -> list[tuple[str, tuple[str | None, str]]]:
     """Which module's own code changes one of these attributes, or draws, in a copy: module, and
     what (an attribute, or a generator)."""
-    found, running, before = list[Any](), [""], dict[Any, Any]()
-
-    def look(enter: str | None, *_: Any) -> None:
-        now = _pythons()
-        now |= attributes(run, kept) if kept else {}
-        found.extend((running[-1], what) for what in changed(before, now) if before)
-        before.clear()
-        before.update(now)
-        running.pop() if enter is None else running.append(enter)
-
+    watch = _Watch(run, kept)
     with contextlib.suppress(Exception), keep_rng(), contextlib.ExitStack() as hooks:
         for path, module in run.named_modules():
             for handle in (
-                module.register_forward_pre_hook(partial(look, path), prepend=True),
-                module.register_forward_hook(partial(look, None)),
+                module.register_forward_pre_hook(partial(watch.look, path), prepend=True),
+                module.register_forward_hook(partial(watch.look, None)),
             ):
                 hooks.callback(handle.remove)
         for k in range(2):
             seed_all(seed)
             args, kwargs = tree.fresh(other_inputs(inputs, k))
-            before.clear()
+            watch.before.clear()
             run(*args, **kwargs)
-            look("")
-    return found
+            watch.look("")
+    return watch.found
+
+
+class _Watch:
+    """Looks at what is kept whenever a module of ``run`` is entered or left."""
+
+    def __init__(self, run: nn.Module, kept: set[Attribute]) -> None:
+        self.run, self.kept, self.running = run, kept, [""]
+        self.found, self.before = list[Any](), dict[Any, Any]()
+
+    def look(self, enter: str | None, *_: Any) -> None:
+        """``enter``: the module that is entered; ``None``: one is left."""
+        now = _pythons()
+        now |= attributes(self.run, self.kept) if self.kept else {}
+        known = changed(self.before, now) if self.before else set()
+        self.found.extend((self.running[-1], what) for what in known)
+        self.before.clear()
+        self.before.update(now)
+        self.running.pop() if enter is None else self.running.append(enter)
+
+
+_CLOSED = (nn.Module, type, types.ModuleType, _Watch)
+"""What is not looked into."""
 
 
 def _line(module: nn.Module, pattern: str) -> str | None:
