@@ -7,7 +7,7 @@ import gc
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -180,7 +180,9 @@ def _checked(
     while True:
         try:
             compiled = Compiled.of(
-                compile_program(model, example, options, clock, apart), example, python
+                compile_program(model, example, options, clock, apart, python.written),
+                example,
+                python,
             )
         except CaptureError as error:
             raise first or error from error
@@ -206,14 +208,18 @@ def compile_program(
     options: ExpandOptions,
     clock: Clock | None = None,
     apart: Mapping[str, str] = MappingProxyType({}),
+    written: Collection[str] = (),
 ) -> Widened:
     """Capture and run the passes; captured again, functionally or with fewer free sizes, if a pass
-    asks. ``apart``: modules that are not captured as one -> why."""
+    asks. ``apart``: modules that are not captured as one -> why; ``written``: parameters that
+    forward writes to: where it may be Python that does so, it has to meet the teacher's own."""
     clock = clock or Clock()
     functional, dynamic = False, options.dynamic
     while True:
         program = capture_model(model, example, functional, dynamic, apart)
-        program = replace(program, options=options, functional=functional)
+        control = options.control.without(written if program.apart else ())
+        own = replace(options, control=control)
+        program = replace(program, options=own, functional=functional)
         dynamic = min((mode.level for mode in program.modes.values()), key=LEVELS.index)
         clock.lap("capture")
         try:

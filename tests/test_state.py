@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import gpdfx
-from gpdfx.errors import CaptureError
+from gpdfx.errors import CaptureError, InputError
 from gpdfx.teacher.module import Teacher
 
 from .helpers import parts
@@ -332,6 +332,121 @@ def test_teacher_and_student_keep_their_own(name: str) -> None:
 def test_without_a_check_they_are_kept_too(name: str) -> None:
     model, teacher = made(KINDS[name][0], verify=False)
     follows(model, teacher, [True, True, False])
+
+
+class Momentum(nn.Module):
+    """Its target follows it, written to in one of several ways."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor], Any], counts: bool = False) -> None:
+        super().__init__()
+        self.online, self.last = nn.Sequential(nn.Linear(8, 12), nn.Tanh()), nn.Linear(12, 4)
+        self.target, self.write = copy.deepcopy(self.online).requires_grad_(False), write
+        self.counts, self.n = counts, 0
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.last(self.online(x))
+        with torch.no_grad():
+            if self.training:
+                self.n += self.counts
+                pairs = zip(self.online.parameters(), self.target.parameters(), strict=True)
+                for own, other in pairs:
+                    self.write(own, other)
+            z = self.target(x).tanh() / (1 + self.n)
+        return y * z.sum(-1, keepdim=True)
+
+
+class Constrained(nn.Module):
+    """Weights of bounded norm, and a scale that the first batch sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 12)
+        self.scale, self.c, self.done = nn.Parameter(torch.ones(12)), nn.Linear(12, 4), False
+
+    def forward(self, x: Tensor) -> Any:
+        self.b.weight.data = torch.renorm(self.b.weight.data, 2, 0, 0.3)
+        y = self.b(self.a(x).tanh())
+        if not self.done:
+            self.scale.data, self.done = 1 / y.detach().std(0), True
+        return self.c(y * self.scale)
+
+
+def by_data(own: Tensor, other: Tensor) -> None:
+    other.data = 0.7 * other.data + 0.3 * own.data
+
+
+WRITES: dict[str, Callable[[], nn.Module]] = {
+    "in place": lambda: Momentum(lambda own, other: other.mul_(0.7).add_(own, alpha=0.3)),
+    "of its data": lambda: Momentum(lambda own, other: other.data.mul_(0.7).add_(0.3 * own.data)),
+    "other data": lambda: Momentum(by_data),
+    "in Python": lambda: Momentum(lambda own, other: other.lerp_(own, 0.3), counts=True),
+    "constraints": Constrained,
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_parameters_that_forward_writes_to(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = WRITES[name](), torch.randn(6, 8)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    for follow in ("teacher", "student"):
+        torch.manual_seed(0)
+        own, twin = WRITES[name](), copy.deepcopy(teacher)
+        call = twin if follow == "teacher" else twin.student
+        follows(own, call, [True, True, False, True, False])
+        for n, p in gpdfx.collapse(twin).named_parameters():
+            torch.testing.assert_close(p, own.get_parameter(n), rtol=1e-4, atol=1e-4)
+
+
+class Swaps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Any:
+        self.a, self.b = self.b, self.a
+        return self.a(x)
+
+
+class Makes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Any:
+        if self.layer is None:
+            self.layer = nn.Linear(x.shape[-1], 12)
+        return self.layer(x)
+
+
+class Replaces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(12))
+
+    def forward(self, x: Tensor) -> Any:
+        self.scale = nn.Parameter(self.scale.detach() * 0.9)
+        return x * self.scale
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        (Swaps, "another module into the place"),
+        (Makes, "makes the parameter inner.layer.weight"),
+        (Replaces, "replaces the parameter inner.scale"),
+    ],
+)
+@pytest.mark.parametrize("verify", [True, False])
+def test_registries_that_forward_changes(kind: type[nn.Module], word: str, verify: bool) -> None:
+    with pytest.raises(InputError, match=word):
+        made(kind, verify=verify)
+    model = Body(kind())
+    model(torch.randn(2, 8))
+    if kind is Makes:
+        gpdfx.expand(model, 2, example_inputs=(torch.randn(6, 8),), verify=verify)
 
 
 def test_what_is_only_looked_at_is_captured() -> None:

@@ -59,7 +59,7 @@ class Attempt:
 
 
 def attempts(
-    program: Program, inputs: Sequence[Inputs], seed: int
+    program: Program, inputs: Sequence[Inputs], seed: int, *, borrow: bool = True
 ) -> Generator[Attempt, Exception]:
     """Every attempt is answered by the error that it ended with; if no other attempt can follow it,
     the first is raised that decided anything. A student that writes to its parameters gets copies;
@@ -78,7 +78,7 @@ def attempts(
             ):
                 loose = precision.dtype is None or (single and not precision.lifted)
                 cut = given is not inputs[-1]
-                attempt = Attempt(seed + probe, precision, probe > 0, loose, cut)
+                attempt = Attempt(seed + probe, precision, probe > 0, loose, cut, borrow)
                 error = yield attempt
                 if isinstance(error, WrittenError):
                     error = yield replace(attempt, borrow=False)

@@ -85,7 +85,8 @@ def _verify(compiled: Compiled, seed: int) -> Check:
     program, teacher = compiled.program, StreamingTeacher(compiled)
     casts = _same_casts(program)
     narrow, left_out = _in_own_dtype(compiled, teacher, seed)
-    tries = attempts(program, trial_inputs(program, teacher, compiled.example), seed)
+    inputs = trial_inputs(program, teacher, compiled.example)
+    tries = attempts(program, inputs, seed, borrow=not compiled.python.written)
     attempt = next(tries)
     while True:
         try:

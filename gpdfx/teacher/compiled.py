@@ -33,12 +33,14 @@ Caches = tuple[tuple[str, str], ...]
 class Python:
     """What a student does outside any graph. ``caches``: see ``find_caches``; ``kept``: attributes
     that change from call to call; ``late``: it has functions that call modules in their backward;
-    ``apart``: modules whose own code keeps something, or draws from Python's generators -> how."""
+    ``apart``: modules whose own code keeps something, or draws from Python's generators -> how;
+    ``written``: parameters that forward writes to."""
 
     caches: Caches = ()
     kept: Caches = ()
     late: bool = False
     apart: Mapping[str, str] = field(default_factory=dict)
+    written: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ...calls import tree
 from ...calls.examples import seed_all
 from ...calls.held import entries, holds_modules
+from ...errors import InputError
 from ...passes.capture.modes import enter, modes_of
 from ...passes.program import duplicate
 from ...teacher.compiled import REGISTRIES, Python
@@ -47,6 +48,7 @@ def python_of(
 ) -> Python:
     """What a student's own code does that no graph does. ``caches``: see ``find_caches``."""
     kept, does, late = set[Attribute](), dict[str, set[Any]](), list[bool]()
+    written = set[str]()
 
     def watch(kind: Any, args: Any, kwargs: Any) -> Any:
         own = not kind.__module__.startswith("torch.")
@@ -58,13 +60,14 @@ def python_of(
     drawn = False
     for entered in runs:
         with functions(watch):
-            own, moved = _kept(entered(duplicate(student)), inputs, seed, caches)
+            own, moved = _kept(entered(duplicate(student)), inputs, seed, caches, written)
         kept, drawn = kept | own, drawn or moved
     for entered in runs if kept or drawn else ():
         for path, what in _does(entered(duplicate(student)), inputs, seed, kept):
             does.setdefault(path, set()).add(what)
     apart = {path: _told(path, student, sorted(what, key=str)) for path, what in does.items()}
-    return Python(tuple(c for c in caches if c not in kept), tuple(kept), any(late), apart)
+    left = tuple(c for c in caches if c not in kept)
+    return Python(left, tuple(kept), any(late), apart, frozenset(written))
 
 
 def _told(path: str, student: nn.Module, does: list[tuple[str | None, str]]) -> str:
@@ -84,20 +87,31 @@ def _told(path: str, student: nn.Module, does: list[tuple[str | None, str]]) -> 
 
 # --------------------------------------------------------------------------- state
 def _kept(
-    first: nn.Module, inputs: Inputs, seed: int, caches: Collection[Attribute]
+    first: nn.Module,
+    inputs: Inputs,
+    seed: int,
+    caches: Collection[Attribute],
+    written: set[str],
 ) -> tuple[set[Attribute], bool]:
     """Attributes of a copy that are others after a call if another call was before; or all that
     changed, if only the result tells. A cache of what parameters give is none. And whether a call
-    draws from Python's or NumPy's generator."""
+    draws from Python's or NumPy's generator. ``written``: takes the parameters that a call writes
+    to."""
     fresh, start = duplicate(first, ours=True), attributes(first)
+    made = dict(first.named_modules(remove_duplicate=False)), dict(first.named_parameters())
     buffers = {name: x.clone() for name, x in first.named_buffers()}
     try:
         drawn = _call(first, inputs, seed)[1]
+        _refuse_made(first, *made)
+        own = dict(fresh.named_parameters())
+        written |= {name for name, p in first.named_parameters() if not identical(p, own[name])}
         with torch.no_grad():  # statistics are no such state: they are the graph's, too
             for name, x in first.named_buffers():
                 if name in buffers and buffers[name].shape == x.shape:
                     x.copy_(buffers[name])
         results = [_call(run, other_inputs(inputs, 1), seed)[0] for run in (first, fresh)]
+    except InputError:
+        raise
     except Exception:  # a model that takes no second call has nothing to keep
         return set(), True
     after = attributes(first)
@@ -106,6 +120,28 @@ def _kept(
         owners = {path for path, _ in told}
         return told | {key for key in new if key[0] in owners}, drawn
     return (new - set(caches) if _apart(*results) else set()), drawn
+
+
+def _refuse_made(
+    run: nn.Module, modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Raise ``InputError`` if a call gave a network other modules or parameters than it had."""
+    for path, module in modules.items():
+        if dict(run.named_modules(remove_duplicate=False)).get(path) is not module:
+            raise InputError(
+                "forward puts another module into the place of one, whose parameters the name of "
+                "the place no longer tells",
+                module_path=f"{path} ({type(module).__name__})",
+                remedy="leave modules where they are, and choose by an index in a plain attribute",
+            )
+    for name, p in run.named_parameters():
+        if p is not parameters.get(name):
+            does = "replaces" if name in parameters else "makes"
+            raise InputError(
+                f"forward {does} the parameter {name}",
+                remedy="if it does so in its first call, run the model once, then expand it; else "
+                "write to the parameter that is there (p.data.copy_), or let it be a buffer",
+            )
 
 
 def _call(run: nn.Module, inputs: Inputs, seed: int) -> tuple[list[Tensor], bool]:
