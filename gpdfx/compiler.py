@@ -300,7 +300,7 @@ def _check_arguments(model: Any) -> None:
             f"expand takes an nn.Module, not {type(model).__name__}",
             remedy="pass a constructed model, not its class or its state_dict",
         )
-    for path, module in model.named_modules():
+    for path, module in nn.Module.named_modules(model):
         if refused := _refusal(module):
             where = f"{path or '(root)'} ({type(module).__name__})"
             raise InputError(refused[0], module_path=where, remedy=refused[1])
@@ -321,6 +321,12 @@ def _refusal(module: nn.Module) -> tuple[str, str] | None:
     quantized = ".quantized" in kind.__module__ and kind.__module__.startswith("torch.")
     if quantized and not isinstance(module, FLOAT_FUNCTIONALS):
         return "the model is quantized", "expand the float model, quantize the collapsed student"
+    for name in ("named_parameters", "named_buffers", "named_modules"):
+        plain: Any = getattr(nn.Module, name)
+        found = [[(path, id(x)) for path, x in f(module)] for f in (getattr(kind, name), plain)]
+        if found[0] != found[1]:
+            remedy = "give the method another name (trainable_parameters, say, for an optimizer)"
+            return f"{kind.__name__}.{name} hides or renames what a teacher has to know", remedy
     return None
 
 

@@ -253,12 +253,13 @@ def _same_casts(program: Widened) -> Finding:
 def _in_own_dtype(
     compiled: Compiled, teacher: StreamingTeacher, seed: int
 ) -> tuple[list[Finding], list[str]]:
-    """Outputs and buffers on the example, in the dtypes that the user has. What the student or
-    rounding makes of them there is left out."""
+    """Outputs and buffers on the example, in the dtypes that the user has, or asks for on the way.
+    What the student or rounding makes of them there is left out."""
     findings, left_out = list[Finding](), list[str]()
     student = duplicate(compiled.program.student, ours=True)
     floats = [x for x in tree.leaves(compiled.example) if isinstance(x, torch.Tensor)]
     kinds = {t.dtype for t in (*student.parameters(), *floats) if t.is_floating_point()}
+    kinds = kinds.union(*(asked(node) for _, node in compiled.program.each()))
     exact = NARROW * max((torch.finfo(kind).eps for kind in kinds), default=0.0)
     pair = Pair(student.requires_grad_(False), teacher, compiled.example, seed, borrow=False)
     for mode in sorted(compiled.program.flags, key=MODES.index):
