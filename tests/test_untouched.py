@@ -142,6 +142,15 @@ class Lost(nn.Linear):
         return None
 
 
+class Anew(nn.Linear):
+    """Its copies have its values, and no memo knows them."""
+
+    def __deepcopy__(self, memo: Any) -> Anew:
+        twin = Anew(self.in_features, self.out_features)
+        twin.load_state_dict(self.state_dict())
+        return twin.train(self.training)
+
+
 class OwnWeight(nn.Parameter):
     def __deepcopy__(self, memo: Any) -> OwnWeight:
         return self
@@ -175,6 +184,7 @@ def locked() -> nn.Module:
         (wrapped, ["shares", "a (Linear)"]),
         (locked, ["cannot be copied", "lock"]),
         (Lost, ["shares", "(root) (Lost)"]),
+        (lambda: nn.Sequential(nn.Linear(8, 8), Anew(8, 4)), ["1.weight anew", "1 (Anew)"]),
     ],
 )
 @pytest.mark.parametrize("verify", [True, False])
