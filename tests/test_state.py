@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import gpdfx
-from gpdfx.errors import CaptureError, InputError
+from gpdfx.errors import CaptureError, InputError, LossyError
 from gpdfx.teacher.module import Teacher
 
 from .helpers import parts
@@ -447,6 +447,37 @@ def test_registries_that_forward_changes(kind: type[nn.Module], word: str, verif
     model(torch.randn(2, 8))
     if kind is Makes:
         gpdfx.expand(model, 2, example_inputs=(torch.randn(6, 8),), verify=verify)
+
+
+COUNTS = Counter[str]()
+
+
+class Global(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        COUNTS["calls"] += 1
+        return x * (1 + COUNTS["calls"] / 10)
+
+
+class OfItsClass(nn.Module):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).calls += 1
+        return x * (1 + self.calls / 10)
+
+
+class ByDefault(nn.Module):
+    def forward(self, x: Tensor, seen: list[int] = []) -> Tensor:  # noqa: B006
+        seen.append(len(x))
+        return x * (1 + len(seen) / 10)
+
+
+@pytest.mark.parametrize("kind", [Global, OfItsClass, ByDefault])
+def test_what_belongs_to_no_copy_is_refused(kind: type[nn.Module]) -> None:
+    with pytest.raises(LossyError, match="does not repeat itself") as caught:
+        made(kind)
+    assert "keep it in an attribute of the module" in str(caught.value)
+    assert "bug in gpdfx" not in str(caught.value)
 
 
 def test_what_is_only_looked_at_is_captured() -> None:

@@ -30,7 +30,6 @@ from .certificate import TOLERANCE, Check, Finding, lossy, worst
 from .facts import Errors, Fact, Inputs, Law, difference, identical
 from .faults.blame import blame
 from .faults.locate import first_difference, guilty_part
-from .faults.python import REMEDY
 from .folds import branch_errors, fold_errors
 from .free_sizes import FAR, free_sizes
 from .observe import GRADIENTS, keep_rng, observe
@@ -55,6 +54,10 @@ _ZERO = (
     "with random weights this network answers nothing on this example: pass example_inputs that "
     "reach its output, or verify=False"
 )
+_UNSTEADY = (
+    "what forward keeps in a global, in its class or in a default argument belongs to no copy of "
+    "the model: keep it in an attribute of the module; and let it draw from what can be seeded"
+)
 SEQUENCE = "sequence of calls"
 _SIZES = "other sizes, one sample, across conditions"
 
@@ -75,10 +78,10 @@ def verify(compiled: Compiled, *, seed: int = 0) -> Check:
             return _verify(compiled, seed)
         except LossyError as error:
             found = blame(compiled.program.student, compiled.example, seed)
-            if found is None or isinstance(error, UndecidedError | StaleError):
+            if found is None:
                 raise
             text = f"{found.text}, which no graph does: {str(error).splitlines()[0]}"
-            raise LossyError(text, remedy=REMEDY, apart=found.path) from error
+            raise LossyError(text, remedy=_UNSTEADY, apart=found.path) from error
 
 
 def _verify(compiled: Compiled, seed: int) -> Check:
