@@ -155,7 +155,7 @@ def expand(
                 laws.check_values(program, teacher)
                 clock.lap("verify")
             laps = partial(clock.lap, "report")
-            return make_report(program, teacher, control, example, laps, check, scales)
+            return make_report(program, teacher, control, example, laps, check, scales, python.left)
 
         teacher = Teacher(compiled, describe)
         for name, of in hooks.items():

@@ -486,6 +486,33 @@ def test_what_is_only_looked_at_is_captured() -> None:
     follows(model, teacher, [True, False])
 
 
+class Leaves(nn.Module):
+    """Losses and maps on itself, for a training loop to read; and weights that are computed."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.layer = nn.utils.spectral_norm(nn.Linear(12, 12))
+        self.aux, self.counts, self.n = 0.0, counts, 0
+        self.losses, self.seen = {"norm": None}, SimpleNamespace(shape=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        self.aux = self.losses["norm"] = y.square().mean()
+        self.map, self.seen.shape, self.n = y.softmax(-1), y.shape, self.n + self.counts
+        return y.relu() / (1 + self.n)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("counts", [True, False])
+def test_results_that_are_left_on_a_module_are_named(counts: bool, verify: bool) -> None:
+    _, teacher = made(lambda: Leaves(counts), verify=verify)
+    report = teacher.report()
+    assert report.left == ("inner.aux", "inner.losses", "inner.map")
+    assert "has to be returned by forward: inner.aux, inner.losses, inner.map" in str(report)
+    assert report.to_dict()["left"] == report.left
+    assert not made(Looked, verify=verify)[1].report().left
+
+
 def test_nothing_of_a_network_can_be_captured() -> None:
     """Said before the work, with the line and what to do."""
 

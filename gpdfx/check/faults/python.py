@@ -48,7 +48,7 @@ def python_of(
 ) -> Python:
     """What a student's own code does that no graph does. ``caches``: see ``find_caches``."""
     kept, does, late = set[Attribute](), dict[str, set[Any]](), list[bool]()
-    written = set[str]()
+    written, left = set[str](), set[Attribute]()
 
     def watch(kind: Any, args: Any, kwargs: Any) -> Any:
         own = not kind.__module__.startswith("torch.")
@@ -60,14 +60,15 @@ def python_of(
     drawn = False
     for entered in runs:
         with functions(watch):
-            own, moved = _kept(entered(duplicate(student)), inputs, seed, caches, written)
+            own, moved = _kept(entered(duplicate(student)), inputs, seed, caches, written, left)
         kept, drawn = kept | own, drawn or moved
     for entered in runs if kept or drawn else ():
         for path, what in _does(entered(duplicate(student)), inputs, seed, kept):
             does.setdefault(path, set()).add(what)
     apart = {path: _told(path, student, sorted(what, key=str)) for path, what in does.items()}
-    left = tuple(c for c in caches if c not in kept)
-    return Python(left, tuple(kept), any(late), apart, frozenset(written))
+    lost = tuple(c for c in caches if c not in kept)
+    results = tuple(sorted(left))
+    return Python(lost, tuple(kept), any(late), apart, frozenset(written), results)
 
 
 def _told(path: str, student: nn.Module, does: list[tuple[str | None, str]]) -> str:
@@ -92,11 +93,12 @@ def _kept(
     seed: int,
     caches: Collection[Attribute],
     written: set[str],
+    left: set[Attribute],
 ) -> tuple[set[Attribute], bool]:
     """Attributes of a copy that are others after a call if another call was before; or all that
     changed, if only the result tells. A cache of what parameters give is none. And whether a call
     draws from Python's or NumPy's generator. ``written``: takes the parameters that a call writes
-    to."""
+    to, ``left``: the attributes in which it leaves results that train."""
     fresh, start = duplicate(first, ours=True), attributes(first)
     made = dict(first.named_modules(remove_duplicate=False)), dict(first.named_parameters())
     buffers = {name: x.clone() for name, x in first.named_buffers()}
@@ -109,6 +111,7 @@ def _kept(
             for name, x in first.named_buffers():
                 if name in buffers and buffers[name].shape == x.shape:
                     x.copy_(buffers[name])
+        shown = _trained(first)
         results = [_call(run, other_inputs(inputs, 1), seed)[0] for run in (first, fresh)]
     except InputError:
         raise
@@ -116,10 +119,22 @@ def _kept(
         return set(), True
     after = attributes(first)
     told, new = changed(after, attributes(fresh)), changed(start, after)
+    left |= (changed(shown, _trained(first)) & shown.keys()) - told
     if told:  # and what goes with it: a flag that says that something is there
         owners = {path for path, _ in told}
         return told | {key for key in new if key[0] in owners}, drawn
     return (new - set(caches) if _apart(*results) else set()), drawn
+
+
+def _trained(run: nn.Module) -> dict[Attribute, Any]:
+    """What modules keep of the last call's results, with gradients: a loss, an attention map."""
+    return {
+        (path, name): _frozen(value)
+        for path, part in run.named_modules()
+        for name, value in vars(part).items()
+        if name not in REGISTRIES
+        and any(isinstance(x, Tensor) and x.grad_fn is not None for x in tree.leaves(value))
+    }
 
 
 def _refuse_made(
