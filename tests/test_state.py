@@ -159,12 +159,15 @@ class Hooked(nn.Module):
 
 
 def counting(share: Callable[[int], float]) -> Any:
-    """A function that counts in its variables and in an attribute."""
-    calls = 0
+    """A function that counts in its variables and in an attribute; there is one lock for all."""
+    import threading
+
+    calls, lock = 0, threading.Lock()
 
     def scale(y: Tensor) -> Any:
         nonlocal calls
-        calls += 1
+        with lock:
+            calls += threading.active_count() > 0
         scale.calls = getattr(scale, "calls", 0) + 1  # type: ignore[attr-defined]
         return y * (1 + share(calls + scale.calls))  # type: ignore[attr-defined]
 

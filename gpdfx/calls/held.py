@@ -298,7 +298,9 @@ def copy_functions(
         if id(x) not in made:  # two functions may share it
             twin = made[id(x)] = types.CellType()
             for _, held in entries(x):
-                twin.cell_contents = copy.deepcopy(held, memo)
+                twin.cell_contents = held
+                with contextlib.suppress(Exception):  # a lock, a module: there is only one
+                    twin.cell_contents = copy.deepcopy(held, memo)
         found: types.CellType = made[id(x)]
         return found
 
