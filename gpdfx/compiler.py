@@ -7,7 +7,7 @@ import gc
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -142,7 +142,6 @@ def expand(
         example = two_samples(*own)
         caches = find_caches(model, example)  # first: what fails here is the user's to mend
         python = python_of(model, example, seed, caches)
-        options = replace(options, control=control.without(python.written))
         clock.lap("capture")
         compiled, check = _checked(model, example, options, python, clock, verify)
         if example is not own and not compiled.takes(record(duplicate(model), *own)):
@@ -156,7 +155,7 @@ def expand(
                 laws.check_values(program, teacher)
                 clock.lap("verify")
             laps = partial(clock.lap, "report")
-            return make_report(program, teacher, control, example, laps, check, scales)
+            return make_report(program, teacher, control, example, laps, check, scales, python.left)
 
         teacher = Teacher(compiled, describe)
         for name, of in hooks.items():
@@ -181,7 +180,9 @@ def _checked(
     while True:
         try:
             compiled = Compiled.of(
-                compile_program(model, example, options, clock, apart), example, python
+                compile_program(model, example, options, clock, apart, python.written),
+                example,
+                python,
             )
         except CaptureError as error:
             raise first or error from error
@@ -207,14 +208,18 @@ def compile_program(
     options: ExpandOptions,
     clock: Clock | None = None,
     apart: Mapping[str, str] = MappingProxyType({}),
+    written: Collection[str] = (),
 ) -> Widened:
     """Capture and run the passes; captured again, functionally or with fewer free sizes, if a pass
-    asks. ``apart``: modules that are not captured as one -> why."""
+    asks. ``apart``: modules that are not captured as one -> why; ``written``: parameters that
+    forward writes to: where it may be Python that does so, it has to meet the teacher's own."""
     clock = clock or Clock()
     functional, dynamic = False, options.dynamic
     while True:
         program = capture_model(model, example, functional, dynamic, apart)
-        program = replace(program, options=options, functional=functional)
+        control = options.control.without(written if program.apart else ())
+        own = replace(options, control=control)
+        program = replace(program, options=own, functional=functional)
         dynamic = min((mode.level for mode in program.modes.values()), key=LEVELS.index)
         clock.lap("capture")
         try:
@@ -295,7 +300,7 @@ def _check_arguments(model: Any) -> None:
             f"expand takes an nn.Module, not {type(model).__name__}",
             remedy="pass a constructed model, not its class or its state_dict",
         )
-    for path, module in model.named_modules():
+    for path, module in nn.Module.named_modules(model):
         if refused := _refusal(module):
             where = f"{path or '(root)'} ({type(module).__name__})"
             raise InputError(refused[0], module_path=where, remedy=refused[1])
@@ -316,6 +321,12 @@ def _refusal(module: nn.Module) -> tuple[str, str] | None:
     quantized = ".quantized" in kind.__module__ and kind.__module__.startswith("torch.")
     if quantized and not isinstance(module, FLOAT_FUNCTIONALS):
         return "the model is quantized", "expand the float model, quantize the collapsed student"
+    for name in ("named_parameters", "named_buffers", "named_modules"):
+        plain: Any = getattr(nn.Module, name)
+        found = [[(path, id(x)) for path, x in f(module)] for f in (getattr(kind, name), plain)]
+        if found[0] != found[1]:
+            remedy = "give the method another name (trainable_parameters, say, for an optimizer)"
+            return f"{kind.__name__}.{name} hides or renames what a teacher has to know", remedy
     return None
 
 

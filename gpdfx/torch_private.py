@@ -493,3 +493,9 @@ def constant_result(function: Function) -> Function:
     importing torch takes."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def is_vmap(node: torch.fx.Node) -> bool:
+    """Whether a node of an export enters or leaves ``torch.vmap``, or moves a tensor there: Python
+    functions, which no longer stand in the graph when it is decomposed."""
+    return str(getattr(node.target, "__module__", "")).startswith("torch._functorch.")

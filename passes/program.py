@@ -208,6 +208,17 @@ def duplicate(held: T, memo: dict[int, Any] | None = None, *, ours: bool = False
                 "that an object holds (model.forward = wrapper, a hook) must not read it as a "
                 "global: let it be a local variable, an argument or a default of the function",
             )
+    if isinstance(held, nn.Module) and isinstance(twin, nn.Module):
+        made = dict(twin.named_parameters())
+        lost = [n for n, p in held.named_parameters() if memo.get(id(p)) is not made.get(n)]
+        for path, module in held.named_modules() if lost else ():
+            if hasattr(module, "__deepcopy__") and lost[0].startswith(path):
+                raise InputError(
+                    f"__deepcopy__ makes the parameter {lost[0]} anew, and not as expand needs it",
+                    module_path=f"{path or '(root)'} ({type(module).__name__})",
+                    remedy="let it copy by the memo that it is given, as "
+                    "copy.deepcopy(vars(self), memo) does, or leave the method out",
+                )
     return twin
 
 

@@ -131,6 +131,24 @@ def test_wrapped_models() -> None:
     refused(quantized, "quantized")
 
 
+def test_models_that_hide_what_they_have() -> None:
+    class Trained(nn.Sequential):
+        def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+            return ((n, p) for n, p in super().named_parameters(*args, **kwargs) if n[0] != "0")
+
+    class Renamed(nn.Sequential):
+        def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+            return ((f"net.{n}", m) for n, m in super().named_modules(*args, **kwargs))
+
+    class Plain(nn.Sequential):
+        def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+            return super().named_parameters(*args, **kwargs)
+
+    refused(Trained(*small()), "Trained.named_parameters hides")
+    refused(nn.Sequential(small(), Renamed(nn.ReLU())), "Renamed.named_modules hides")
+    gpdfx.expand(Plain(nn.Linear(4, 3)), verify=False)
+
+
 def test_ddp(tmp_path: Any) -> None:
     store = f"file://{tmp_path}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)

@@ -401,12 +401,22 @@ def test_dead_parameters_are_listed() -> None:
     assert set(result.dead) == {"unused.weight", "unused.bias"}
 
 
+class Collects(list[Tensor]):
+    """A hook whose copies are itself."""
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor]) -> None:
+        self.append(args[0])
+
+    def __deepcopy__(self, memo: Any) -> Collects:
+        return self
+
+
 def test_settled_statistics_are_the_batchs() -> None:
     """Where rounding decides on one probe, the next has the statistics of its own batch."""
     model = randomize(Plain(), 0).eval()
     assert isinstance(model.norm, nn.BatchNorm2d)
-    seen: list[Tensor] = []
-    model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    seen = Collects()
+    model.norm.register_forward_pre_hook(seen)
     settle_statistics(model, ((image(),), {}))
     torch.testing.assert_close(model.norm.running_mean, seen[-1].mean((0, 2, 3)))
     torch.testing.assert_close(model.norm.running_var, seen[-1].var((0, 2, 3)))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import gpdfx
 
-from .helpers import hidden_student, parts
+from .helpers import hidden_student, parts, trains_as
 
 Make = Callable[[], nn.Module]
 
@@ -546,3 +546,59 @@ def test_what_a_part_reads_of_others_is_no_constant(hold: Any, tmp_path: Path) -
     teacher = works(lambda: Parent(hold), tmp_path)
     assert set(parts(teacher)) == {"child.layers"}
     assert "not in it" in teacher.report().apart["child"]
+
+
+# --------------------------------------------------------------------------- torch.func
+class Ensemble(nn.Module):
+    """Members of one module, called as one on stacked parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Any:
+        stacked, _ = torch.func.stack_module_state(list(self.members))
+
+        def one(p: dict[str, Tensor], y: Tensor) -> Any:
+            return torch.func.functional_call(self.members[0], p, (y,)).tanh()
+
+        return torch.vmap(one, (0, None))(stacked, x).mean(0)
+
+
+class Samples(nn.Module):
+    """One sample at a time, one dimension of it at a time within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.scale = nn.Linear(12, 12), nn.Parameter(torch.ones(12))
+
+    def forward(self, x: Tensor) -> Any:
+        inner: Any = torch.vmap(lambda v, s: v * s.tanh())
+        return torch.vmap(lambda row: inner(row, self.scale) * row.sum())(self.a(x))
+
+
+class Hyper(nn.Module):
+    """Weights of each sample's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.base = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Any:
+        def call(shift: Tensor, y: Tensor) -> Any:
+            own = {"weight": self.base.weight * shift, "bias": self.base.bias}
+            return torch.func.functional_call(self.base, own, (y,))
+
+        return torch.vmap(call)(self.make(x).sigmoid(), x)
+
+
+@pytest.mark.parametrize("kind", [Ensemble, Samples, Hyper])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_mapped_over_samples_or_members(kind: Any, training: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), kind(), nn.Linear(12, 4))
+    model.train(training)
+    teacher = gpdfx.expand(model, 2, example_inputs=(example(),))
+    assert list(parts(teacher)) == [""]
+    trains_as(model, teacher, example())
+    trains_as(model, teacher, example()[:3])

@@ -475,3 +475,33 @@ def test_of_layers_alike_one_has_branches_with_values() -> None:
         for name in ("0.weight", "1.weight", "2.weight")
     }
     assert drawn == {"0.weight": True, "1.weight": True, "2.weight": False}
+
+
+class Narrow(nn.Module):
+    """Asks for a narrow dtype on the way, in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+        self.way = way
+        if way == "half":
+            self.b.half()
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.a(x).tanh()
+        if self.way == "half":
+            return self.c(self.b(y.half()).float())
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.b(y).relu()
+            with torch.autocast("cpu", enabled=self.way != "within"):
+                y = y.float().softmax(-1)
+        return self.c(y.float())
+
+
+@pytest.mark.parametrize("way", ["autocast", "within", "half"])
+def test_what_is_narrow_on_the_way_is_held_to_its_own_precision(way: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 8)
+    teacher = gpdfx.expand(Narrow(way), 2, example_inputs=(x,), branches=None)
+    found = next(one for one in teacher.report().certificate if one.law == "outputs")
+    assert {"own/eval", "own/train"} <= set(found.where)

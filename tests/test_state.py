@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import gpdfx
-from gpdfx.errors import CaptureError
+from gpdfx.errors import CaptureError, InputError, LossyError
 from gpdfx.teacher.module import Teacher
 
 from .helpers import parts
@@ -126,6 +127,107 @@ class Tracked(nn.Module):
         return self.child(x) / (1 + self.shared.n)
 
 
+class Hooked(nn.Module):
+    """By a hook that counts, which a closure does, too, on an instance."""
+
+    class Meter:
+        """Divides by the mean of what it has met."""
+
+        __slots__ = ("n", "total")
+
+        def __init__(self) -> None:
+            self.n, self.total = 0, 0.0
+
+        def __call__(self, module: Any, args: Any, y: Tensor) -> Tensor:
+            self.n, self.total = self.n + 1, self.total + float(y.detach().abs().mean())
+            return y / (self.total / self.n)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other, calls = nn.Linear(12, 12), nn.Linear(12, 12), 0
+        self.layer.register_forward_hook(self.Meter())
+        old = self.other.forward
+
+        def forward(x: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return old(x) * (1 + calls / 30)
+
+        self.other.forward = forward  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.layer(x).relu())
+
+
+def counting(share: Callable[[int], float]) -> Any:
+    """A function that counts in its variables and in an attribute; there is one lock for all."""
+    import threading
+
+    calls, lock = 0, threading.Lock()
+
+    def scale(y: Tensor) -> Any:
+        nonlocal calls
+        with lock:
+            calls += threading.active_count() > 0
+        scale.calls = getattr(scale, "calls", 0) + 1  # type: ignore[attr-defined]
+        return y * (1 + share(calls + scale.calls))  # type: ignore[attr-defined]
+
+    return scale
+
+
+class Functions(nn.Module):
+    """A closure that names no module, and a partial over a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(12, 12), counting(lambda n: n / 30)
+        self.other = functools.partial(self.add, Counter[str]())
+
+    @staticmethod
+    def add(counter: Counter[str], y: Tensor) -> Tensor:
+        counter["n"] += 1
+        return y + counter["n"] / 10
+
+    def forward(self, x: Tensor) -> Any:
+        return self.other(self.scale(self.layer(x)))
+
+
+class Iterated(nn.Module):
+    """What has no attributes to look at: an iterator, and generators of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+        self.order, self.drawn = iter([0, 1, 1, 0] * 9), random.Random(1)
+        self.noise = np.random.default_rng(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers[next(self.order)](x) * (1 + self.drawn.random())
+        return y + float(self.noise.uniform())
+
+
+class Called(nn.Module):
+    """Through objects that count how often they call a layer."""
+
+    class Of:
+        """A layer."""
+
+        def __init__(self, layer: nn.Module) -> None:
+            self.layer, self.n = layer, 0
+
+        def __call__(self, x: Tensor) -> Any:
+            self.n += 1
+            return self.layer(x) / self.n
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.run = [self.Of(self.layer), self.Of(self.other)]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run[1](self.run[0](x).relu())
+
+
 class LayerDrop(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -180,6 +282,10 @@ KINDS: dict[str, tuple[type[nn.Module], str]] = {
     "first call": (First, "keeps met"),
     "memory": (Memory, "keeps before"),
     "object": (Tracked, "keeps shared"),
+    "hooks": (Hooked, "keeps a hook's state"),
+    "functions": (Functions, "keeps other, scale"),
+    "iterators": (Iterated, "keeps drawn, noise, order"),
+    "callables": (Called, "keeps run"),
     "layer drop": (LayerDrop, "draws from Python's generator"),
     "noise": (Noise, "draws from NumPy's generator"),
     "branch": (TrainBranch, "data-dependent"),
@@ -212,18 +318,21 @@ def follows(model: nn.Module, call: Callable[..., Any], training: list[bool]) ->
 @pytest.mark.parametrize("name", KINDS)
 def test_teacher_and_student_keep_their_own(name: str) -> None:
     kind, why = KINDS[name]
-    model, teacher = made(kind)
+    teacher = made(kind)[1]
     report = teacher.report()
     told = [text for path, text in report.apart.items() if path.startswith("inner")]
     assert any(why in text for text in told), report.apart
     assert {"stem", "head"} <= set(parts(teacher))
     for call in (teacher, teacher.student):
-        follows(copy.deepcopy(model), call, [True, True, False, True, True, False])
+        torch.manual_seed(0)
+        follows(Body(kind()), call, [True, True, False, True, True, False])
     twin = copy.deepcopy(teacher)
     follows(gpdfx.collapse(twin), twin.student, [True, False, True])
 
 
-@pytest.mark.parametrize("name", ["warm-up", "average", "layer drop"])
+@pytest.mark.parametrize(
+    "name", ["warm-up", "average", "layer drop", "hooks", "functions", "iterators"]
+)
 def test_without_a_check_they_are_kept_too(name: str) -> None:
     model, teacher = made(KINDS[name][0], verify=False)
     follows(model, teacher, [True, True, False])
@@ -292,7 +401,7 @@ WRITERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 @pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("name", WRITERS)
 def test_parameters_that_forward_changes(name: str, verify: bool) -> None:
-    """They keep the student's width, so that what is written to them is theirs."""
+    """Where Python does so they keep the student's width: what is written to them is theirs."""
     build, written = WRITERS[name]
     model, teacher = made(build, branches="auto", verify=verify)
     before = copy.deepcopy(model)
@@ -304,13 +413,176 @@ def test_parameters_that_forward_changes(name: str, verify: bool) -> None:
             p = own.get_parameter(f"inner.{leaf}")
             assert not torch.equal(p, before.get_parameter(f"inner.{leaf}"))
             torch.testing.assert_close(plain.get_parameter(f"inner.{leaf}").data, p.data)
-            assert twin.get_parameter(f"inner.{leaf}").shape == p.shape
+            narrow = twin.get_parameter(f"inner.{leaf}").shape == p.shape
+            assert narrow == bool(teacher.report().apart)
+
+
+class Momentum(nn.Module):
+    """Its target follows it, written to in one of several ways."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor], Any], counts: bool = False) -> None:
+        super().__init__()
+        self.online, self.last = nn.Sequential(nn.Linear(8, 12), nn.Tanh()), nn.Linear(12, 4)
+        self.target, self.write = copy.deepcopy(self.online).requires_grad_(False), write
+        self.counts, self.n = counts, 0
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.last(self.online(x))
+        with torch.no_grad():
+            if self.training:
+                self.n += self.counts
+                pairs = zip(self.online.parameters(), self.target.parameters(), strict=True)
+                for own, other in pairs:
+                    self.write(own, other)
+            z = self.target(x).tanh() / (1 + self.n)
+        return y * z.sum(-1, keepdim=True)
+
+
+class Constrained(nn.Module):
+    """Weights of bounded norm, and a scale that the first batch sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 12)
+        self.scale, self.c, self.done = nn.Parameter(torch.ones(12)), nn.Linear(12, 4), False
+
+    def forward(self, x: Tensor) -> Any:
+        self.b.weight.data = torch.renorm(self.b.weight.data, 2, 0, 0.3)
+        y = self.b(self.a(x).tanh())
+        if not self.done:
+            self.scale.data, self.done = 1 / y.detach().std(0), True
+        return self.c(y * self.scale)
+
+
+def by_data(own: Tensor, other: Tensor) -> None:
+    other.data = 0.7 * other.data + 0.3 * own.data
+
+
+WRITES: dict[str, Callable[[], nn.Module]] = {
+    "in place": lambda: Momentum(lambda own, other: other.mul_(0.7).add_(own, alpha=0.3)),
+    "of its data": lambda: Momentum(lambda own, other: other.data.mul_(0.7).add_(0.3 * own.data)),
+    "other data": lambda: Momentum(by_data),
+    "in Python": lambda: Momentum(lambda own, other: other.lerp_(own, 0.3), counts=True),
+    "constraints": Constrained,
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_parameters_that_forward_writes_to(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = WRITES[name](), torch.randn(6, 8)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    for follow in ("teacher", "student"):
+        torch.manual_seed(0)
+        own, twin = WRITES[name](), copy.deepcopy(teacher)
+        call = twin if follow == "teacher" else twin.student
+        follows(own, call, [True, True, False, True, False])
+        for n, p in gpdfx.collapse(twin).named_parameters():
+            torch.testing.assert_close(p, own.get_parameter(n), rtol=1e-4, atol=1e-4)
+
+
+class Swaps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Any:
+        self.a, self.b = self.b, self.a
+        return self.a(x)
+
+
+class Makes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Any:
+        if self.layer is None:
+            self.layer = nn.Linear(x.shape[-1], 12)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        (Swaps, "another module into the place"),
+        (Makes, "makes the parameter inner.layer.weight"),
+    ],
+)
+@pytest.mark.parametrize("verify", [True, False])
+def test_registries_that_forward_changes(kind: type[nn.Module], word: str, verify: bool) -> None:
+    with pytest.raises(InputError, match=word):
+        made(kind, verify=verify)
+    model = Body(kind())
+    model(torch.randn(2, 8))
+    if kind is Makes:
+        gpdfx.expand(model, 2, example_inputs=(torch.randn(6, 8),), verify=verify)
+
+
+COUNTS = Counter[str]()
+
+
+class Global(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        COUNTS["calls"] += 1
+        return x * (1 + COUNTS["calls"] / 10)
+
+
+class OfItsClass(nn.Module):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).calls += 1
+        return x * (1 + self.calls / 10)
+
+
+class ByDefault(nn.Module):
+    def forward(self, x: Tensor, seen: list[int] = []) -> Tensor:  # noqa: B006
+        seen.append(len(x))
+        return x * (1 + len(seen) / 10)
+
+
+@pytest.mark.parametrize("kind", [Global, OfItsClass, ByDefault])
+def test_what_belongs_to_no_copy_is_refused(kind: type[nn.Module]) -> None:
+    with pytest.raises(LossyError, match="does not repeat itself") as caught:
+        made(kind)
+    assert "keep it in an attribute of the module" in str(caught.value)
+    assert "bug in gpdfx" not in str(caught.value)
 
 
 def test_what_is_only_looked_at_is_captured() -> None:
     model, teacher = made(Looked)
     assert list(parts(teacher)) == [""]
     follows(model, teacher, [True, False])
+
+
+class Leaves(nn.Module):
+    """Losses and maps on itself, for a training loop to read; and weights that are computed."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.layer = nn.utils.spectral_norm(nn.Linear(12, 12))
+        self.aux, self.counts, self.n = 0.0, counts, 0
+        self.losses, self.seen = {"norm": None}, SimpleNamespace(shape=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        self.aux = self.losses["norm"] = y.square().mean()
+        self.map, self.seen.shape, self.n = y.softmax(-1), y.shape, self.n + self.counts
+        return y.relu() / (1 + self.n)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("counts", [True, False])
+def test_results_that_are_left_on_a_module_are_named(counts: bool, verify: bool) -> None:
+    _, teacher = made(lambda: Leaves(counts), verify=verify)
+    report = teacher.report()
+    assert report.left == ("inner.aux", "inner.losses", "inner.map")
+    assert "has to be returned by forward: inner.aux, inner.losses, inner.map" in str(report)
+    assert report.to_dict()["left"] == report.left
+    assert not made(Looked, verify=verify)[1].report().left
 
 
 def test_nothing_of_a_network_can_be_captured() -> None:

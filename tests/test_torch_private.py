@@ -518,3 +518,14 @@ def test_hooks_are_taken_from_a_module() -> None:
     torch.testing.assert_close(hooked(x), wanted + 1)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     assert torch_private.take_hooks(layer) == layer.forward
+
+
+def test_vmap_is_functions_in_an_export_and_none_when_decomposed() -> None:
+    class Mapped(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return torch.vmap(lambda row: row * row.sum())(x)
+
+    export = torch.export.export(Mapped(), (torch.randn(3, 4),))
+    assert any(map(torch_private.is_vmap, export.graph.nodes))
+    assert not all(map(torch_private.is_vmap, export.graph.nodes))
+    assert not any(map(torch_private.is_vmap, export.run_decompositions({}).graph.nodes))

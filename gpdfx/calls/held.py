@@ -60,7 +60,7 @@ def places(
         if id(holder) in seen:
             continue
         seen[id(holder)] = holder
-        entries = _entries(holder)
+        inside = entries(holder)
         if isinstance(holder, types.FunctionType):
             if left is None:
                 continue
@@ -68,7 +68,7 @@ def places(
             yield from ((path, (holder, None, one)) for one in named)
             waiting.extend((path, one, False, left - 1) for one in named)
         module = isinstance(holder, nn.Module)
-        for key, held in entries:
+        for key, held in inside:
             if type(held) in _PLAIN or (type(held) in _CONTAINERS and not held):
                 continue
             registry = module and key in _REGISTRIES
@@ -79,7 +79,7 @@ def places(
                 waiting.append((inner, held, registry or isinstance(held, nn.Module), left))
 
 
-def _entries(x: Any) -> list[tuple[Any, Any]]:
+def entries(x: Any) -> list[tuple[Any, Any]]:
     """What something holds, by key (see ``Place``)."""
     if isinstance(x, nn.Module):
         return list(vars(x).items())
@@ -266,8 +266,9 @@ def copy_functions(
     twin: T, memo: dict[int, Any], own: Mapping[Any, Any], atomic: Collection[int]
 ) -> T:
     """Give a deep copy functions of its own, in place, for those that name a module, or a tensor of
-    the original, in their closure or as a default. What caches the results of such a function and
-    weak references to a module are constants to ``copy``, too.
+    the original, in their closure or as a default, and for those made in another function, which
+    may count in its variables. What caches the results of such a function and weak references to a
+    module are constants to ``copy``, too.
 
     ``memo``: of the deep copy; ``own``: what the original holds, by ``identity``; ``atomic``: the
     ``id`` of all of ``ATOMIC`` in it (a ``__deepcopy__`` may have made others).
@@ -282,6 +283,8 @@ def copy_functions(
     def own_or_module(x: Any) -> bool:
         if isinstance(x, weakref.ref):
             return id(x()) in own
+        if isinstance(x, types.FunctionType) and "<locals>" in x.__qualname__:
+            return True
         return isinstance(x, nn.Module) or (isinstance(x, Tensor) and identity(x) in own)
 
     def other(x: Any) -> Any:
@@ -309,8 +312,10 @@ def copy_functions(
     def cell(x: types.CellType) -> types.CellType:
         if id(x) not in made:  # two functions may share it
             twin = made[id(x)] = types.CellType()
-            for _, held in _entries(x):
-                twin.cell_contents = copy.deepcopy(held, memo)
+            for _, held in entries(x):
+                twin.cell_contents = held
+                with contextlib.suppress(Exception):  # a lock, a module: there is only one
+                    twin.cell_contents = copy.deepcopy(held, memo)
         found: types.CellType = made[id(x)]
         return found
 

@@ -59,7 +59,7 @@ class Attempt:
 
 
 def attempts(
-    program: Program, inputs: Sequence[Inputs], seed: int, borrow: bool = True
+    program: Program, inputs: Sequence[Inputs], seed: int, *, borrow: bool = True
 ) -> Generator[Attempt, Exception]:
     """Every attempt is answered by the error that it ended with; if no other attempt can follow it,
     the first is raised that decided anything. A student that writes to its parameters gets copies;

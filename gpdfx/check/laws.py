@@ -31,7 +31,6 @@ from .certificate import TOLERANCE, Check, Finding, lossy, worst
 from .facts import Errors, Fact, Inputs, Law, difference, identical
 from .faults.blame import blame
 from .faults.locate import first_difference, guilty_part
-from .faults.python import REMEDY
 from .folds import branch_errors, fold_errors
 from .free_sizes import FAR, free_sizes
 from .observe import GRADIENTS, keep_rng, observe
@@ -56,6 +55,10 @@ _ZERO = (
     "with random weights this network answers nothing on this example: pass example_inputs that "
     "reach its output, or verify=False"
 )
+_UNSTEADY = (
+    "what forward keeps in a global, in its class or in a default argument belongs to no copy of "
+    "the model: keep it in an attribute of the module; and let it draw from what can be seeded"
+)
 SEQUENCE = "sequence of calls"
 _SIZES = "other sizes, one sample, across conditions"
 
@@ -76,10 +79,10 @@ def verify(compiled: Compiled, *, seed: int = 0) -> Check:
             return _verify(compiled, seed)
         except LossyError as error:
             found = blame(compiled.program.student, compiled.example, seed)
-            if found is None or isinstance(error, UndecidedError | StaleError):
+            if found is None:
                 raise
             text = f"{found.text}, which no graph does: {str(error).splitlines()[0]}"
-            raise LossyError(text, remedy=REMEDY, apart=found.path) from error
+            raise LossyError(text, remedy=_UNSTEADY, apart=found.path) from error
 
 
 def _verify(compiled: Compiled, seed: int) -> Check:
@@ -220,8 +223,7 @@ def _student_follows(teacher: StreamingTeacher, inputs: Inputs, seed: int) -> Fi
         teacher.student(*args, **kwargs)  # whatever it caches, it caches now
         teacher.perturb(seed)
         plain = filled(teacher, fresh)
-        for (path, name), value in teacher.python_state().items():  # kept on purpose: no cache
-            setattr(plain.get_submodule(path), name, value)
+        teacher.give_python_state(plain)  # kept on purpose: no cache
         expected = observe(plain, inputs, seed)
         got = observe(teacher.student, inputs, seed)
     shown = {f: x for f, x in expected.items() if f.law is not Law.GENERATORS}
@@ -256,12 +258,13 @@ def _same_casts(program: Widened) -> Finding:
 def _in_own_dtype(
     compiled: Compiled, teacher: StreamingTeacher, seed: int
 ) -> tuple[list[Finding], list[str]]:
-    """Outputs and buffers on the example, in the dtypes that the user has. What the student or
-    rounding makes of them there is left out."""
+    """Outputs and buffers on the example, in the dtypes that the user has, or asks for on the way.
+    What the student or rounding makes of them there is left out."""
     findings, left_out = list[Finding](), list[str]()
     student = duplicate(compiled.program.student, ours=True)
     floats = [x for x in tree.leaves(compiled.example) if isinstance(x, torch.Tensor)]
     kinds = {t.dtype for t in (*student.parameters(), *floats) if t.is_floating_point()}
+    kinds = kinds.union(*(asked(node) for _, node in compiled.program.each()))
     exact = NARROW * max((torch.finfo(kind).eps for kind in kinds), default=0.0)
     pair = Pair(student.requires_grad_(False), teacher, compiled.example, seed, borrow=False)
     for mode in sorted(compiled.program.flags, key=MODES.index):

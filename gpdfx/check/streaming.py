@@ -8,7 +8,6 @@ network saves beside its parameters (activations) is saved as ever.
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,11 +20,11 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..algebra.gather import gather, scatter
-from ..calls.held import has_gradient
+from ..calls.held import has_gradient, registered
 from ..kernels import copies
 from ..kernels.fold import elements
 from ..passes.folded import Folded, Lowered, Make, merged, plain, students, teachers
-from ..passes.program import Mode, copied, mutated
+from ..passes.program import Mode, copied, duplicate, mutated
 from ..teacher.captured import Section
 from ..teacher.compiled import Compiled
 from ..teacher.extract import Maps
@@ -178,11 +177,17 @@ class StreamingTeacher(Teacher):
         self._memory.wide |= {name: wide for (name, _), wide in self._kept.items()}
         self._kept.clear()
 
-    def python_state(self) -> dict[tuple[str, str], Any]:
-        """A copy of what the student's Python keeps from call to call."""
+    def give_python_state(self, plain: nn.Module) -> None:
+        """Let another student have what this one's Python keeps from call to call."""
+        memo: dict[int, Any] = {}
+        for named in (lambda module: dict(module.named_modules()), registered):
+            others = named(plain)
+            memo |= {id(x): others[name] for name, x in named(self._student).items()}
         keys: Sequence[tuple[str, str]] = self._attributes  # type: ignore[assignment]
         held = {key: vars(self._student.get_submodule(key[0])) for key in keys}
-        return copy.deepcopy({key: own[key[1]] for key, own in held.items() if key[1] in own})
+        own = {key: of[key[1]] for key, of in held.items() if key[1] in of}
+        for (path, name), value in duplicate(own, memo, ours=True).items():
+            vars(plain.get_submodule(path))[name] = value
 
     def forget_calls(self) -> None:
         """Let the user's Python between the parts have the state of the first call again, and the

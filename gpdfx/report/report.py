@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -101,7 +101,8 @@ class Capture:
     and the parts that were captured stand in ``inputs``. ``bridged``: of the ``nodes`` those that
     run at the student's width. ``functions``: the user's own (``torch.autograd.Function``, hooks on
     activations) -> how many calls there are, and how many of them widen; ``recomputed``: regions of
-    which no activation is saved, as the user's checkpoints say."""
+    which no activation is saved, as the user's checkpoints say; ``left``: attributes in which
+    forward leaves results for others to read (a loss, say), which no graph does."""
 
     nodes: int
     bridged: tuple[Bridge, ...]
@@ -109,6 +110,7 @@ class Capture:
     apart: dict[str, str]
     functions: dict[str, tuple[int, int]]
     recomputed: int
+    left: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +221,7 @@ class Report(Footprint, Branching, Capture, Widening):
             ("dead", str(len(self.dead)), self.dead),
             ("kept", f"as asked, {len(self.kept)}", self.kept),
             ("grown", "beyond the ratio", self.grown),
+            ("not left", "what is read after a call has to be returned by forward", self.left),
             ("unrounded", f"no multiple of {self.control.round_to}", self.unrounded),
         ):
             if names:
@@ -286,11 +289,12 @@ def make_report(
     seconds: Callable[[], dict[str, float]],
     check: Check | None,
     scales: str,
+    left: Iterable[tuple[str, str]] = (),
 ) -> Report:
-    """``seconds``: of all stages, this one, too: asked last."""
+    """``seconds``: of all stages, this one, too: asked last; ``left``: module and attribute."""
     parts = (
         _widening(widened, control.round_to),
-        _capture(widened, teacher),
+        _capture(widened, teacher, left),
         _branching(widened, scales),
         _footprint(widened.student, teacher, example),
     )
@@ -366,7 +370,7 @@ def _reasons(widened: Widened, axis: Axis) -> Iterator[Reason]:
             yield [*held, *avoidable, *reasons, SMALL][0]
 
 
-def _capture(widened: Widened, teacher: Teacher) -> Capture:
+def _capture(widened: Widened, teacher: Teacher, left: Iterable[tuple[str, str]]) -> Capture:
     modes = widened.modes.values()
     nodes = {(m.site.path, n.name): n for m in modes for n in m.nodes if n.op == "call_function"}
     bridged = {bridge.node for bridge in widened.bridges}
@@ -388,6 +392,7 @@ def _capture(widened: Widened, teacher: Teacher) -> Capture:
         apart=widened.apart,
         functions=functions,
         recomputed=sum(n.target is enter_recompute for n in nodes.values()),
+        left=tuple(".".join(filter(None, place)) for place in left),
     )
 
 

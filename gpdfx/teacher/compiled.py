@@ -34,13 +34,15 @@ class Python:
     """What a student does outside any graph. ``caches``: see ``find_caches``; ``kept``: attributes
     that change from call to call; ``late``: it has functions that call modules in their backward;
     ``apart``: modules whose own code keeps something, or draws from Python's generators -> how;
-    ``written``: parameters that forward changes."""
+    ``written``: parameters that forward writes to or replaces; ``left``: attributes in which it
+    leaves results that others may read, a loss, say."""
 
     caches: Caches = ()
     kept: Caches = ()
     late: bool = False
     apart: Mapping[str, str] = field(default_factory=dict)
-    written: tuple[str, ...] = ()
+    written: frozenset[str] = frozenset()
+    left: Caches = ()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ...calls.call import Call
 from ...calls.held import HeldTensors, registered
 from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
-from ...torch_private import take_hooks
+from ...torch_private import is_vmap, take_hooks
 from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
 from . import intercept, limits, recurrent
 from .branchless import StandIns, stand_back, without_branches
@@ -76,7 +76,7 @@ def with_module(
     exported, level = _export(program.student, sites, levels)
     for site, (export, out) in zip(sites, exported, strict=True):
         key = _key(site, modes)
-        if functional:
+        if functional or any(map(is_vmap, export.graph.nodes)):
             export = export.run_decompositions({})
         module: Any = export.module(check_guards=False)
         for part in module.modules():  # regions have graphs of their own

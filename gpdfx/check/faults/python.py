@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from ...calls import tree
 from ...calls.examples import seed_all
-from ...calls.held import holds_modules, reached
+from ...calls.held import entries, holds_modules, reached
+from ...errors import InputError
 from ...passes.capture.modes import enter, modes_of
 from ...passes.program import duplicate
 from ...teacher.compiled import REGISTRIES, Python
@@ -33,7 +34,7 @@ from ..observe import keep_rng, states
 from ..visit import other_inputs
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor)
-_CLOSED = (nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
+_PLAINLY = {"_forward_hooks": "a hook's state", "_forward_pre_hooks": "a pre-hook's state"}
 Attribute = tuple[str, str]
 """The path of a module, and a name."""
 REMEDY = (
@@ -47,7 +48,8 @@ def python_of(
 ) -> Python:
     """What a student's own code does that no graph does. ``caches``: see ``find_caches``."""
     kept, does, late = set[Attribute](), dict[str, set[Any]](), list[bool]()
-    written, replaced, asks = dict[str, None](), set[Attribute](), dict[str, str]()
+    written, replaced, asks = set[str](), set[Attribute](), dict[str, str]()
+    left = set[Attribute]()
 
     def watch(run: nn.Module, kind: Any, args: Any, kwargs: Any) -> Any:
         arguments, given = tree.pattern((args, kwargs))
@@ -68,7 +70,7 @@ def python_of(
         run = entered(duplicate(student))
         before = dict(run.named_parameters())
         with functions(partial(watch, run)):
-            own, moved = _kept(run, inputs, seed, caches)
+            own, moved = _kept(run, inputs, seed, caches, left)
         kept, drawn = kept | own, drawn or moved
         after, given = dict(run.named_parameters()), dict(student.named_parameters())
         for name in before.keys() & after.keys():
@@ -76,20 +78,20 @@ def python_of(
                 path, _, leaf = name.rpartition(".")
                 replaced.add((path, leaf))
             if not identical(after[name], given[name]):
-                written[name] = None
+                written.add(name)
     for entered in runs if kept or replaced or drawn else ():
         for path, what in _does(entered(duplicate(student)), inputs, seed, kept | replaced):
             does.setdefault(path, set()).add(what)
     told = {path: _told(path, student, sorted(what, key=str)) for path, what in does.items()}
-    caches = tuple(c for c in caches if c not in kept)
-    return Python(caches, tuple(kept), any(late), asks | told, tuple(written))
+    lost, results = tuple(c for c in caches if c not in kept), tuple(sorted(left))
+    return Python(lost, tuple(kept), any(late), asks | told, frozenset(written), results)
 
 
 def _told(path: str, student: nn.Module, does: list[tuple[str | None, str]]) -> str:
     """What the code of a module does, and where."""
     drawn = [name for owner, name in does if owner is None]
     held = [
-        name if owner == path else f"{name} of {named(owner, student)}"
+        _PLAINLY.get(name, name) + ("" if owner == path else f" of {named(owner, student)}")
         for owner, name in does
         if owner is not None
     ]
@@ -102,28 +104,72 @@ def _told(path: str, student: nn.Module, does: list[tuple[str | None, str]]) -> 
 
 # --------------------------------------------------------------------------- state
 def _kept(
-    first: nn.Module, inputs: Inputs, seed: int, caches: Collection[Attribute]
+    first: nn.Module,
+    inputs: Inputs,
+    seed: int,
+    caches: Collection[Attribute],
+    left: set[Attribute],
 ) -> tuple[set[Attribute], bool]:
     """Attributes of a copy that are others after a call if another call was before; or all that
     changed, if only the result tells. A cache of what parameters give is none. And whether a call
-    draws from Python's or NumPy's generator."""
+    draws from Python's or NumPy's generator. ``left``: takes the attributes in which a call leaves
+    results that train."""
     fresh, start = duplicate(first, ours=True), attributes(first)
+    made = dict(first.named_modules(remove_duplicate=False)), dict(first.named_parameters())
     buffers = {name: x.clone() for name, x in first.named_buffers()}
     try:
         drawn = _call(first, inputs, seed)[1]
+        _refuse_made(first, *made)
         with torch.no_grad():  # statistics are no such state: they are the graph's, too
             for name, x in first.named_buffers():
                 if name in buffers and buffers[name].shape == x.shape:
                     x.copy_(buffers[name])
+        shown = _trained(first)
         results = [_call(run, other_inputs(inputs, 1), seed)[0] for run in (first, fresh)]
+    except InputError:
+        raise
     except Exception:  # a model that takes no second call has nothing to keep
         return set(), True
     after = attributes(first)
     told, new = changed(after, attributes(fresh)), changed(start, after)
+    left |= (changed(shown, _trained(first)) & shown.keys()) - told
     if told:  # and what goes with it: a flag that says that something is there
         owners = {path for path, _ in told}
         return told | {key for key in new if key[0] in owners}, drawn
     return (new - set(caches) if _apart(*results) else set()), drawn
+
+
+def _trained(run: nn.Module) -> dict[Attribute, Any]:
+    """What modules keep of the last call's results, with gradients: a loss, an attention map."""
+    return {
+        (path, name): _frozen(value)
+        for path, part in run.named_modules()
+        for name, value in vars(part).items()
+        if name not in REGISTRIES
+        and any(isinstance(x, Tensor) and x.grad_fn is not None for x in tree.leaves(value))
+    }
+
+
+def _refuse_made(
+    run: nn.Module, modules: Mapping[str, nn.Module], parameters: Collection[str]
+) -> None:
+    """Raise ``InputError`` if a call gave a network other modules or more parameters."""
+    now = dict(run.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
+        if now.get(path) is not module:
+            raise InputError(
+                "forward puts another module into the place of one, whose parameters the name of "
+                "the place no longer tells",
+                module_path=f"{path} ({type(module).__name__})",
+                remedy="leave modules where they are, and choose by an index in a plain attribute",
+            )
+    for name, _ in run.named_parameters():
+        if name not in parameters:
+            raise InputError(
+                f"forward makes the parameter {name}",
+                remedy="if it does so in its first call, run the model once, then expand it; else "
+                "let it be a buffer",
+            )
 
 
 def _call(run: nn.Module, inputs: Inputs, seed: int) -> tuple[list[Tensor], bool]:
@@ -149,31 +195,48 @@ def _apart(a: list[Tensor], b: list[Tensor]) -> bool:
 def attributes(
     module: nn.Module, only: Collection[Attribute] | None = None
 ) -> dict[Attribute, Any]:
-    """What modules keep in plain attributes: numbers, strings, tensors, containers, objects;
-    parameters if they are named."""
+    """What modules keep in plain attributes and in their hooks: numbers, strings, tensors,
+    containers, objects, the variables of functions; parameters if they are named."""
     return {
         (path, name): _frozen(value)
         for path, part in module.named_modules()
         for name, value in (vars(part) if only is None else vars(part) | part._parameters).items()
-        if name not in REGISTRIES and (only is None or (path, name) in only)
+        if (name not in REGISTRIES or name in _PLAINLY) and (only is None or (path, name) in only)
     }
 
 
-def _frozen(value: Any, depth: int = 4) -> Any:
-    """A copy that later changes do not reach; of what has no plain state, the type."""
+def _frozen(value: Any, seen: dict[int, Any] | None = None, depth: int = 4) -> Any:
+    """A copy that later changes do not reach. ``depth``: through how many objects and functions to
+    look; ``seen``: what was looked into."""
+    seen = {} if seen is None else seen
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, np.ndarray):
         return [type(value), value.shape, value.tobytes()]
-    if isinstance(value, _CLOSED) or not depth:
+    if isinstance(value, _CLOSED) or id(value) in seen or not depth:
         return type(value)
+    seen[id(value)] = value
     if isinstance(value, list | tuple | set | deque):
-        return [type(value), *(_frozen(x, depth - 1) for x in value)]
-    if isinstance(value, Mapping):
-        return [type(value), *value, *(_frozen(x, depth - 1) for x in value.values())]
-    return [type(value), *(_frozen(x, depth - 1) for x in getattr(value, "__dict__", {}).items())]
+        inside, depth = list(value), depth + 1
+    elif isinstance(value, Mapping):
+        inside, depth = [*value, *value.values()], depth + 1
+    else:
+        inside = [x for entry in entries(value) for x in entry] + _reduced(value)
+        depth += isinstance(value, types.CellType)
+    return [type(value), *(_frozen(x, seen, depth - 1) for x in inside)]
+
+
+def _reduced(value: Any) -> list[Any]:
+    """What an object that is not Python's own is made of when it is copied: a generator of random
+    numbers, an iterator."""
+    names = ("__reduce__", "__reduce_ex__")
+    if all(getattr(type(value), name) is getattr(object, name) for name in names):
+        return []
+    with contextlib.suppress(Exception):  # it cannot be copied, either
+        return [x for x in value.__reduce_ex__(2)[1:] if x is not value]
+    return []
 
 
 def changed(before: dict[Attribute, Any], after: dict[Attribute, Any]) -> set[Attribute]:
@@ -198,30 +261,43 @@ def _does(
 ) -> list[tuple[str, tuple[str | None, str]]]:
     """Which module's own code changes one of these attributes, or draws, in a copy: module, and
     what (an attribute, or a generator)."""
-    found, running, before = list[Any](), [""], dict[Any, Any]()
-
-    def look(enter: str | None, *_: Any) -> None:
-        now = _pythons()
-        now |= attributes(run, kept) if kept else {}
-        found.extend((running[-1], what) for what in changed(before, now) if before)
-        before.clear()
-        before.update(now)
-        running.pop() if enter is None else running.append(enter)
-
+    watch = _Watch(run, kept)
     with contextlib.suppress(Exception), keep_rng(), contextlib.ExitStack() as hooks:
         for path, module in run.named_modules():
             for handle in (
-                module.register_forward_pre_hook(partial(look, path), prepend=True),
-                module.register_forward_hook(partial(look, None)),
+                module.register_forward_pre_hook(partial(watch.look, path), prepend=True),
+                module.register_forward_hook(partial(watch.look, None)),
             ):
                 hooks.callback(handle.remove)
         for k in range(2):
             seed_all(seed)
             args, kwargs = tree.fresh(other_inputs(inputs, k))
-            before.clear()
+            watch.before.clear()
             run(*args, **kwargs)
-            look("")
-    return found
+            watch.look("")
+    return watch.found
+
+
+class _Watch:
+    """Looks at what is kept whenever a module of ``run`` is entered or left."""
+
+    def __init__(self, run: nn.Module, kept: set[Attribute]) -> None:
+        self.run, self.kept, self.running = run, kept, [""]
+        self.found, self.before = list[Any](), dict[Any, Any]()
+
+    def look(self, enter: str | None, *_: Any) -> None:
+        """``enter``: the module that is entered; ``None``: one is left."""
+        now = _pythons()
+        now |= attributes(self.run, self.kept) if self.kept else {}
+        known = changed(self.before, now) if self.before else set()
+        self.found.extend((self.running[-1], what) for what in known)
+        self.before.clear()
+        self.before.update(now)
+        self.running.pop() if enter is None else self.running.append(enter)
+
+
+_CLOSED = (nn.Module, type, types.ModuleType, _Watch)
+"""What is not looked into."""
 
 
 def _line(module: nn.Module, pattern: str) -> str | None:
