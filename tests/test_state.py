@@ -602,4 +602,4 @@ def test_nothing_of_a_network_can_be_captured() -> None:
     text = str(caught.value)
     assert "keeps n from call to call" in text
     assert "self.n += 1" in text
-    assert "let forward depend on nothing but its inputs" in text
+    assert "depend on nothing but its inputs" in text

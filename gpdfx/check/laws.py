@@ -81,8 +81,8 @@ def verify(compiled: Compiled, *, seed: int = 0) -> Check:
             found = blame(compiled.program.student, compiled.example, seed)
             if found is None:
                 raise
-            text = f"{found.text}, which no graph does: {str(error).splitlines()[0]}"
-            raise LossyError(text, remedy=_UNSTEADY, apart=found.path) from error
+            text = f"{found}, which no graph does: {str(error).splitlines()[0]}"
+            raise LossyError(text, remedy=_UNSTEADY, apart="") from error
 
 
 def _verify(compiled: Compiled, seed: int) -> Check:

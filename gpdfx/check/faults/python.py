@@ -11,35 +11,30 @@ import contextlib
 import inspect
 import os
 import re
-import types
-from collections import deque
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...calls import tree
 from ...calls.examples import seed_all
-from ...calls.held import entries, holds_modules, reached
+from ...calls.held import holds_modules, reached
 from ...errors import InputError
 from ...passes.capture.modes import enter, modes_of
 from ...passes.program import duplicate
 from ...teacher.compiled import REGISTRIES, Python
 from ...torch_private import functions
 from ..facts import Inputs, difference, floating, identical
-from ..observe import keep_rng, states
+from ..observe import keep_rng
 from ..visit import other_inputs
+from .state import HOOKS, Attribute, Watch, attributes, changed, frozen, generators
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor)
-_PLAINLY = {"_forward_hooks": "a hook's state", "_forward_pre_hooks": "a pre-hook's state"}
-Attribute = tuple[str, str]
-"""The path of a module, and a name."""
 REMEDY = (
     "expand keeps modules that do so as your Python, and widens the others: there must be one that "
-    "has parameters. Else let forward depend on nothing but its inputs, parameters and buffers"
+    "has parameters. Else let forward and its hooks depend on nothing but its inputs, parameters "
+    "and buffers; take hooks off that only count or record"
 )
 
 
@@ -91,7 +86,7 @@ def _told(path: str, student: nn.Module, does: list[tuple[str | None, str]]) -> 
     """What the code of a module does, and where."""
     drawn = [name for owner, name in does if owner is None]
     held = [
-        _PLAINLY.get(name, name) + ("" if owner == path else f" of {named(owner, student)}")
+        HOOKS.get(name, name) + ("" if owner == path else f" of {named(owner, student)}")
         for owner, name in does
         if owner is not None
     ]
@@ -142,7 +137,7 @@ def _kept(
 def _trained(run: nn.Module) -> dict[Attribute, Any]:
     """What modules keep of the last call's results, with gradients: a loss, an attention map."""
     return {
-        (path, name): _frozen(value)
+        (path, name): frozen(value)
         for path, part in run.named_modules()
         for name, value in vars(part).items()
         if name not in REGISTRIES
@@ -177,82 +172,14 @@ def _call(run: nn.Module, inputs: Inputs, seed: int) -> tuple[list[Tensor], bool
     args, kwargs = tree.fresh(inputs)
     with keep_rng(), torch.enable_grad():
         seed_all(seed)
-        before = _pythons()
+        before = generators()
         results = tree.leaves(run(*args, **kwargs))
-        moved = bool(changed(before, _pythons()))
+        moved = bool(changed(before, generators()))
     return [y.detach() for y in results if isinstance(y, Tensor) and floating(y)], moved
-
-
-def _pythons() -> dict[Any, Any]:
-    """The states of Python's and NumPy's generators."""
-    return {(None, name): x for name, x in states().items() if name[0] != "t"}
 
 
 def _apart(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) != len(b) or any(difference(x, y) > 1e-4 for x, y in zip(a, b, strict=True))
-
-
-def attributes(
-    module: nn.Module, only: Collection[Attribute] | None = None
-) -> dict[Attribute, Any]:
-    """What modules keep in plain attributes and in their hooks: numbers, strings, tensors,
-    containers, objects, the variables of functions; parameters if they are named."""
-    return {
-        (path, name): _frozen(value)
-        for path, part in module.named_modules()
-        for name, value in (vars(part) if only is None else vars(part) | part._parameters).items()
-        if (name not in REGISTRIES or name in _PLAINLY) and (only is None or (path, name) in only)
-    }
-
-
-def _frozen(value: Any, seen: dict[int, Any] | None = None, depth: int = 4) -> Any:
-    """A copy that later changes do not reach. ``depth``: through how many objects and functions to
-    look; ``seen``: what was looked into."""
-    seen = {} if seen is None else seen
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, np.ndarray):
-        return [type(value), value.shape, value.tobytes()]
-    if isinstance(value, _CLOSED) or id(value) in seen or not depth:
-        return type(value)
-    seen[id(value)] = value
-    if isinstance(value, list | tuple | set | deque):
-        inside, depth = list(value), depth + 1
-    elif isinstance(value, Mapping):
-        inside, depth = [*value, *value.values()], depth + 1
-    else:
-        inside = [x for entry in entries(value) for x in entry] + _reduced(value)
-        depth += isinstance(value, types.CellType)
-    return [type(value), *(_frozen(x, seen, depth - 1) for x in inside)]
-
-
-def _reduced(value: Any) -> list[Any]:
-    """What an object that is not Python's own is made of when it is copied: a generator of random
-    numbers, an iterator."""
-    names = ("__reduce__", "__reduce_ex__")
-    if all(getattr(type(value), name) is getattr(object, name) for name in names):
-        return []
-    with contextlib.suppress(Exception):  # it cannot be copied, either
-        return [x for x in value.__reduce_ex__(2)[1:] if x is not value]
-    return []
-
-
-def changed(before: dict[Attribute, Any], after: dict[Attribute, Any]) -> set[Attribute]:
-    """The attributes that differ."""
-    return {k for k in before.keys() | after.keys() if not _same(before.get(k), after.get(k))}
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and identical(a, b)
-    try:
-        return type(a) is type(b) and bool(a == b or a != a)
-    except Exception:  # what cannot be compared
-        return True
 
 
 # --------------------------------------------------------------------------- who does it
@@ -261,7 +188,7 @@ def _does(
 ) -> list[tuple[str, tuple[str | None, str]]]:
     """Which module's own code changes one of these attributes, or draws, in a copy: module, and
     what (an attribute, or a generator)."""
-    watch = _Watch(run, kept)
+    watch = Watch(run, kept)
     with contextlib.suppress(Exception), keep_rng(), contextlib.ExitStack() as hooks:
         for path, module in run.named_modules():
             for handle in (
@@ -276,28 +203,6 @@ def _does(
             run(*args, **kwargs)
             watch.look("")
     return watch.found
-
-
-class _Watch:
-    """Looks at what is kept whenever a module of ``run`` is entered or left."""
-
-    def __init__(self, run: nn.Module, kept: set[Attribute]) -> None:
-        self.run, self.kept, self.running = run, kept, [""]
-        self.found, self.before = list[Any](), dict[Any, Any]()
-
-    def look(self, enter: str | None, *_: Any) -> None:
-        """``enter``: the module that is entered; ``None``: one is left."""
-        now = _pythons()
-        now |= attributes(self.run, self.kept) if self.kept else {}
-        known = changed(self.before, now) if self.before else set()
-        self.found.extend((self.running[-1], what) for what in known)
-        self.before.clear()
-        self.before.update(now)
-        self.running.pop() if enter is None else self.running.append(enter)
-
-
-_CLOSED = (nn.Module, type, types.ModuleType, _Watch)
-"""What is not looked into."""
 
 
 def _line(module: nn.Module, pattern: str) -> str | None:
