@@ -159,24 +159,23 @@ def functions(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> 
 
 
 @contextmanager
-def aliases() -> Iterator[None]:
+def aliases(see: Callable[[Any, tuple[Any, ...]], None] | None = None) -> Iterator[None]:
     """While it lasts, a handler of ``functions`` gets the calls by another name, too: ``quantize =
     Round.apply`` is a function of C, which calls the class's ``forward``. For tracing alone: what
-    the handler returns has the backward of the class, on a context that knows nothing. Relies on C
-    looking up ``forward`` and ``setup_context`` in the class. One thread at a time."""
+    the handler returns has the backward of the class, on a context that knows nothing. ``see(kind,
+    args)`` is told of these calls instead. Relies on C looking up ``forward`` and ``setup_context``
+    in the class. One thread at a time."""
     kinds: list[Any] = torch.autograd.Function.__subclasses__()
-    own = list[tuple[Any, dict[str, Any]]]()
     for kind in kinds:  # it grows
         kinds += kind.__subclasses__()
     with _LOCK:
-        for kind in kinds:
-            own.append((kind, {n: vars(kind)[n] for n in _FORWARD if n in vars(kind)}))
-            new = kind.setup_context is not torch.autograd.Function.setup_context
-            context = partial(_by_forward, kind, kind.setup_context, None)
-            forward = partial(_by_forward, kind, kind.forward, slice(0 if new else 1, None))
-            kind.forward = staticmethod(forward)
+        own = [(kind, {n: vars(kind)[n] for n in _FORWARD if n in vars(kind)}) for kind in kinds]
+        for kind, forward, context in [(k, k.forward, k.setup_context) for k in kinds]:
+            new = context is not torch.autograd.Function.setup_context
+            first = 0 if new else 1
+            kind.forward = staticmethod(partial(_by_forward, kind, forward, first, see))
             if new:
-                kind.setup_context = staticmethod(context)
+                kind.setup_context = staticmethod(partial(_by_forward, kind, context, None, see))
     try:
         yield
     finally:
@@ -192,11 +191,15 @@ def aliases() -> Iterator[None]:
 _FORWARD = ("forward", "setup_context")
 
 
-def _by_forward(kind: Any, own: Any, given: slice | None, *args: Any, **kwargs: Any) -> Any:
-    """``own`` of a class, or its handler on the arguments that are ``given``."""
+def _by_forward(kind: Any, own: Any, first: int | None, see: Any, *args: Any, **kwargs: Any) -> Any:
+    """``own`` of a class, or its handler on the arguments from ``first`` on."""
     if not getattr(_STACK, "functions", None) or torch._C._are_functorch_transforms_active():
         return own(*args, **kwargs)
-    return None if given is None else _apply(kind, *args[given], **kwargs)
+    if see is not None:
+        if first is not None:
+            see(kind, args[first:])
+        return own(*args, **kwargs)
+    return None if first is None else _apply(kind, *args[first:], **kwargs)
 
 
 _APPLY, _LOCK, _STACK = (

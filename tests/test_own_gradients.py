@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 import gpdfx
+from gpdfx.errors import InputError
 from gpdfx.teacher.module import Teacher
 
 from .helpers import parts, trains_as
@@ -551,6 +552,25 @@ def coupled(reversible: bool) -> nn.Module:
     torch.manual_seed(0)
     blocks = (Coupling(reversible) for _ in range(2))
     return nn.Sequential(nn.Linear(8, 12), *blocks, nn.Linear(12, 4))
+
+
+class ByName(Coupling):
+    """``apply`` as a function of C, which cannot be met where its modules have no tensors."""
+
+    def __init__(self) -> None:
+        super().__init__(True)
+        self.run = Reversible.apply
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.cat(self.run(*z.chunk(2, 1), self.f, self.g), 1)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_by_another_name_such_a_function_is_refused(verify: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 12), ByName(), nn.Linear(12, 4))
+    with pytest.raises(InputError, match=r"Reversible\.apply, which is given modules") as caught:
+        gpdfx.expand(model, 2, example_inputs=(torch.randn(4, 8),), verify=verify)
+    assert "write Reversible.apply(...) where it is called" in str(caught.value)
 
 
 @pytest.mark.parametrize("branches", [None, "auto"])

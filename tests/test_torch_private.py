@@ -428,6 +428,14 @@ def test_functions_are_met_by_other_names(new: bool) -> None:
         with torch_private.functions(handle):
             assert alias(x, 2) == 5
     assert seen == [(Child, (x, 2))]
+    told = list[Any]()
+    with (
+        torch_private.aliases(lambda *call: told.append(call)),
+        torch_private.functions(lambda kind, args, _: kind.apply(*args)),
+    ):
+        assert alias(x, 2) == Child.apply(x, 2) == 2
+    assert told == [(Child, (x, 2))]
+    del seen[1:]
     assert Child.forward is own
     assert "forward" not in vars(Child)
     assert alias(x, 2) == 2

@@ -25,7 +25,7 @@ from ...errors import InputError
 from ...passes.capture.modes import enter, modes_of
 from ...passes.program import duplicate
 from ...teacher.compiled import REGISTRIES, Python
-from ...torch_private import functions
+from ...torch_private import aliases, functions
 from ..facts import Inputs, difference, floating, identical
 from ..observe import keep_rng
 from ..visit import other_inputs
@@ -64,7 +64,7 @@ def python_of(
     for entered in runs:
         run = entered(duplicate(student))
         before = dict(run.named_parameters())
-        with functions(partial(watch, run)):
+        with functions(partial(watch, run)), aliases(_refuse_alias):
             own, moved = _kept(run, inputs, seed, caches, left)
         kept, drawn = kept | own, drawn or moved
         after, given = dict(run.named_parameters()), dict(student.named_parameters())
@@ -80,6 +80,16 @@ def python_of(
     told = {path: _told(path, student, sorted(what, key=str)) for path, what in does.items()}
     lost, results = tuple(c for c in caches if c not in kept), tuple(sorted(left))
     return Python(lost, tuple(kept), any(late), asks | told, frozenset(written), results)
+
+
+def _refuse_alias(kind: Any, args: tuple[Any, ...]) -> None:
+    """Raise ``InputError`` for a function by another name that calls modules in its backward:
+    there is no way to give them the tensors of the call."""
+    if holds_modules(tree.pattern(args)[0]):
+        raise InputError(
+            f"{kind.__name__}.apply, which is given modules, is called by another name",
+            remedy=f"write {kind.__name__}.apply(...) where it is called",
+        )
 
 
 def _told(path: str, student: nn.Module, does: list[tuple[str | None, str]]) -> str:
