@@ -454,14 +454,8 @@ class Constrained(nn.Module):
         return self.c(y * self.scale)
 
 
-def by_data(own: Tensor, other: Tensor) -> None:
-    other.data = 0.7 * other.data + 0.3 * own.data
-
-
 WRITES: dict[str, Callable[[], nn.Module]] = {
-    "in place": lambda: Momentum(lambda own, other: other.mul_(0.7).add_(own, alpha=0.3)),
     "of its data": lambda: Momentum(lambda own, other: other.data.mul_(0.7).add_(0.3 * own.data)),
-    "other data": lambda: Momentum(by_data),
     "in Python": lambda: Momentum(lambda own, other: other.lerp_(own, 0.3), counts=True),
     "constraints": Constrained,
 }
