@@ -168,6 +168,7 @@ def aliases(see: Callable[[Any, tuple[Any, ...]], None] | None = None) -> Iterat
     kinds: list[Any] = torch.autograd.Function.__subclasses__()
     for kind in kinds:  # it grows
         kinds += kind.__subclasses__()
+    kinds = [kind for kind in kinds if not _has_apply(kind)]  # its forward has other arguments
     with _LOCK:
         own = [(kind, {n: vars(kind)[n] for n in _FORWARD if n in vars(kind)}) for kind in kinds]
         for kind, forward, context in [(k, k.forward, k.setup_context) for k in kinds]:
@@ -189,6 +190,13 @@ def aliases(see: Callable[[Any, tuple[Any, ...]], None] | None = None) -> Iterat
 
 
 _FORWARD = ("forward", "setup_context")
+
+
+def _has_apply(kind: Any) -> bool:
+    """Whether a class of functions has an ``apply`` of its own, as those of operators have that
+    take lists of tensors."""
+    first = kind.__mro__.index(torch.autograd.Function)
+    return any("apply" in vars(one) for one in kind.__mro__[:first])
 
 
 def _by_forward(kind: Any, own: Any, first: int | None, see: Any, *args: Any, **kwargs: Any) -> Any:
