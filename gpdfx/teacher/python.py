@@ -83,7 +83,7 @@ class StudentCode:
         """Run one of the modules on tensors; what it keeps of them is forgotten after, also a
         buffer that it registers, but what it replaces by another is written down. What it has
         under a checkpoint runs again on the same ones. ``folded``: what its parts read."""
-        own = dict(tensors)
+        own = {name: tensors[name] for name in registered(module)}
         held = [(part, dict(part._buffers)) for part in module.modules()]
         reading = self._folded.maps[:]
         self._folded.maps[:] = [folded or {}]  # type: ignore[list-item]
