@@ -322,9 +322,11 @@ def _refusal(module: nn.Module) -> tuple[str, str] | None:
     if quantized and not isinstance(module, FLOAT_FUNCTIONALS):
         return "the model is quantized", "expand the float model, quantize the collapsed student"
     for name in ("named_parameters", "named_buffers", "named_modules"):
-        plain: Any = getattr(nn.Module, name)
-        found = [[(path, id(x)) for path, x in f(module)] for f in (getattr(kind, name), plain)]
-        if found[0] != found[1]:
+        own, plain = getattr(kind, name), getattr(nn.Module, name)
+        if own is plain:
+            continue
+        found, there = ([(path, id(x)) for path, x in named(module)] for named in (own, plain))
+        if found != there:
             remedy = "give the method another name (trainable_parameters, say, for an optimizer)"
             return f"{kind.__name__}.{name} hides or renames what a teacher has to know", remedy
     return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..calls import tree
+from ..calls.held import has_gradient
 
 Inputs = tuple[Any, Any]
 """Positional and keyword inputs of a call."""
@@ -97,7 +98,7 @@ def difference(reference: Tensor, other: Tensor | None, floor: float = 0.0) -> f
         return math.inf
     if reference.numel() == 0:
         return 0.0
-    if not (reference.is_floating_point() or reference.is_complex()):
+    if not has_gradient(reference):
         return 0.0 if torch.equal(reference, other) else math.inf
     largest, size = _largest_gap(reference, other), None
     if not math.isfinite(largest):  # a mask of -inf, as a rule

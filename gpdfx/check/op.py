@@ -23,6 +23,7 @@ from ..algebra.axes import ONE, Axis, Leaf, leaves
 from ..algebra.frozen import Frozen, compose
 from ..algebra.gather import gather
 from ..algebra.solver import Solver
+from ..calls.held import has_gradient
 from ..passes.infer import Inference
 from ..passes.program import size_hint
 from ..passes.rules.op import Axes, Op, parts
@@ -136,7 +137,7 @@ def _map_tensors(function: Callable[[Tensor], Tensor], arguments: Any) -> Any:
 
 
 def _integral(x: Tensor) -> bool:
-    return not (x.is_floating_point() or x.is_complex())
+    return not has_gradient(x)
 
 
 # --------------------------------------------------------------------------- the check

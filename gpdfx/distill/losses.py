@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..calls.held import has_gradient
 from ..errors import InputError
 
 LogitLoss = Callable[[Tensor, Tensor, Any], Tensor]
@@ -137,7 +138,7 @@ def _classes(logits: Tensor, targets: Tensor) -> Tensor:
         )
     if targets.shape == logits.shape:
         return targets.argmax(1)
-    integers = not (targets.is_floating_point() or targets.is_complex())
+    integers = not has_gradient(targets)
     if targets.shape != logits.shape[:1] or not integers:
         raise InputError(
             f"DKD of targets {tuple(targets.shape)}, {targets.dtype}",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...calls import tree
 from ...calls.examples import seed_all
 from ...calls.held import holds_modules, reached
+from ...calls.tree import Pattern
 from ...errors import InputError
 from ...passes.capture.modes import enter, modes_of
 from ...passes.program import duplicate
@@ -44,29 +45,25 @@ def python_of(
     """What a student's own code does that no graph does. ``caches``: see ``find_caches``."""
     kept, does, late = set[Attribute](), dict[str, set[Any]](), list[bool]()
     written, replaced, asks = set[str](), set[Attribute](), dict[str, str]()
-    left = set[Attribute]()
+    left, drawn = set[Attribute](), False
 
     def watch(run: nn.Module, kind: Any, args: Any, kwargs: Any) -> Any:
         arguments, given = tree.pattern((args, kwargs))
         if not kind.__module__.startswith("torch.") and holds_modules(arguments):
             late.append(True)
             if any(isinstance(x, nn.Parameter) for x in given):
-                named = [m for m in reached(arguments.held) if isinstance(m, nn.Module)]
-                inside = {id(part) for module in named for part in module.modules()}
-                for path, module in run.named_modules():
-                    if id(module) in inside:
-                        asks[path] = f"{kind.__name__} asks for gradients of its parameters"
+                why = f"{kind.__name__} asks for gradients of its parameters"
+                asks.update(dict.fromkeys(_reached_in(run, arguments), why))
         return kind.apply(*args, **kwargs)
 
     modes = modes_of(student)
     runs = [partial(enter, mode=mode, modes=modes) for mode in modes]
-    drawn = False
     for entered in runs:
         run = entered(duplicate(student))
         before = dict(run.named_parameters())
         with functions(partial(watch, run)), aliases(_refuse_alias):
-            own, moved = _kept(run, inputs, seed, caches, left)
-        kept, drawn = kept | own, drawn or moved
+            own, results, moved = _kept(run, inputs, seed, caches)
+        kept, left, drawn = kept | own, left | results, drawn or moved
         after, given = dict(run.named_parameters()), dict(student.named_parameters())
         for name in before.keys() & after.keys():
             if after[name] is not before[name]:
@@ -78,8 +75,16 @@ def python_of(
         for path, what in _does(entered(duplicate(student)), inputs, seed, kept | replaced):
             does.setdefault(path, set()).add(what)
     told = {path: _told(path, student, sorted(what, key=str)) for path, what in does.items()}
-    lost, results = tuple(c for c in caches if c not in kept), tuple(sorted(left))
-    return Python(lost, tuple(kept), any(late), asks | told, frozenset(written), results)
+    lost = tuple(c for c in caches if c not in kept)
+    apart, shown = asks | told, tuple(sorted(left))
+    return Python(lost, tuple(kept), any(late), apart, frozenset(written), shown)
+
+
+def _reached_in(run: nn.Module, arguments: Pattern) -> list[str]:
+    """The modules of a network that the arguments of a call name, and all inside them."""
+    named = [m for m in reached(arguments.held) if isinstance(m, nn.Module)]
+    inside = {id(part) for module in named for part in module.modules()}
+    return [path for path, module in run.named_modules() if id(module) in inside]
 
 
 def _refuse_alias(kind: Any, args: tuple[Any, ...]) -> None:
@@ -109,16 +114,11 @@ def _told(path: str, student: nn.Module, does: list[tuple[str | None, str]]) -> 
 
 # --------------------------------------------------------------------------- state
 def _kept(
-    first: nn.Module,
-    inputs: Inputs,
-    seed: int,
-    caches: Collection[Attribute],
-    left: set[Attribute],
-) -> tuple[set[Attribute], bool]:
+    first: nn.Module, inputs: Inputs, seed: int, caches: Collection[Attribute]
+) -> tuple[set[Attribute], set[Attribute], bool]:
     """Attributes of a copy that are others after a call if another call was before; or all that
-    changed, if only the result tells. A cache of what parameters give is none. And whether a call
-    draws from Python's or NumPy's generator. ``left``: takes the attributes in which a call leaves
-    results that train."""
+    changed, if only the result tells. A cache of what parameters give is none. Then those in which
+    a call leaves results that train, and whether it draws from Python's or NumPy's generator."""
     fresh, start = duplicate(first, ours=True), attributes(first)
     made = dict(first.named_modules(remove_duplicate=False)), dict(first.named_parameters())
     buffers = {name: x.clone() for name, x in first.named_buffers()}
@@ -134,14 +134,14 @@ def _kept(
     except InputError:
         raise
     except Exception:  # a model that takes no second call has nothing to keep
-        return set(), True
+        return set(), set(), True
     after = attributes(first)
     told, new = changed(after, attributes(fresh)), changed(start, after)
-    left |= (changed(shown, _trained(first)) & shown.keys()) - told
+    left = (changed(shown, _trained(first)) & shown.keys()) - told
     if told:  # and what goes with it: a flag that says that something is there
         owners = {path for path, _ in told}
-        return told | {key for key in new if key[0] in owners}, drawn
-    return (new - set(caches) if _apart(*results) else set()), drawn
+        return told | {key for key in new if key[0] in owners}, left, drawn
+    return (new - set(caches) if _apart(*results) else set()), left, drawn
 
 
 def _trained(run: nn.Module) -> dict[Attribute, Any]:
