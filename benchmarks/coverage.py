@@ -5,6 +5,7 @@
     python -m benchmarks.coverage timm-sample --count 250 --seed 0
     python -m benchmarks.coverage transformers --dynamic batch
     python -m benchmarks.coverage tasks
+    python -m benchmarks.coverage libraries      # packages: libraries/requirements.txt
     python -m benchmarks.coverage names timm:convnext_atto torchvision:resnet18
     python -m benchmarks.coverage summary --readme README.md
 
@@ -35,9 +36,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from benchmarks import networks
+from benchmarks import libraries, networks
 from benchmarks.coverage_summary import summary
 from benchmarks.tables import RESULTS, Table, command_line, write_readme
+from benchmarks.uses import USES, uses
 from gpdfx import CaptureError, GpdfxError, InputError, LossyError, collapse, expand
 from gpdfx.passes.capture.limits import LEVELS
 
@@ -50,7 +52,7 @@ FIELDS = (
     *(*CHECKS, "tolerance", "collapse", "widened", "nodes", "bridged", "bridged_ops"),
     *("bridged_reasons", "held", "grown", *(f"seconds_{s}" for s in STAGES)),
     *("parameters_before", "parameters_after", "macs_before", "macs_after", "size", "inputs"),
-    *("laws", "left_out", "torch"),
+    *("laws", "left_out", "torch", "package", *USES),
 )
 STATUSES = ("ok", "lossy", "capture", "input", "timeout", "memory", "error")
 KINDS = ((LossyError, "lossy"), (CaptureError, "capture"), (InputError, "input"))
@@ -128,6 +130,7 @@ def measure(
         "inputs": "; ".join(f"{name}: {sizes}" for name, sizes in report.inputs.items()),
         "laws": len(report.certificate),
         "left_out": "; ".join(_short(text, 160) for text in report.check.left_out),
+        **{use: _short(text, 160) for use, text in uses(model, teacher, call).items()},
     }
 
 
@@ -259,7 +262,8 @@ def run(suite: str, names: Iterable[str], given: argparse.Namespace) -> None:
             for worker in list(running):
                 for row in worker.collect(given):
                     row |= {"suite": suite, "name": worker.name, "ratio": f"{row['ratio']:g}"}
-                    table.append(row | {"torch": torch.__version__})
+                    row |= {"torch": torch.__version__, "package": libraries.package(worker.name)}
+                    table.append(row)
                     tally[row["status"]] += 1
                     text = ", ".join(f"{k} {n}" for k, n in tally.items())
                     progress.update(bar, advance=1, tally=text)
@@ -309,6 +313,8 @@ def main() -> None:
         case "names":
             run(given.suite, given.names, given)
         case zoo:
+            for package, count in libraries.SKIPPED.items() if zoo == "libraries" else ():
+                print(f"{package} is not installed: {count} of its networks are skipped")
             run(zoo, networks.zoo(zoo), given)
 
 

@@ -17,7 +17,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from benchmarks import zoo_tasks, zoo_transformers
+from benchmarks import libraries, zoo_tasks, zoo_transformers
 from benchmarks.tables import RESULTS
 from gpdfx.calls.examples import infer_inputs
 
@@ -28,7 +28,7 @@ SIZES = (64, 96, 128, 160, 192, 224, 256)
 # small image ends as one pixel a batch of two has no more values than that.
 BATCH = 4
 SIZE_KEYWORD = {"timm": "img_size", "torchvision": "image_size"}
-ZOOS = {"tasks": zoo_tasks, "transformers": zoo_transformers}
+ZOOS = {"tasks": zoo_tasks, "transformers": zoo_transformers, "libraries": libraries}
 
 
 # --------------------------------------------------------------------------- lists
