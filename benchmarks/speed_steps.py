@@ -70,7 +70,7 @@ def plain_wide(student: nn.Module, teacher: gpdfx.Teacher) -> nn.Module:
     for path, old in student.named_modules():
         if not any(True for _ in old.parameters(recurse=False)):
             continue
-        shape = shapes[f"{path}.weight"]
+        shape = shapes.get(f"{path}.weight", ())
         new: nn.Module
         if isinstance(old, nn.Conv2d) and old.groups in (1, old.in_channels):
             groups = 1 if old.groups == 1 else shape[0]
@@ -82,7 +82,7 @@ def plain_wide(student: nn.Module, teacher: gpdfx.Teacher) -> nn.Module:
         elif isinstance(old, nn.Linear):
             new = nn.Linear(shape[1], shape[0], old.bias is not None)
         else:
-            raise SystemExit(f"no plain wide network: {path} is {type(old).__name__}")
+            raise SystemExit(f"no plain wide network: {path or 'it'} is {type(old).__name__}")
         parent, _, leaf = path.rpartition(".")
         setattr(wide.get_submodule(parent), leaf, new)
     found = {name: p.shape for name, p in wide.named_parameters()}

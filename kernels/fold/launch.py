@@ -6,6 +6,7 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any
 
@@ -239,14 +240,20 @@ def stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def beside(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-    """A tensor that outlives a call: on a stream of its own, so that it takes no memory from the
-    pool of a graph that warms up on the current one."""
+    """A tensor that outlives a call: on a stream and by a thread of its own, so that it takes no
+    memory from the pool of a graph that warms up in this one (CUDA graph trees give their pool
+    whatever the thread allocates)."""
     if device.type != "cuda":
         return make()
     own, current = stream(device), torch.cuda.current_stream(device)
     own.wait_stream(current)
-    with torch.cuda.stream(own):
-        made = make()
+
+    def work() -> Tensor:
+        with torch.cuda.stream(own), torch.no_grad():
+            return make()
+
+    with ThreadPoolExecutor(1) as worker:
+        made = worker.submit(work).result()
     current.wait_stream(own)
     made.record_stream(current)
     return made
