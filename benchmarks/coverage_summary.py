@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from benchmarks.tables import markdown, read
+from benchmarks.uses import UNTRIED, USES
 
 Row = dict[str, str]
 
@@ -17,6 +18,7 @@ HEAD = (
     *("widened, mean", "median", "worst error", "bridged nodes"),
     *("seconds: capture", "transform", "verify", "parameters"),
 )
+USED = ("suite", "packages", "lossless", "another batch", "deepcopy", "save and load", "joint step")
 CHECKS = ("probe/eval", "probe/train", "real/eval", "real/train")
 STRICT = 1e-10
 SINGLE = 1e-5
@@ -42,6 +44,7 @@ def summary(paths: Iterable[Path]) -> str:
             [(r, f"allowed {float(r['tolerance']):.0e}") for r in wide],
         ),
         *_casting(casting),
+        *_used([r for r in ok if r.get("deepcopy")]),
     ]
     return "\n".join(lines)
 
@@ -98,6 +101,23 @@ def _casting(rows: list[Row]) -> list[str]:
     """Those that compute in float32 whatever their parameters are: many, so their names alone."""
     names = dict.fromkeys(row["name"].partition(":")[2] for row in rows)
     return ["", f"Casting to float32, allowed {SINGLE:.0e}: {len(names)}", "", ", ".join(names)]
+
+
+def _used(rows: list[Row]) -> list[str]:
+    """What people do with a teacher besides calling it, of the suites that tried."""
+    if not rows:
+        return []
+    suites: dict[str, list[Row]] = {}
+    for row in rows:
+        suites.setdefault(row["suite"], []).append(row)
+    lines = []
+    for suite, group in suites.items():
+        packages = {row["package"] for row in group if row["package"]}
+        tried = [[r[use] for r in group if r[use] not in UNTRIED] for use in USES]
+        counts = (f"{sum(x == 'yes' for x in xs)} of {len(xs)}" for xs in tried)
+        lines.append([suite, str(len(packages) or 1), str(len(group)), *counts])
+    other = [(r, f"{u}: {r[u]}") for r in rows for u in USES if r[u] not in ("yes", *UNTRIED)]
+    return ["", markdown(USED, lines), *_list("Used, but not as the student is", other)]
 
 
 def _list(title: str, found: Sequence[tuple[Row, str]]) -> list[str]:

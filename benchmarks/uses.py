@@ -16,6 +16,8 @@ from gpdfx.calls import tree
 from gpdfx.calls.examples import seed_all
 
 USES = ("other_batch", "deepcopy", "save_load", "joint_step")
+NO_BATCH, NOT_THE_NETWORK, NOTHING = UNTRIED = ("no batch", "not the network", "nothing to train")
+"""Inputs without a batch; the network itself cannot have another one; it has no gradient."""
 NEAR = 1e-3
 """Of the largest value: float32 in another order. What is exact is ``expand``'s own check."""
 
@@ -33,11 +35,11 @@ def uses(model: nn.Module, teacher: gpdfx.Teacher, call: Any) -> dict[str, str]:
     def other_batch() -> str:
         changed = another_batch(call)
         if changed is None:
-            return "no batch"
+            return NO_BATCH
         try:
             wanted = _outputs(copy.deepcopy(model).eval(), changed)
         except Exception:  # whatever it raises at that size
-            return "not the network"
+            return NOT_THE_NETWORK
         return _compare(_outputs(teacher, changed), wanted)
 
     def save_load() -> str:
@@ -57,7 +59,7 @@ def uses(model: nn.Module, teacher: gpdfx.Teacher, call: Any) -> dict[str, str]:
             outputs += tree.leaves(function(*args, **kwargs))
         losses = [y.abs().square().mean() for y in outputs if _trains(y)]
         if not losses:
-            return "nothing to train"
+            return NOTHING
         torch.stack(losses).sum().backward()
         if not all(p.grad is None or bool(p.grad.isfinite().all()) for p in trained):
             return "a gradient is not finite"

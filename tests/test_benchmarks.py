@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import expand_time
+import gpdfx
+from benchmarks import expand_time, libraries
 from benchmarks.tables import Table, read, write_readme
+from benchmarks.uses import USES, uses
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(
@@ -79,3 +82,41 @@ def test_the_time_of_expand_is_told_by_stage(tmp_path: Path) -> None:
     table.append(key | row | {"peak": 3.0, "peak_unverified": 2.0})
     assert setting.key in table.done()
     assert f"verify / capture {row['verify_capture']:.2f}," in expand_time.summary(table)
+
+
+def small() -> tuple[nn.Module, gpdfx.Teacher, tuple[tuple[torch.Tensor], dict[str, object]]]:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    return model, gpdfx.expand(model, 2, example_inputs=(x,)), ((x,), {})
+
+
+def test_the_uses_of_a_teacher_are_tried() -> None:
+    assert uses(*small()) == dict.fromkeys(USES, "yes")
+
+
+def test_a_use_that_goes_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(teacher: gpdfx.Teacher) -> nn.Module:
+        plain = collapse(teacher)
+        next(plain.parameters()).data.zero_()
+        return plain
+
+    def refuses(*args: object) -> None:
+        raise gpdfx.InputError("no file for today")
+
+    model, teacher, call = small()
+    nn.init.ones_(model[0].weight)  # another network than the teacher is of
+    collapse = gpdfx.collapse
+    monkeypatch.setattr(gpdfx, "collapse", forgetful)
+    monkeypatch.setattr(gpdfx, "save", refuses)
+    found = uses(model, teacher, call)
+    assert found["deepcopy"] == "yes"
+    assert found["other_batch"].startswith("differs by")
+    assert found["joint_step"].startswith("differs by")
+    assert found["save_load"] == "no file for today"
+
+
+def test_rows_of_libraries_name_what_installs_them() -> None:
+    required = (ROOT / "benchmarks" / "libraries" / "requirements.txt").read_text().splitlines()
+    listed = {line.partition("==")[0] for line in required if "==" in line}
+    assert set(libraries.VERSIONS) <= listed
+    assert all(not libraries.VERSIONS[package] for package in libraries.SKIPPED)
