@@ -17,9 +17,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import maybe_get_bdim, maybe_get_level
+from torch._functorch.predispatch import _remove_batch_dim
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as _checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
@@ -372,6 +375,25 @@ def is_fake(x: Any) -> bool:
     return isinstance(x, FakeTensor)
 
 
+@contextmanager
+def known_values(values: Sequence[tuple[Any, Tensor]]) -> Iterator[None]:
+    """While it lasts, tensors without data that have one element give a value where C++ asks for
+    one (an integer argument)."""
+    for x, value in values:
+        x.constant = value
+    try:
+        yield
+    finally:
+        for x, _ in values:
+            x.constant = None
+
+
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` (``vmap``, ``grad``, ``jvp``) is at work: tensors may
+    be wrapped ones."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 # --------------------------------------------------------------------------- counting
 class _Untracked:
     """In the place of a counter's tracker of modules, whose hooks keep a forward from
@@ -510,3 +532,16 @@ def is_vmap(node: torch.fx.Node) -> bool:
     """Whether a node of an export enters or leaves ``torch.vmap``, or moves a tensor there: Python
     functions, which no longer stand in the graph when it is decomposed."""
     return str(getattr(node.target, "__module__", "")).startswith("torch._functorch.")
+
+
+class Mapped(TorchFunctionMode):
+    """While a module is traced, inside the trace: ``torch.vmap`` puts the mapped dimension of a
+    result where it belongs by an operation in the trace. PyTorch's own does it where no trace sees
+    it: it would hold a tensor without data for a constant."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not _remove_batch_dim or maybe_get_level(args[0]) != args[1]:
+            return func(*args, **(kwargs or {}))
+        x, level, size, place = args
+        now = maybe_get_bdim(x)
+        return func(x, level, size, now).movedim(now, place)

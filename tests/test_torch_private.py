@@ -537,3 +537,40 @@ def test_vmap_is_functions_in_an_export_and_none_when_decomposed() -> None:
     assert any(map(torch_private.is_vmap, export.graph.nodes))
     assert not all(map(torch_private.is_vmap, export.graph.nodes))
     assert not any(map(torch_private.is_vmap, export.run_decompositions({}).graph.nodes))
+
+
+def test_a_mapped_dimension_is_moved_in_the_trace() -> None:
+    class Columns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x: Tensor) -> Any:
+            with torch_private.Mapped():
+                return torch.vmap(lambda row: self.weight @ row)(x)
+
+    model, x = Columns(), torch.randn(4, 3)
+    export = torch.export.export(model, (x,), strict=False).run_decompositions({})
+    torch.testing.assert_close(export.module()(x), x @ model.weight.T)
+    assert not export.constants
+
+
+def test_transforms_are_told() -> None:
+    told = list[bool]()
+    torch.vmap(lambda x: (told.append(torch_private.in_transform()), x)[1])(torch.ones(2))
+    assert told == [True]
+    assert not torch_private.in_transform()
+
+
+def test_a_tensor_without_data_may_have_a_known_value() -> None:
+    three = torch.tensor(3)
+
+    class Viewed(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            n: Any = torch.arange(3).sum()
+            with torch_private.known_values([(n, three)]):
+                return x.view(n, 2)
+
+    export = torch.export.export(Viewed(), (torch.ones(6),), strict=False)
+    (y,) = export.graph.output_node().args[0]  # type: ignore[misc, union-attr]
+    assert y.meta["val"].shape == (3, 2)  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..calls import tree
 from ..calls.examples import seed_all
-from ..torch_private import Checkpoints, checkpoints
+from ..torch_private import Checkpoints, checkpoints, in_transform
 from .facts import Fact, Inputs, Law, Observed, floating
 
 GRADIENTS = {"all": "", "parameters": "of inputs", "none": "of anything"}
@@ -150,7 +150,7 @@ def _watching(parts: dict[str, nn.Module], given: Observed, number: int) -> Iter
     seen: Observed = {}
 
     def note(path: str, y: Any) -> Any:
-        if not isinstance(y, Tensor):
+        if not isinstance(y, Tensor) or in_transform():  # a wrapped one is gone after the call
             return y
         fact = Fact(Law.OUTPUTS, len(seen), path, number)
         seen[fact] = y.clone()  # a copy: it may be overwritten

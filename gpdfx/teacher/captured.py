@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..kernels.regions import exit_recompute, recompute
 from ..passes.folded import Folded, read, reads
 from ..passes.program import Flags, Mode, copied
-from ..torch_private import twin
+from ..torch_private import in_transform, twin
 
 
 class Section:
@@ -102,6 +102,8 @@ class Part:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        if in_transform():  # the code of a graph is not made for what that wraps
+            return plain(*args, **kwargs)
         flags = tuple(m.training for m in modules)
         return self(net, folded, flags, args, kwargs, plain=plain)
 

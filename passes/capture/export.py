@@ -26,10 +26,11 @@ from ...calls.call import Call
 from ...calls.held import HeldTensors, registered
 from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
-from ...torch_private import is_vmap, take_hooks
+from ...torch_private import Mapped, is_vmap, take_hooks
 from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
 from . import intercept, limits, recurrent
 from .branchless import StandIns, stand_back, without_branches
+from .constants import Constants
 from .limits import LEVELS
 from .modes import GIVEN, modes_of, set_flags
 
@@ -215,7 +216,7 @@ def _export_site(
     def flat(*tensors: Any) -> tuple[Any, ...]:
         args, kwargs = site.call.unflatten(list(tensors))
         try:
-            with also.filled(registered(module)):
+            with also.filled(registered(module)), Mapped(), Constants(others.values()):
                 out, values = tree.pattern(forward(*args, **kwargs))
         except Exception as error:
             raise _RaisedError(error) from error

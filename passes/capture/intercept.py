@@ -30,6 +30,7 @@ from ...torch_private import (
     aliases,
     checkpoints,
     functions,
+    in_transform,
     is_traced,
     own_numbers,
     version,
@@ -128,7 +129,7 @@ class _Hooks(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() or in_transform():
             return func(*args, **(kwargs or {}))
         if func is Tensor.requires_grad_ and not isinstance(args[0], nn.Parameter):
             result = func(*args, **(kwargs or {}))

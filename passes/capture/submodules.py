@@ -21,7 +21,7 @@ from ...calls.call import Call
 from ...calls.examples import seed_all
 from ...calls.sizes import fits
 from ...errors import CaptureError
-from ...torch_private import FUSED
+from ...torch_private import FUSED, in_transform
 from ..program import CallSite, Program, duplicate
 from .branchless import unknown
 from .export import bare, first_line, with_module
@@ -175,11 +175,15 @@ def recording(
     run: nn.Module, calls: Calls, paths: Sequence[str] | None = None, mode: str = ""
 ) -> Iterator[None]:
     """While it lasts, the calls of the modules (all, or ``paths``) are written down; gradients are
-    on, as in training, so that no module takes a shortcut for inference."""
+    on, as in training, so that no module takes a shortcut for inference. None is of a module that
+    is called with other parameters than its own (``functional_call``) or under a transform of
+    ``torch.func``."""
+    lent = set[str]()
     with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [calls.pop(path, None) for path in lent])
         for path, module in run.named_modules():
             if paths is None or path in paths:
-                note = partial(_note, calls, path, mode)
+                note = partial(_note, calls, path, mode, [*map(id, module.parameters())], lent)
                 handle = module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
                 stack.enter_context(handle)
         slow_attention(run)
@@ -187,7 +191,19 @@ def recording(
         yield
 
 
-def _note(calls: Calls, path: str, mode: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+def _note(
+    calls: Calls,
+    path: str,
+    mode: str,
+    own: list[int],
+    lent: set[str],
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+) -> None:
+    if in_transform() or own != [*map(id, module.parameters())]:
+        lent.add(path)
+        return
     with contextlib.suppress(TypeError, ValueError):  # a forward without signature
         call = Call(module, args, kwargs)
         tensors = tuple(x.detach() for x in call.flatten(args, kwargs))
