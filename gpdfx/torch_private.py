@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -84,10 +85,27 @@ def key_text(path: tuple[Any, ...]) -> str:
 
 
 # --------------------------------------------------------------------------- symbolic sizes
+_SEEN: WeakKeyDictionary[Any, dict[Any, int]] = WeakKeyDictionary()
+"""Environments of symbols -> those of their symbols that depend on values, in the example."""
+
+
 def hint(size: Any) -> Any:
-    """The example's value of a symbolic number; ``None`` for one that depends on values. Relies on
-    ``node.hint``: the public ways to it guard on the value, or refuse what has none."""
-    return size.node.hint
+    """The example's value of a symbolic number; ``None`` for one that depends on values which were
+    not seen. Relies on ``node.hint``: the public ways to it guard on the value, or refuse what has
+    none."""
+    environment = size.node.shape_env
+    if size.node.hint is not None or environment not in _SEEN:
+        return size.node.hint
+    known = environment.backed_var_to_val | _SEEN[environment]
+    found = size.node.expr.subs(known)
+    return size.node.pytype(found) if found.is_number or found.is_Boolean else None
+
+
+def see(size: Any, value: int) -> None:
+    """Note what a symbol that depends on values is in the example. Of the environment itself it is
+    not known: what it knows it takes for granted, where PyTorch asks."""
+    if size.node.hint is None and size.node.expr.is_Symbol:
+        _SEEN.setdefault(size.node.shape_env, {})[size.node.expr] = value
 
 
 def expression(size: torch.SymInt) -> Any:

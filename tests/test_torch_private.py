@@ -101,7 +101,11 @@ def test_a_size_that_depends_on_values_has_no_hint() -> None:
 
     exported = torch.export.export(Chosen(), (torch.ones(3),), strict=False)
     (node,) = exported.graph.find_nodes(op="call_function", target=aten.nonzero.default)
-    assert torch_private.hint(node.meta["val"].shape[0]) is None
+    size = node.meta["val"].shape[0]
+    assert torch_private.hint(size) is None
+    torch_private.see(size, 3)
+    assert [torch_private.hint(s) for s in (size, size * 2 + 1, size > 2)] == [3, 7, True]
+    assert size.node.hint is None  # PyTorch's own guards do not know
 
 
 def test_conditions_on_sizes_are_read(graph: fx.Graph) -> None:

@@ -33,6 +33,11 @@ def net(
     return Entry(lambda: pkgutil.resolve_name(path)(*args, **keywords), inputs, call or {})
 
 
+def of(path: str, make: Callable[[Any], nn.Module], *inputs: Inputs, **call: Any) -> Entry:
+    """What is made of the module at ``path``, imported only then; keywords are inputs."""
+    return Entry(lambda: make(pkgutil.resolve_name(path)), join(*inputs), call)
+
+
 def floats(*shape: int, count: int = 1) -> Inputs:
     """``count`` tensors of that shape, normal."""
 

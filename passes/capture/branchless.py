@@ -8,6 +8,7 @@ the same numbers (the laws see to that), and the switches work on after capture.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization import fake_quantize, observer
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ...torch_private import BATCH_NORMS, LEARNED_STEPS
+from .limits import has_unknown_size
 
 aten = torch.ops.aten
 
@@ -157,6 +160,10 @@ class StandIns(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         op = _OPS.get(func)
+        if func is F.batch_norm:
+            rows = math.prod((args[0].shape[0], *args[0].shape[2:]))
+            if has_unknown_size(rows):  # it asks whether that is one, or none
+                torch._check(rows > 1)
         if op is None:
             return func(*args, **(kwargs or {}))
         named = [a.name for a in op._schema.arguments]

@@ -26,7 +26,7 @@ from ...calls.call import Call
 from ...calls.held import HeldTensors, registered
 from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
-from ...torch_private import Mapped, is_vmap, take_hooks
+from ...torch_private import Mapped, is_vmap, see, take_hooks
 from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
 from . import intercept, limits, recurrent
 from .branchless import StandIns, stand_back, without_branches
@@ -235,13 +235,40 @@ def _export_site(
     with limits.quiet(), limits.time_limit(patience), intercept.intercepted(), StandIns(), length:
         shapes = dict(zip(unique, free, strict=True)) if free else None
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
-    if any(limits.has_unknown_size(node.meta.get("val")) for node in exported.graph.nodes):
-        raise TypeError("a size in it depends on values")
+    if _unknown(exported.graph):
+        _see_sizes(exported, site)
     _check_constants(module, exported, others)
     _drop_replacements(exported.graph)
     if not site.training:
         _check_faithful(student, site, exported)
     return exported, returned[0]
+
+
+def _unknown(graph: fx.Graph) -> bool:
+    return any(limits.has_unknown_size(node.meta.get("val")) for node in graph.nodes)
+
+
+class _Seen(fx.Interpreter):
+    """Runs a graph, and notes what the sizes in it that depend on values are."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        found, val = super().run_node(n), n.meta.get("val")
+        tensor = isinstance(val, torch.Tensor)
+        pairs = zip(val.shape, found.shape, strict=True) if tensor else [(val, found)]
+        for size, number in pairs:
+            if isinstance(size, torch.SymInt):
+                see(size, number)
+        return found
+
+
+def _see_sizes(exported: ExportedProgram, site: CallSite) -> None:
+    """Sizes that depend on values (``x[mask]``, ``nonzero``) are such as the example has them, for
+    all that asks for numbers; the graph itself was captured for any."""
+    module: Any = exported.module(check_guards=False)
+    with torch.no_grad(), limits.quiet(), torch.random.fork_rng(devices=[]):
+        _Seen(module).run(*(x.clone() for x in site.tensors))
+    if _unknown(exported.graph):
+        raise TypeError("a size in it depends on values")
 
 
 def _called(module: nn.Module, site: CallSite) -> nn.Module:

@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
+from ....algebra.axes import ONE
 from ...program import is_tensor, shape, value
 from ..op import Axes, Op, agree, broadcast, dim_of, outputs
 from ..signature import rows
 from ..writer import Rule
 
 
+def _is_mask(index: fx.Node) -> bool:
+    return bool(value(index).dtype == torch.bool)
+
+
 def _indices(op: Op) -> dict[int, fx.Node]:
-    """Dimension -> the tensor that indexes it."""
-    indices = {d: index for d, index in enumerate(op["indices"]) if index is not None}
-    if any(value(index).dtype == torch.bool for index in indices.values()):
-        op.conflict("a boolean index keeps positions")
-    return indices
+    """Dimension -> the tensor that indexes it; a mask indexes as many as it has."""
+    found: dict[int, fx.Node] = {}
+    at = 0
+    for index in op["indices"]:
+        count = len(op.axes(index)) if index is not None and _is_mask(index) else 1
+        if index is not None:
+            found |= dict.fromkeys(range(at, at + count), index)
+        at += count
+    for index in filter(_is_mask, dict.fromkeys(found.values())):
+        for d in range(len(op.axes(index))):
+            op.hold(index, d, "a boolean index keeps positions")
+    return found
 
 
 def _index(op: Op) -> Axes:
     indices = _indices(op)
     for d in indices:
         op.hold(op["self"], d, "it is indexed")
-    return _found(op, indices)[0]
+    return _found(op, indices, outputs(op.node)[0].shape)[0]
 
 
-def _found(op: Op, indices: dict[int, fx.Node]) -> tuple[Axes, int, int]:
+def _found(op: Op, indices: dict[int, fx.Node], sizes: Sequence[Any] = ()) -> tuple[Axes, int, int]:
     """The axes of ``self[indices]``: indexed dimensions are replaced by the broadcast index, in
-    place if adjacent, else first. Also where that begins, and how many dimensions it has."""
+    place if adjacent, else first. Also where that begins, and how many dimensions it has. A mask
+    gives one, as long as the result (``sizes``) says."""
     used = list(indices)
-    found = broadcast(op, *map(op.axes, indices.values()))
     adjacent = used == list(range(used[0], used[-1] + 1))
     at = used[0] if adjacent else 0
     rest = [a for d, a in enumerate(op.axes("self")) if d not in indices]
+    picked = op.fixed(sizes[at + len(sizes) - len(rest) - 1]) if sizes else ONE
+    each = dict.fromkeys(indices.values())
+    found = broadcast(op, *((picked,) if _is_mask(x) else op.axes(x) for x in each))
     return (*rest[:at], *found, *rest[at:]), at, len(found)
 
 

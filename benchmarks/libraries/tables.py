@@ -1,0 +1,7 @@
+"""x."""
+
+from __future__ import annotations
+
+from benchmarks.libraries.entry import Table
+
+TABLE: Table = {}
