@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.libraries import vision
+from benchmarks.libraries import detection, diffusion, families, medical, vision
 from benchmarks.libraries.entry import Entry
 
 
@@ -22,7 +22,8 @@ def _version(package: str) -> str:
         return ""
 
 
-_ALL = {package: rows for field in (vision,) for package, rows in field.TABLE.items()}
+_FIELDS = (detection, diffusion, families, medical, vision)
+_ALL = {package: rows for field in _FIELDS for package, rows in field.TABLE.items()}
 VERSIONS = {package: _version(package) for package in _ALL}
 TABLE: dict[str, Entry] = {
     f"{package}/{name}": entry
