@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .check.op import Fault, check_rule, draws, shown
+from .check.op import Fault, check_rule, draws, linear, shown
 from .errors import InputError
 from .kernels.user_function import UserFunction
 from .passes.infer import Inferred
@@ -107,6 +107,9 @@ def _learn(function: UserFunction, args: tuple[Any, ...]) -> None:
     function.draws = draws(function, args)
     if function.draws:
         function.why = "it draws random numbers, at the student's width"
+        return
+    if not linear(function, args):
+        function.why = "its backward is not linear in the gradient, which copies share"
         return
     rank = max((x.ndim for x in args if isinstance(x, Tensor)), default=0)
 

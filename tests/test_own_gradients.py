@@ -483,6 +483,55 @@ def test_functions_go_through_the_compiler(name: str) -> None:
         torch.testing.assert_close(mine[n], p.grad, msg=n)
 
 
+class Bound(Function):
+    """A bound that lets gradients through which lead away from it: by their sign, so that what
+    comes back to copies is not what comes back to one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: Tensor) -> Tensor:
+        ctx.save_for_backward(x, bound)
+        return torch.max(x, bound)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        x, bound = ctx.saved_tensors
+        return grads[0] * ((x >= bound) | (grads[0] < 0)), None
+
+
+class Bounded(nn.Module):
+    """Bounded parameters of a normalization, a bounded gain, or bounded activations."""
+
+    def __init__(self, what: str, width: int, bound: Tensor) -> None:
+        super().__init__()
+        self.what = what
+        self.a, self.c = nn.Conv2d(3, width, 3), nn.Conv2d(width, 4, 1)
+        self.beta, self.gamma = (nn.Parameter(torch.rand(width, *more)) for more in ((), (width,)))
+        self.register_buffer("bound", bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.what == "activations":
+            return self.c(Bound.apply(h, self.bound))
+        scale = Bound.apply(self.beta, self.bound)
+        if self.what == "gain":
+            return self.c(h * scale[:, None, None])
+        gamma = Bound.apply(self.gamma, self.bound)[:, :, None, None]
+        return self.c(h * F.conv2d(h.square(), gamma, scale.square()).abs().rsqrt())
+
+
+@pytest.mark.parametrize("what", ["norm", "gain", "activations"])
+@pytest.mark.parametrize("width", [2, 12])
+def test_a_backward_that_is_not_linear_stays_at_the_students_width(what: str, width: int) -> None:
+    """Whatever arguments are drawn to try it with: a bound may lie below all of them."""
+    torch.manual_seed(0)
+    model, x = Bounded(what, width, torch.tensor([0.3])), torch.randn(2, 3, 5, 5)
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches=None)
+    [(calls, wide)] = teacher.report().functions.values()
+    assert calls
+    assert not wide
+    trains_as(model, teacher, x)
+
+
 def test_a_function_that_needs_values_is_python() -> None:
     """And PyTorch is as it was after the capture that failed."""
 

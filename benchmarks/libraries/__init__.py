@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.libraries import control, graphs, science, tables, vision
+from benchmarks.libraries import (
+    control,
+    detection,
+    diffusion,
+    families,
+    graphs,
+    medical,
+    science,
+    tables,
+    vision,
+)
 from benchmarks.libraries.entry import Entry
 
 
@@ -22,12 +32,11 @@ def _version(package: str) -> str:
         return ""
 
 
-FIELDS = (control, graphs, science, tables, vision)
-_ALL = {
-    package: rows
-    for field in (control, graphs, science, tables, vision)
-    for package, rows in field.TABLE.items()
-}
+FIELDS = (control, detection, diffusion, families, graphs, medical, science, tables, vision)
+_ALL: dict[str, dict[str, Entry]] = {}
+for _field in FIELDS:
+    for _package, _rows in _field.TABLE.items():
+        _ALL.setdefault(_package, {}).update(_rows)
 VERSIONS = {package: _version(package) for package in _ALL}
 TABLE: dict[str, Entry] = {
     f"{package}/{name}": entry

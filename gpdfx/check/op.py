@@ -9,6 +9,7 @@ index is what comes back to all of its copies.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ from ..passes.widen import GraphWriter
 from ..torch_private import is_fake, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from .facts import difference
 from .observe import keep_rng
+
+DRAWS = 32
+"""Of arguments, to see whether a backward is linear; of gradients these, and their sum."""
+PARTS = ((1,), (2,), (1, 2))
 
 
 @dataclass
@@ -80,6 +85,21 @@ def draws(op: Any, args: Any) -> bool:
         return not torch.equal(before, torch.get_rng_state())
 
 
+def linear(op: Any, args: Any) -> bool:
+    """Whether the backward of an op is linear in what comes back to its results: to copies comes
+    back in parts what comes back to one. A gate may show in no single draw: it may be open for
+    every element (a bound that is drawn, too, and lies low)."""
+    with torch.no_grad(), keep_rng(), contextlib.suppress(Exception):  # it cannot be run, perhaps
+        for seed in range(DRAWS):
+            given, _, result = _sample(op, args, {}, True, seed)
+            sources = [x for x in tree_leaves(given) if isinstance(x, Tensor) and x.requires_grad]
+            parts = [_gradients(tree_leaves(result), sources, seeds) for seeds in PARTS]
+            for one, other, both in zip(*parts, strict=True):
+                if difference(both, one + other, floor=1e-5) > 1e-4:
+                    return False
+    return True
+
+
 def shown(x: Any) -> str:
     """An argument, a tensor by shape and type."""
     if not isinstance(x, Tensor):
@@ -88,13 +108,13 @@ def shown(x: Any) -> str:
 
 
 # --------------------------------------------------------------------------- values
-def _sample(op: Any, args: Any, kwargs: Any, trivial: bool) -> tuple[Any, Any, Any]:
+def _sample(op: Any, args: Any, kwargs: Any, trivial: bool, seed: int = 0) -> tuple[Any, Any, Any]:
     """Arguments like these, and what the op makes of them: finite, and not zero. In float64 if
     the op can; normal values, positive ones, or the arguments' own; with a gradient if it can."""
     why = "its results are zero, or not finite"
     choices = itertools.product((True, False), ("normal", "positive", "own"), (True, False))
     for double, values, grad in choices:
-        like = partial(_like, torch.Generator().manual_seed(0), double, values, grad)
+        like = partial(_like, torch.Generator().manual_seed(seed), double, values, grad)
         given = _map_tensors(like, (args, kwargs))
         try:
             result = _run(op, *given)
@@ -243,13 +263,20 @@ class _OpCheck:
             _compare(one, other, f"{what} its gradient for {shown(x)}", _BACKWARD)
 
 
-def _gradients(results: list[Tensor], sources: list[Tensor]) -> tuple[Tensor, ...]:
-    """Of a random projection of wide results, with respect to the student's tensors."""
-    draw, total = torch.Generator().manual_seed(1), torch.zeros(())
+def _gradients(
+    results: list[Tensor], sources: list[Tensor], seeds: Sequence[int] = (1,)
+) -> tuple[Tensor, ...]:
+    """Of a random projection of wide results (of the sum of some), with respect to the student's
+    tensors."""
+    draws, total = [torch.Generator().manual_seed(s) for s in seeds], torch.zeros(())
     for y in results:
-        weight = torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y)
+        weights = [torch.randn(y.shape, generator=d, dtype=torch.float64) for d in draws]
         with torch.enable_grad():
-            total = total + (y * weight).real.sum() if y.requires_grad else total
+            total = (
+                total + (y * torch.stack(weights).sum(0).to(y)).real.sum()
+                if y.requires_grad
+                else total
+            )
     return torch.autograd.grad(total, sources, retain_graph=True, materialize_grads=True)
 
 
