@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.libraries import vision
+from benchmarks.libraries import attention, audio, sequences, vision, vits
 from benchmarks.libraries.entry import Entry
 
 
@@ -22,7 +22,10 @@ def _version(package: str) -> str:
         return ""
 
 
-_ALL = {package: rows for field in (vision,) for package, rows in field.TABLE.items()}
+_ALL: dict[str, dict[str, Entry]] = {}
+for _field in (vision, audio, sequences, attention, vits):
+    for _package, _rows in _field.TABLE.items():
+        _ALL.setdefault(_package, {}).update(_rows)
 VERSIONS = {package: _version(package) for package in _ALL}
 TABLE: dict[str, Entry] = {
     f"{package}/{name}": entry
