@@ -196,7 +196,7 @@ class Worker:
     @classmethod
     def start(cls, name: str, ratios: tuple[float, ...], given: argparse.Namespace) -> Worker:
         rows, far = FRESH.Pipe(duplex=False)
-        threads = max((os.cpu_count() or 1) // given.jobs, 1)
+        threads = given.threads or max((os.cpu_count() or 1) // given.jobs, 1)
         arguments = (far, name, ratios, given.size, given.dynamic, threads)
         process = FRESH.Process(target=work, args=arguments, daemon=True)
         process.start()
@@ -283,6 +283,8 @@ def main() -> None:
     options.add_argument("--size", type=int, default=64, help="smallest image; 0: as pretrained")
     options.add_argument("--dynamic", choices=LEVELS, default=LEVELS[0], help="see gpdfx.expand")
     options.add_argument("--jobs", type=int, default=1, help="networks at once")
+    threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
+    options.add_argument("--threads", type=int, default=threads, help="of each; 0: all cores")
     options.add_argument("--memory", type=float, default=16, help="cap per network in GiB")
     options.add_argument("--redo", nargs="+", default=[], choices=STATUSES, metavar="STATUS")
     parser = command_line("coverage", __doc__)

@@ -40,8 +40,11 @@ def _codec() -> nn.Module:
 
 
 def _whisper() -> nn.Module:
-    model = pkgutil.resolve_name("whisper.model")
-    return model.Whisper(model.ModelDimensions(20, 16, 24, 3, 2, 50, 12, 24, 3, 2))
+    """Its sparse buffer, which forward does not read, held dense, as the refusal of it says."""
+    found = pkgutil.resolve_name("whisper.model")
+    model = found.Whisper(found.ModelDimensions(20, 16, 24, 3, 2, 50, 12, 24, 3, 2))
+    model.register_buffer("alignment_heads", model.alignment_heads.to_dense(), persistent=False)
+    return model
 
 
 def _vocos(backbone: str, head: tuple[object, ...], *args: object) -> nn.Module:

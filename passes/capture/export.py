@@ -8,12 +8,13 @@ by us. The user's model is never touched: copies are traced.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import operator
 import re
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from . import intercept, limits, recurrent
 from .branchless import StandIns, stand_back, without_branches
 from .limits import LEVELS
 from .modes import GIVEN, modes_of, set_flags
+from .values import Constants
 
 
 def whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[CallSite]:
@@ -215,7 +217,7 @@ def _export_site(
     def flat(*tensors: Any) -> tuple[Any, ...]:
         args, kwargs = site.call.unflatten(list(tensors))
         try:
-            with also.filled(registered(module)):
+            with also.filled(registered(module)), _written(module):
                 out, values = tree.pattern(forward(*args, **kwargs))
         except Exception as error:
             raise _RaisedError(error) from error
@@ -230,8 +232,10 @@ def _export_site(
     unique = [n if names.count(n) == 1 else f"{n}_{k}" for k, n in enumerate(names)]
     flat.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in unique])  # type: ignore[attr-defined]
     module.forward = flat
-    length = recurrent.FreeLength()
-    with limits.quiet(), limits.time_limit(patience), intercept.intercepted(), StandIns(), length:
+    modes = intercept.intercepted(), StandIns(), recurrent.FreeLength(), Constants()
+    with contextlib.ExitStack() as stack:
+        for mode in (limits.quiet(), limits.time_limit(patience), *modes):
+            stack.enter_context(mode)
         shapes = dict(zip(unique, free, strict=True)) if free else None
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
     if any(limits.has_unknown_size(node.meta.get("val")) for node in exported.graph.nodes):
@@ -241,6 +245,19 @@ def _export_site(
     if not site.training:
         _check_faithful(student, site, exported)
     return exported, returned[0]
+
+
+@contextlib.contextmanager
+def _written(module: nn.Module) -> Iterator[None]:
+    """A buffer that forward replaces (``self.average = new``) is written to instead, at the end:
+    export forgets what a module's attribute is by then."""
+    before = [(part, leaf, b) for part in module.modules() for leaf, b in part._buffers.items()]
+    yield
+    for part, leaf, old in before:
+        new = part._buffers.get(leaf)
+        if old is not None and new is not None and new is not old and new.shape == old.shape:
+            with torch.no_grad():
+                part._buffers[leaf] = old.copy_(new)
 
 
 def _called(module: nn.Module, site: CallSite) -> nn.Module:
