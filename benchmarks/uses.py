@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import gpdfx
 from gpdfx.calls import tree
 from gpdfx.calls.examples import seed_all
+from gpdfx.passes.program import duplicate
 
 USES = ("other_batch", "deepcopy", "save_load", "joint_step")
 NO_BATCH, NOT_THE_NETWORK, NOTHING = UNTRIED = ("no batch", "not the network", "nothing to train")
@@ -37,7 +38,7 @@ def uses(model: nn.Module, teacher: gpdfx.Teacher, call: Any) -> dict[str, str]:
         if changed is None:
             return NO_BATCH
         try:
-            wanted = _outputs(copy.deepcopy(model).eval(), changed)
+            wanted = _outputs(duplicate(model).eval(), changed)
         except Exception:  # whatever it raises at that size
             return NOT_THE_NETWORK
         return _compare(_outputs(teacher, changed), wanted)
@@ -45,7 +46,7 @@ def uses(model: nn.Module, teacher: gpdfx.Teacher, call: Any) -> dict[str, str]:
     def save_load() -> str:
         with tempfile.TemporaryDirectory() as folder:
             gpdfx.save(teacher, Path(folder) / "teacher.safetensors")
-            student = copy.deepcopy(model)
+            student = duplicate(model)
             return like(gpdfx.load(Path(folder) / "teacher.safetensors", student), expected)
 
     def joint_step() -> str:

@@ -184,6 +184,8 @@ def duplicate(held: T, memo: dict[int, Any] | None = None, *, ours: bool = False
             memo[id(one)] = one.detach().clone()
         elif isinstance(one, ATOMIC):
             atomic.add(id(one))
+        elif isinstance(one, torch.jit.ScriptFunction):  # ``copy`` refuses what never changes
+            memo[id(one)] = one
     try:
         _copy_traced([one for _, one in own.values() if isinstance(one, fx.GraphModule)], memo)
         twin = copy_functions(copy.deepcopy(held, memo), memo, own, atomic)

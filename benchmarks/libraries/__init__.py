@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from benchmarks.libraries import (
+    attention,
+    audio,
     control,
     detection,
     diffusion,
@@ -19,8 +21,10 @@ from benchmarks.libraries import (
     graphs,
     medical,
     science,
+    sequences,
     tables,
     vision,
+    vits,
 )
 from benchmarks.libraries.entry import Entry
 
@@ -32,7 +36,21 @@ def _version(package: str) -> str:
         return ""
 
 
-FIELDS = (control, detection, diffusion, families, graphs, medical, science, tables, vision)
+FIELDS = (
+    attention,
+    audio,
+    control,
+    detection,
+    diffusion,
+    families,
+    graphs,
+    medical,
+    science,
+    sequences,
+    tables,
+    vision,
+    vits,
+)
 _ALL: dict[str, dict[str, Entry]] = {}
 for _field in FIELDS:
     for _package, _rows in _field.TABLE.items():

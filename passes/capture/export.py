@@ -8,12 +8,13 @@ by us. The user's model is never touched: copies are traced.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import operator
 import re
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -216,7 +217,8 @@ def _export_site(
     def flat(*tensors: Any) -> tuple[Any, ...]:
         args, kwargs = site.call.unflatten(list(tensors))
         try:
-            with also.filled(registered(module)), Mapped(), Constants(others.values()):
+            constants = Constants(others.values())
+            with also.filled(registered(module)), _written(module), Mapped(), constants:
                 out, values = tree.pattern(forward(*args, **kwargs))
         except Exception as error:
             raise _RaisedError(error) from error
@@ -253,8 +255,9 @@ class _Seen(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         found, val = super().run_node(n), n.meta.get("val")
-        tensor = isinstance(val, torch.Tensor)
-        pairs = zip(val.shape, found.shape, strict=True) if tensor else [(val, found)]
+        pairs: Iterable[tuple[Any, Any]] = [(val, found)]
+        if isinstance(val, torch.Tensor):
+            pairs = zip(val.shape, found.shape, strict=True)
         for size, number in pairs:
             if isinstance(size, torch.SymInt):
                 see(size, number)
@@ -269,6 +272,19 @@ def _see_sizes(exported: ExportedProgram, site: CallSite) -> None:
         _Seen(module).run(*(x.clone() for x in site.tensors))
     if _unknown(exported.graph):
         raise TypeError("a size in it depends on values")
+
+
+@contextlib.contextmanager
+def _written(module: nn.Module) -> Iterator[None]:
+    """A buffer that forward replaces (``self.average = new``) is written to instead, at the end:
+    export forgets what a module's attribute is by then."""
+    before = [(part, leaf, b) for part in module.modules() for leaf, b in part._buffers.items()]
+    yield
+    for part, leaf, old in before:
+        new = part._buffers.get(leaf)
+        if old is not None and new is not None and new is not old and new.shape == old.shape:
+            with torch.no_grad():
+                part._buffers[leaf] = old.copy_(new)
 
 
 def _called(module: nn.Module, site: CallSite) -> nn.Module:

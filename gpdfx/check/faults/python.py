@@ -131,6 +131,8 @@ def _kept(
                     x.copy_(buffers[name])
         shown = _trained(first)
         results = [_call(run, other_inputs(inputs, 1), seed)[0] for run in (first, fresh)]
+        if _apart(*results):
+            _refuse_resized(first, buffers)
     except InputError:
         raise
     except Exception:  # a model that takes no second call has nothing to keep
@@ -153,6 +155,24 @@ def _trained(run: nn.Module) -> dict[Attribute, Any]:
         if name not in REGISTRIES
         and any(isinstance(x, Tensor) and x.grad_fn is not None for x in tree.leaves(value))
     }
+
+
+def _refuse_resized(run: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Raise ``InputError`` if calls gave a buffer, which the next call reads, another size."""
+    for name, x in run.named_buffers():
+        old, (path, _, leaf) = buffers.get(name), name.rpartition(".")
+        if old is not None and old.shape != x.shape:
+            raise InputError(
+                f"a call gives the buffer {leaf} another size ({_sizes(old)}, then {_sizes(x)}), "
+                "and the next one goes on from there",
+                module_path=named(path, run),
+                remedy="let forward begin anew in every call (reset the state in it), or call the "
+                "model once on a batch like the example's, under torch.no_grad(), then expand it",
+            )
+
+
+def _sizes(x: Tensor) -> str:
+    return " x ".join(map(str, x.shape)) or "none"
 
 
 def _refuse_made(

@@ -1,0 +1,216 @@
+"""Signals in time: brain recordings, time-frequency transforms, spiking and recurrent networks."""
+
+from __future__ import annotations
+
+import pkgutil
+
+from torch import nn
+
+from benchmarks.libraries.entry import Entry, Inputs, Table, floats, images, net
+
+EEG = {"n_chans": 8, "n_outputs": 3, "n_times": 256}
+
+
+def _brain(name: str, chans: int = 8, times: int = 256, **keywords: object) -> Entry:
+    shape = {**EEG, "n_chans": chans, "n_times": times}
+    return net(f"braindecode.models:{name}", floats(4, chans, times), **shape, **keywords)
+
+
+def _before(
+    path: str, after: nn.Module, inputs: Inputs, *args: object, **keywords: object
+) -> Entry:
+    """What is at ``path``, and a network behind it."""
+    first = net(path, inputs, *args, **keywords)
+    return Entry(lambda: nn.Sequential(first.make(), after), inputs)
+
+
+def _spiking(path: str, **keywords: object) -> Entry:
+    """A network of spikingjelly over steps in time, with its usual neurons."""
+
+    def make() -> nn.Module:
+        found = {
+            name: pkgutil.resolve_name(f"spikingjelly.activation_based.{name}")
+            for name in ("functional", "neuron")
+        }
+        build = pkgutil.resolve_name(f"spikingjelly.activation_based.{path}")
+        model = build(spiking_neuron=found["neuron"].LIFNode, **keywords)
+        found["functional"].set_step_mode(model, "m")
+        return model
+
+    return Entry(make, floats(3, 4, 3, 32, 32))
+
+
+def _spikes(kind: str, *args: object, **keywords: object) -> Entry:
+    """A neuron of snntorch with a hidden state between two layers."""
+
+    def make() -> nn.Module:
+        neuron = pkgutil.resolve_name(f"snntorch:{kind}")
+        hidden = neuron(*args, init_hidden=True, **keywords)
+        last = neuron(*args, init_hidden=True, output=True, **keywords)
+        return nn.Sequential(nn.Linear(12, 20), hidden, nn.Linear(20, 20), last)
+
+    return Entry(make, floats(4, 12))
+
+
+def _mamba(module: str, config: str, name: str, inputs: Inputs, **keywords: object) -> Entry:
+    def make() -> nn.Module:
+        settings = pkgutil.resolve_name(f"mambapy.{module}:{config}")
+        return pkgutil.resolve_name(f"mambapy.{module}:{name}")(settings(**keywords))
+
+    return Entry(make, inputs)
+
+
+def _wired(name: str) -> Entry:
+    def make() -> nn.Module:
+        wiring = pkgutil.resolve_name("ncps.wirings:AutoNCP")(20, 4)
+        return pkgutil.resolve_name(f"ncps.torch:{name}")(8, wiring)
+
+    return Entry(make, floats(4, 6, 8))
+
+
+def _norse(name: str) -> Entry:
+    def make() -> nn.Module:
+        torch_ = pkgutil.resolve_name("norse.torch")
+        cells = [getattr(torch_, name)() for _ in range(2)]
+        layers = (nn.Linear(12, 20), cells[0], nn.Linear(20, 16), cells[1], nn.Linear(16, 4))
+        return torch_.SequentialState(*layers)
+
+    return Entry(make, floats(4, 12))
+
+
+TABLE: Table = {
+    "braindecode": {
+        "EEGNet": _brain("EEGNet"),
+        "ShallowFBCSPNet": _brain("ShallowFBCSPNet", n_filters_time=8, n_filters_spat=8),
+        "Deep4Net": _brain("Deep4Net", times=512, n_filters_time=6, n_filters_spat=6),
+        "EEGConformer": _brain("EEGConformer", num_layers=2, num_heads=4, n_filters_time=16),
+        "ATCNet": _brain("ATCNet", times=512, sfreq=128),
+        "TCN": net("braindecode.models:TCN", floats(4, 8, 128), 8, 3, n_blocks=2, n_filters=10),
+        "USleep": _brain("USleep", chans=2, times=3000, sfreq=100, depth=4),
+        "EEGInceptionERP": _brain("EEGInceptionERP", sfreq=128),
+        "TIDNet": _brain("TIDNet", sfreq=128, t_filters=8, s_growth=6),
+        "EEGTCNet": _brain("EEGTCNet"),
+        "FBCNet": _brain("FBCNet", times=500, sfreq=250, n_filters_spat=8),
+        "BIOT": _brain("BIOT", times=1000, sfreq=200, embed_dim=32, num_heads=4, num_layers=2),
+        "SleepStagerChambon2018": _brain("SleepStagerChambon2018", 2, 3000, sfreq=100),
+        "AttentionBaseNet": _brain("AttentionBaseNet", times=512, n_temporal_filters=8),
+    },
+    "kymatio": {
+        "Scattering2D": _before(
+            "kymatio.scattering2d.frontend.torch_frontend:ScatteringTorch2D",
+            nn.Sequential(nn.Flatten(), nn.Linear(25 * 8 * 8, 10)),
+            images(1, 32),
+            *(2, (32, 32)),
+            L=4,
+        ),
+        "Scattering1D": _before(
+            "kymatio.scattering1d.frontend.torch_frontend:ScatteringTorch1D",
+            nn.Sequential(nn.Flatten(), nn.LazyLinear(10)),
+            floats(4, 256),
+            *(4, 256),
+            Q=4,
+        ),
+    },
+    "mambapy": {
+        "Mamba": _mamba("mamba", "MambaConfig", "Mamba", floats(4, 16, 24), d_model=24, n_layers=2),
+        "Mamba-sequential": _mamba(
+            *("mamba", "MambaConfig", "Mamba", floats(4, 8, 24)),
+            **{"d_model": 24, "n_layers": 2, "pscan": False, "inner_layernorms": True},
+        ),
+        "VMamba": _mamba("vim", "MambaConfig", "VMamba", floats(4, 16, 24), d_model=24, n_layers=2),
+    },
+    "ncps": {
+        "CfC": net("ncps.torch:CfC", floats(4, 6, 8), 8, 20),
+        "CfC-pure": net("ncps.torch:CfC", floats(4, 6, 8), 8, 20, mode="pure"),
+        "CfC-memory": net("ncps.torch:CfC", floats(4, 6, 8), 8, 20, mixed_memory=True),
+        "CfC-wired": _wired("CfC"),
+        "LTC-wired": _wired("LTC"),
+    },
+    "nnAudio": {
+        "MelSpectrogram": _before(
+            "nnAudio.features:MelSpectrogram",
+            nn.Conv1d(16, 8, 3),
+            floats(4, 1024),
+            **{"sr": 8000, "n_fft": 128, "n_mels": 16, "hop_length": 64, "verbose": False},
+            **{"trainable_mel": True, "trainable_STFT": True},
+        ),
+        "STFT": _before(
+            "nnAudio.features:STFT",
+            nn.Conv1d(33, 8, 3),
+            floats(4, 1024),
+            **{"n_fft": 64, "hop_length": 32, "output_format": "Magnitude", "verbose": False},
+            **{"trainable": True, "sr": 8000},
+        ),
+        "CQT": _before(
+            "nnAudio.features:CQT1992v2",
+            nn.Conv1d(24, 8, 3),
+            floats(4, 8192),
+            **{"sr": 8000, "n_bins": 24, "fmin": 110.0, "trainable": True, "verbose": False},
+        ),
+    },
+    "norse": {
+        "LIF-cells": _norse("LIFCell"),
+        "LIF-boxes": _norse("LIFBoxCell"),
+    },
+    "pytorch-wavelets": {
+        "DWTInverse": net("benchmarks.libraries.sequences:Wavelets", images(3, 32)),
+        "ScatLayer": _before(
+            "pytorch_wavelets:ScatLayer", nn.Conv2d(21, 8, 3), images(3, 32), biort="near_sym_a"
+        ),
+    },
+    "pytorch-tcn": {
+        "TCN": net("pytorch_tcn:TCN", floats(4, 8, 32), 8, [12, 16, 16]),
+        "TCN-skip": net(
+            *("pytorch_tcn:TCN", floats(4, 8, 32), 8, [12, 12], 3),
+            **{"use_norm": "layer_norm", "use_skip_connections": True, "use_gate": True},
+        ),
+        "TCN-anticausal": net(
+            *("pytorch_tcn:TCN", floats(4, 8, 32), 8, [12, 12], 3),
+            **{"causal": False, "use_norm": "batch_norm", "activation": "gelu"},
+        ),
+    },
+    "s5-pytorch": {
+        "S5": net("s5:S5", floats(4, 16, 12), 12, 16),
+        "S5Block": net("s5:S5Block", floats(4, 16, 12), 12, 16, False),
+        "S5Block-two-ways": net("s5:S5Block", floats(4, 16, 12), 12, 16, True),
+    },
+    "silero-vad": {"vad": net("silero_vad:load_silero_vad", floats(1, 512), call={"sr": 16000})},
+    "snntorch": {
+        "Leaky": _spikes("Leaky", 0.9, learn_beta=True),
+        "Synaptic": _spikes("Synaptic", 0.9, 0.8),
+        "RLeaky": _spikes("RLeaky", 0.9, linear_features=20),
+        "Alpha": _spikes("Alpha", 0.9, 0.8, reset_mechanism="zero"),
+    },
+    "spikingjelly": {
+        "spiking_resnet18": _spiking("model.spiking_resnet:spiking_resnet18", num_classes=5),
+        "sew_resnet18": _spiking("model.sew_resnet:sew_resnet18", num_classes=5, cnf="ADD"),
+    },
+    "torchlibrosa": {
+        "Spectrogram": _before(
+            "torchlibrosa:Spectrogram",
+            nn.Conv2d(1, 8, 3),
+            floats(4, 1024),
+            **{"n_fft": 64, "hop_length": 32, "freeze_parameters": False},
+        ),
+        "LogmelFilterBank": _before(
+            "torchlibrosa:LogmelFilterBank",
+            nn.Conv2d(1, 8, 3),
+            floats(4, 1, 20, 33),
+            **{"sr": 8000, "n_fft": 64, "n_mels": 16, "freeze_parameters": False},
+        ),
+    },
+}
+
+
+class Wavelets(nn.Module):
+    """A wavelet transform, a convolution of each of its parts, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        found = pkgutil.resolve_name("pytorch_wavelets")
+        self.forwards, self.back = found.DWTForward(1, "db2"), found.DWTInverse("db2")
+        self.low, self.high = nn.Conv2d(3, 6, 3, padding=1), nn.Conv3d(3, 6, 3, padding=1)
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        low, (high,) = self.forwards(x)
+        return self.back((self.low(low), [self.high(high)]))

@@ -1,0 +1,193 @@
+"""What a trace has no value for: buffers that forward replaces, constants that Python reads, and
+functions of TorchScript that a module holds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gpdfx
+
+from .helpers import trains_as
+
+
+class Around(nn.Module):
+    """A module between two layers."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Linear(6, 8), inner, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.stem(x)))
+
+
+def example() -> Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+
+# --------------------------------------------------------------------------- replaced buffers
+class Average(nn.Module):
+    """An average over calls, in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * x.detach().mean(0)
+        return x - self.average
+
+
+class Spiking(nn.Module):
+    """A potential that decays from call to call, and is reset where it fires."""
+
+    def __init__(self, *start: int) -> None:
+        super().__init__()
+        self.register_buffer("potential", torch.zeros(start), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.potential.numel():
+            self.potential = torch.zeros_like(x)
+        charged = 0.8 * self.potential + x
+        fired = torch.sigmoid(4 * charged - 2)
+        self.potential = (charged * (1 - fired)).detach()
+        return fired
+
+
+class Steps(nn.Module):
+    """A count, and a state that is begun anew, both replaced twice in a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("state", torch.ones(1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            self.count = self.count + 1
+            self.state = (self.state + x.detach().amax(0, keepdim=True)).tanh()
+        return x * self.state + self.count
+
+
+@pytest.mark.parametrize("build", [Average, lambda: Spiking(4, 8), Steps])
+def test_a_buffer_that_forward_replaces_is_written_to(build: Callable[[], nn.Module]) -> None:
+    model = Around(build())
+    teacher = gpdfx.expand(model, example_inputs=(example(),), branches=None)
+    assert teacher.report().widened == 1
+    assert not teacher.report().apart
+    own = copy.deepcopy(model)
+    for k in range(3):
+        x = (1 + k) * example()
+        expected = own(x)
+        torch.testing.assert_close(teacher(x), expected)
+        torch.testing.assert_close(teacher.student(x), expected)
+    for got, expected in zip(gpdfx.collapse(teacher).buffers(), own.buffers(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("start", [(0,), (1, 8), (2, 8)])
+def test_a_buffer_that_gets_another_size_is_refused(start: tuple[int, ...]) -> None:
+    x = torch.cat([example()] * 2)[: 6 if start[0] < 2 else 2].clone()
+    inner = Spiking(*start)
+    if start[0] == 2:  # in any place, also of a size that only depends on the call
+        inner.forward = lambda x: _longer(inner, x)  # type: ignore[method-assign]
+    model = Around(inner)
+    with pytest.raises(gpdfx.InputError, match="gives the buffer potential another size") as caught:
+        gpdfx.expand(model, example_inputs=(x,), branches=None)
+    assert caught.value.module_path == "inner (Spiking)"
+    assert "call the model once" in str(caught.value.remedy)
+    if start[0] < 2:
+        with torch.no_grad():
+            model(x)
+        assert gpdfx.expand(model, example_inputs=(x,), branches=None).report().widened == 1
+
+
+def _longer(part: nn.Module, x: Tensor) -> Tensor:
+    part.potential = torch.cat([part.potential, x.detach()])
+    return x + part.potential.mean(0)
+
+
+# --------------------------------------------------------------------------- constants
+class Reads(nn.Module):
+    """Something that reads values of constants."""
+
+    def __init__(self, form: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(x)
+
+    def gated(self, x: Tensor) -> Tensor:
+        return self.gate(x, x)
+
+
+def dims(x: Tensor) -> Tensor:
+    x = x[:, None]
+    return (x - x.mean(torch.arange(1, x.ndim).tolist(), keepdim=True))[:, 0]
+
+
+def computed(x: Tensor) -> Tensor:
+    scales = torch.linspace(0, 1, 3) * 4
+    for scale in scales[1:]:
+        x = x * float(scale) if scale > 3 else x + int(scale)
+    return x
+
+
+def branches(x: Tensor) -> Tensor:
+    pair = torch.tensor([1, 2]).split(1)
+    return x.relu() if pair[1] > pair[0] else x.tanh()
+
+
+def drawn(x: Tensor) -> Tensor:
+    return x.relu() if torch.bernoulli(torch.full((1,), 0.5)).item() > 0.5 else x
+
+
+def written(x: Tensor) -> Tensor:
+    table = torch.zeros(3)
+    seen = table[1:]
+    table[1] = 2.0
+    return x.relu() if seen[0].item() > 1 else x
+
+
+@pytest.mark.parametrize("form", [dims, computed, branches])
+def test_python_reads_constants(form: Callable[[Tensor], Tensor]) -> None:
+    model = Around(Reads(form))
+    teacher = gpdfx.expand(model, example_inputs=(example(),))
+    assert teacher.report().widened == 1
+    assert not teacher.report().apart
+    trains_as(model, teacher, example())
+
+
+@pytest.mark.parametrize("form", [drawn, written])
+def test_what_is_drawn_or_written_to_is_no_constant(form: Callable[[Tensor], Tensor]) -> None:
+    model = Around(Reads(form))
+    teacher = gpdfx.expand(model, example_inputs=(example(),))
+    assert teacher.report().apart
+    for seed in range(4):
+        torch.manual_seed(seed)
+        expected = model(example())
+        torch.manual_seed(seed)
+        torch.testing.assert_close(teacher(example()), expected)
+
+
+# --------------------------------------------------------------------------- TorchScript
+def test_a_function_of_torchscript_in_an_attribute() -> None:
+    def gate(x: Tensor, y: Tensor) -> Tensor:
+        return x * torch.sigmoid(y)
+
+    model = Around(Reads(lambda x: x))
+    model.inner.gate = torch.jit.script(gate)
+    model.inner.form = partial(Reads.gated, model.inner)
+    teacher = gpdfx.expand(model, example_inputs=(example(),))
+    assert teacher.report().widened == 1
+    twin = copy.deepcopy(teacher)
+    for run in (teacher, teacher.student, twin, twin.student, gpdfx.collapse(twin)):
+        torch.testing.assert_close(run(example()), model(example()))
