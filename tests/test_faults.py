@@ -368,6 +368,11 @@ def test_what_follows_an_attempt_depends_on_its_error() -> None:
     assert [a.loose for a in seen] == [False, False, True, False]
     with pytest.raises(LossyError, match="a cache"):
         tries.send(errors[-1])
+    tries = attempts(program, [((torch.randn(2, 4),), {})], 7)
+    next(tries)
+    tries.send(UndecidedError("every output is zero"))  # says nothing: nor does what follows
+    again = tries.send(LossyError("a constant is in float32"))
+    assert (again.seed, again.precision.lifted) == (8, True)
 
 
 def test_facts_read_as_words() -> None:

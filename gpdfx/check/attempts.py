@@ -86,7 +86,7 @@ def attempts(
                 if not precision.lifted or _is_no_casts(error):
                     break
             errors.append(tried[-1] if isinstance(tried[-1], UndecidedError) else tried[0])
-        if not isinstance(error, UndecidedError):
+        if not isinstance(errors[-1], UndecidedError):
             break
     decided = [e for e in errors if not isinstance(e, UndecidedError)]
     raise (decided or errors)[0]

@@ -132,6 +132,11 @@ def _repeat_interleave(op: Op) -> Axes:
     return _with(axes, dim, product(axes[dim], times))
 
 
+def _widen_interleave(w: Writer) -> fx.Node:
+    """The size that the result will have may be said beforehand, as the student's."""
+    return w.copy(output_size=None)
+
+
 # --------------------------------------------------------------------------- joining
 def _with(axes: Axes, dim: int, *new: Axis) -> Axes:
     """The axes with another (or none) in place of one of them."""
@@ -317,7 +322,7 @@ TABLE: dict[Any, Rule] = {operator.getitem: Rule(_getitem)} | rows(
         "expand broadcast_to": Rule(_expand, widen_sized),
         "expand_as": "..., ... -> ...",
         "repeat tile": Rule(_repeat),
-        "repeat_interleave.self_int": Rule(_repeat_interleave),
+        "repeat_interleave.self_int": Rule(_repeat_interleave, _widen_interleave),
         "cat concat": Rule(_cat),
         "stack": Rule(_stack),
         "split.Tensor split.sizes split_with_sizes chunk tensor_split.sections "
