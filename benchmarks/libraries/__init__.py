@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.libraries import control, graphs, science, tables, vision
+from benchmarks.libraries import control, flows, forecasts, graphs, science, tables, vision
 from benchmarks.libraries.entry import Entry
 
 
@@ -22,10 +22,10 @@ def _version(package: str) -> str:
         return ""
 
 
-FIELDS = (control, graphs, science, tables, vision)
+FIELDS = (control, flows, forecasts, graphs, science, tables, vision)
 _ALL = {
     package: rows
-    for field in (control, graphs, science, tables, vision)
+    for field in (control, flows, forecasts, graphs, science, tables, vision)
     for package, rows in field.TABLE.items()
 }
 VERSIONS = {package: _version(package) for package in _ALL}
