@@ -15,7 +15,7 @@ import re
 import traceback
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -260,7 +260,7 @@ class _Seen(fx.Interpreter):
     """Runs a graph, and notes what the sizes in it that depend on values are."""
 
     def run_node(self, n: fx.Node) -> Any:
-        found, val = super().run_node(n), n.meta.get("val")
+        found, val = super().run_node(n), cast(Any, n.meta.get("val"))
         tensor = isinstance(val, torch.Tensor)
         pairs = zip(val.shape, found.shape, strict=True) if tensor else [(val, found)]
         for size, number in pairs:
