@@ -1,31 +1,18 @@
 """Networks of optional packages, one module of rows a field: smallest configurations, random
-weights or those that a package ships. ``requirements.txt`` here installs the packages; rows of
-those that are not installed are skipped, and said.
+weights or those that a package ships. ``requirements.txt`` and ``no_dependencies.txt`` install the
+packages; rows of those that are not installed are skipped, and said.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.libraries import (
-    attention,
-    audio,
-    control,
-    detection,
-    diffusion,
-    families,
-    graphs,
-    medical,
-    science,
-    sequences,
-    tables,
-    vision,
-    vits,
-)
 from benchmarks.libraries.entry import Entry
 
 
@@ -36,24 +23,9 @@ def _version(package: str) -> str:
         return ""
 
 
-FIELDS = (
-    attention,
-    audio,
-    control,
-    detection,
-    diffusion,
-    families,
-    graphs,
-    medical,
-    science,
-    sequences,
-    tables,
-    vision,
-    vits,
-)
 _ALL: dict[str, dict[str, Entry]] = {}
-for _field in FIELDS:
-    for _package, _rows in _field.TABLE.items():
+for _field in sorted(module.name for module in iter_modules(__path__) if module.name != "entry"):
+    for _package, _rows in import_module(f"{__name__}.{_field}").TABLE.items():
         _ALL.setdefault(_package, {}).update(_rows)
 VERSIONS = {package: _version(package) for package in _ALL}
 TABLE: dict[str, Entry] = {

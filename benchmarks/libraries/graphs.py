@@ -159,7 +159,6 @@ TABLE: Table = {
     "torch-geometric": {
         "GCN": _pyg(lambda g: g.GCN(FEATURES, 16, 3, 5, dropout=0.1), GRAPH),
         "GCN/jumping": _pyg(lambda g: g.GCN(FEATURES, 16, 3, 5, jk="cat"), GRAPH),
-        "GCN/coo": _pyg(lambda g: g.GCN(FEATURES, 16, 2, 5), NODE, _sparse(torch.sparse_coo)),
         "GCN/csr": _pyg(lambda g: g.GCN(FEATURES, 16, 2, 5), NODE, _sparse(torch.sparse_csr)),
         "GraphSAGE": _pyg(lambda g: g.GraphSAGE(FEATURES, 16, 2, 5, norm="LayerNorm"), GRAPH),
         "GraphSAGE/lstm": _convs(lambda g, a, b: g.SAGEConv(a, b, aggr="lstm")),
@@ -191,7 +190,7 @@ TABLE: Table = {
         "PMLP": _pyg(lambda g: g.PMLP(FEATURES, 16, 5, 3), GRAPH),
         "LightGCN": _pyg(lambda g: g.LightGCN(NODES, 16, 2), _edges),
         "SGFormer": _pyg(lambda g: g.SGFormer(FEATURES, 16, 5), GRAPH, BATCH),
-        "mean": _pyg(lambda g: Pooled(g, g.global_mean_pool), GRAPH, BATCH),
+        "mean": _pyg(lambda g: Pooled(g, partial(g.global_mean_pool, size=2)), GRAPH, BATCH),
         "Set2Set": _pyg(lambda g: Pooled(g, g.Set2Set(16, 2), 32), GRAPH, BATCH),
         "attention": _pyg(
             lambda g: Pooled(g, g.AttentionalAggregation(_mlp(16, 8, 1))), GRAPH, BATCH
