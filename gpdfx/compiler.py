@@ -22,6 +22,7 @@ from .check import laws
 from .check.certificate import Check
 from .check.faults.python import REMEDY, python_of
 from .check.observe import keep_rng
+from .check.visit import BUG
 from .control import ExpandOptions, make_control
 from .custom_ops import check_rules, learn_functions
 from .errors import CaptureError, GpdfxError, InputError, LossyError, check_choice
@@ -132,6 +133,12 @@ def expand(
         ("dynamic", dynamic, LEVELS),
     ):
         check_choice(name, given, known)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed!r}", remedy="pass a whole number from 0 to 2**32 - 1")
+    named = isinstance(features, Sequence) and all(isinstance(path, str) for path in features)
+    if not named or isinstance(features, str):
+        remedy = 'pass names of modules: features=["layer1", "layer2"]'
+        raise InputError(f"features is {features!r}", remedy=remedy)
     hooks = hooked_parameters(model)
     control = make_control(model, ratio, keep, round_to, branches).without(hooks)
     options = ExpandOptions(
@@ -359,7 +366,8 @@ def _told() -> Iterator[None]:
     except Exception as error:
         source = source_line("".join(traceback.format_tb(error.__traceback__)))
         if not source:  # nothing of the user's was running
-            raise
+            text = f"expand fails on this network: {type(error).__name__}: {error}"
+            raise CaptureError(text, remedy=BUG) from error
         raise InputError(
             f"the model's code fails where expand runs it: {type(error).__name__}: {error}",
             source=source,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -66,6 +68,18 @@ def check_choice(what: str, given: Any, known: Iterable[str]) -> None:
     known = tuple(known)
     if given not in known:
         raise InputError(f"{what} is {given!r}", remedy=f"pass one of {', '.join(known)}")
+
+
+def check_place(path: Any) -> Path:
+    """Where a file can be written. Raises ``InputError`` where it cannot."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"{path!r} is no path", remedy="pass the name of a file")
+    target = Path(path)
+    if target.is_dir():
+        raise InputError(f"{target} is a folder", remedy="pass the name of a file in it")
+    if not target.parent.is_dir():
+        raise InputError(f"there is no folder {target.parent}", remedy="make it first")
+    return target
 
 
 def suggest(

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .errors import check_place
+
 AsPath = str | os.PathLike[str]
 Tensors = dict[str, Tensor]
 
@@ -23,7 +25,7 @@ Tensors = dict[str, Tensor]
 def replacing(path: AsPath) -> Iterator[Path]:
     """``with replacing(path) as fresh:`` a path beside it to write to, which then takes its place:
     after a flush to the disk, in one step, and not at all after an error."""
-    target = Path(path)
+    target = check_place(path)
     fresh = target.with_name(f"{target.name}.tmp")
     try:
         yield fresh

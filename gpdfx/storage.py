@@ -15,7 +15,7 @@ from .control import ExpandOptions
 from .errors import InputError
 from .files import AsPath, Tensors
 from .teacher.captured import Section
-from .teacher.module import Teacher
+from .teacher.module import Teacher, check_teacher
 from .teacher.states import check_keys, to_dtype
 
 FORMAT = "gpdfx teacher 1"
@@ -25,6 +25,7 @@ def save(teacher: Teacher, path: AsPath) -> None:
     """Write a teacher: a safetensors file, tied tensors once, with a JSON header that holds how it
     was made, so that ``load`` needs the student's class and this file. The file appears whole or
     not at all."""
+    check_teacher("save", teacher)
     facts = teacher._facts
     first: dict[tuple[int, ...], str] = {}
     same: dict[str, str] = {}
@@ -69,6 +70,9 @@ def load(
     Raises:
         InputError: not such a file, or one of another architecture: the first difference.
     """
+    if not isinstance(student, nn.Module):
+        text = f"load takes the file and a module like the student, not {type(student).__name__}"
+        raise InputError(text, remedy="gpdfx.load(path, student)")
     header, stored = _read(path)
     _check_structure(header["student"], _structure(student))
     options = dict(header["recipe"])

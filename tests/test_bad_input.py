@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,6 +114,57 @@ def test_a_forward_that_fails_on_the_example() -> None:
     refused(small(), "fails in train mode", example_inputs=("words",))
 
 
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors(layout: Any) -> None:
+    nested = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=layout)
+    refused(small(), "nested", "to_padded_tensor", example_inputs=(nested,))
+    refused(TwoInputs(), "nested", example_kwargs={"x": torch.ones(2, 3, 4), "y": nested})
+    gpdfx.expand(small(), example_inputs=(nested.to_padded_tensor(0.0),), verify=False)
+
+
+class Graph(nn.Module):
+    """One layer of a graph network; ``edges``: an adjacency in any form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, *edges: Tensor) -> Tensor:
+        h = self.a(x)
+        if len(edges) == 1:
+            return self.c((edges[0] @ h).relu())
+        row, column, value = edges
+        out = torch.zeros_like(h)
+        return self.c(out.index_add(0, row, value[:, None] * h[column]).relu())
+
+
+@pytest.mark.parametrize("form", ["to_sparse", "to_sparse_csr"])
+def test_sparse_tensors_and_what_does_their_work(form: str) -> None:
+    torch.manual_seed(0)
+    model, x, dense = Graph(), torch.randn(5, 4), (torch.rand(5, 5) < 0.5).float()
+    sparse = getattr(dense, form)()
+    refused(model, "only dense ones widen", "index_add", example_inputs=(x, sparse))
+    row, column = dense.nonzero().T
+    for edges in ((dense,), (row, column, dense[row, column])):
+        teacher = gpdfx.expand(model, example_inputs=(x, *edges))
+        assert teacher.report().parameters[1] > 1.5 * teacher.report().parameters[0]
+        torch.testing.assert_close(teacher(x, *edges), model(x, sparse))
+
+
+def test_example_inputs_without_values() -> None:
+    refused(small(), "no values", example_inputs=(torch.ones(2, 4, device="meta"),))
+
+
+@pytest.mark.parametrize("seed", ["a", None, -1, 2**70, 1.5])
+def test_seeds(seed: Any) -> None:
+    refused(small(), "seed is", seed=seed)
+
+
+@pytest.mark.parametrize("features", ["0", 3, [3], None])
+def test_features_that_are_no_names(features: Any) -> None:
+    refused(small(), "features is", features=features)
+
+
 def test_inputs_that_cannot_be_guessed() -> None:
     refused(TwoInputs(), "x, y")
     refused(Empty(), "cannot guess")
@@ -167,9 +220,58 @@ def test_unknown_options(option: str) -> None:
     refused(small(), "nonsense", **{option: "nonsense"})
 
 
-def test_collapse_takes_a_teacher() -> None:
-    with pytest.raises(gpdfx.InputError, match="collapse takes a teacher"):
-        gpdfx.collapse(small())  # type: ignore[arg-type]
+def test_what_takes_a_teacher_says_so(tmp_path: Path) -> None:
+    model: Any = small()
+    for name, rest in (
+        ("collapse", ()),
+        ("explain", ("0.weight",)),
+        ("graph", (tmp_path / "x.svg",)),
+        ("save", (tmp_path / "x",)),
+    ):
+        with pytest.raises(gpdfx.InputError, match=f"{name} takes a teacher"):
+            getattr(gpdfx, name)(model, *rest)
+    for convert in (gpdfx.to_student, gpdfx.to_teacher):
+        with pytest.raises(gpdfx.InputError, match="takes a teacher, not Sequential"):
+            convert(model.state_dict(), model)
+
+
+def test_arguments_of_other_calls(tmp_path: Path) -> None:
+    model: Any = small()
+    teacher = gpdfx.expand(model, branches=None, verify=False)
+    gpdfx.save(teacher, tmp_path / "t")
+    wrong: list[tuple[str, Callable[[], Any]]] = [
+        ("no folder", lambda: gpdfx.save(teacher, tmp_path / "none" / "t")),
+        ("is a folder", lambda: gpdfx.save(teacher, tmp_path)),
+        ("is no path", lambda: gpdfx.save(teacher, 3)),  # type: ignore[arg-type]
+        ("no folder", lambda: gpdfx.graph(teacher, tmp_path / "none" / "t.svg")),
+        ("not NoneType", lambda: gpdfx.load(tmp_path / "t", None)),  # type: ignore[arg-type]
+        ("no parameter is called", lambda: gpdfx.explain(teacher, 3)),  # type: ignore[arg-type]
+        ("state_dict first", lambda: gpdfx.to_student(model, teacher)),
+        ("state_dict first", lambda: gpdfx.to_teacher(None, teacher)),  # type: ignore[arg-type]
+        ("other sizes", lambda: gpdfx.to_teacher(dict.fromkeys(model.state_dict(), 3), teacher)),
+        ("no parameter or buffer", lambda: teacher.widen("nope", torch.ones(1))),
+        ("no parameter or buffer", lambda: teacher.narrow("0.wieght", torch.ones(1))),
+        (r"is \(6, 4\)", lambda: teacher.widen("0.weight", torch.ones(1, 1))),
+        ("no parameter or buffer", lambda: teacher.load_student(nn.Linear(4, 3))),
+        ("static_teacher is a str", lambda: gpdfx.GPD(model, "resnet18")),  # type: ignore[arg-type]
+        ("lam is", lambda: gpdfx.GPD(model, lam="3")),  # type: ignore[arg-type]
+    ]
+    for said, call in wrong:
+        with pytest.raises(gpdfx.InputError, match=said) as caught:
+            call()
+        assert caught.value.remedy
+
+
+def test_inputs_of_another_type_than_the_example() -> None:
+    teacher = gpdfx.expand(small(), branches=None, verify=False)
+    for x, said in (
+        (torch.ones(2, 4, dtype=torch.long), "torch.int64, the example's torch.float32"),
+        (torch.ones(2, 4).double(), "torch.float64"),
+        (torch.ones(2, 4, device="meta"), "on meta"),
+    ):
+        with pytest.raises(gpdfx.InputError, match=said):
+            teacher(x)
+    teacher.double()(torch.ones(2, 4).double())
 
 
 def test_calls_that_do_not_fit_the_capture() -> None:

@@ -85,6 +85,9 @@ def example_call(
     keywords = {} if keywords is None else keywords
     if not isinstance(keywords, dict):
         raise InputError(f"example_kwargs is a {type(keywords).__name__}", remedy="pass a dict")
+    for x in tree.leaves((inputs, keywords)):
+        if isinstance(x, torch.Tensor) and (refused := _refused(x)):
+            raise InputError(f"the example inputs hold {refused[0]}", remedy=refused[1])
     try:
         Call(model, tuple(inputs), keywords)
     except (TypeError, ValueError) as error:
@@ -101,6 +104,23 @@ def example_call(
             )
     args, kwargs = tree.copied((tuple(inputs), keywords))
     return args, kwargs
+
+
+def _refused(x: torch.Tensor) -> tuple[str, str] | None:
+    """Why a teacher cannot be called with such a tensor, and what to do; None if it can."""
+    if x.is_nested:
+        remedy = (
+            "pad it (x.to_padded_tensor(0.0)) and pass a mask beside it, and let forward take both"
+        )
+        return "a nested tensor", f"{remedy}: samples of several lengths are no one size"
+    if x.layout != torch.strided:
+        return f"a tensor that is {x.layout}: only dense ones widen", (
+            "pass it dense (x.to_dense()); or let forward take its indices and values, and add up "
+            "rows by index_add: out.index_add(0, row, value[:, None] * h[column])"
+        )
+    if x.is_meta:
+        return "a tensor on the meta device, which has no values", "make them where the model is"
+    return None
 
 
 def two_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -117,9 +117,12 @@ def visit(pair: Pair, mode: str, *, differentiate: bool, calls: int = 1) -> Visi
     try:
         with teacher.saving():
             got = _run_teacher(pair, gradients, expected, turns)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # whatever torch raises when widths do not fit
         text = f"the teacher fails where the student runs: {error}"
-        raise LossyError(text, remedy=BUG) from error
+        apart = "" if teacher._code.shell is None else None
+        raise LossyError(text, remedy=BUG, apart=apart) from error
     _drop_missing(expected, got)
     parameters = dict(run.named_parameters())
     errors = errors_of(expected, got, scales_of(expected, pair.inputs, parameters))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -95,8 +96,12 @@ class GPD(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("lam", lam), ("smoothing", smoothing), ("temperature", temperature)):
-            if not value >= 0 or (name == "smoothing" and value > 1):
+            number = isinstance(value, Real) and value >= 0
+            if not number or (name == "smoothing" and value > 1):
                 raise InputError(f"{name} is {value!r}", remedy="pass a number of at least 0")
+        if not isinstance(static_teacher, nn.Module | None):
+            text = f"static_teacher is a {type(static_teacher).__name__}"
+            raise InputError(text, remedy="pass a trained network, an nn.Module")
         if (kd is not None or features is not None) and static_teacher is None:
             raise InputError("kd needs a static teacher", remedy="pass static_teacher=")
         options |= {"features": features.student_layers} if features is not None else {}

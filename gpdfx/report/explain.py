@@ -11,7 +11,7 @@ from ..algebra.solver import Reason
 from ..algebra.widths import Path, Widths, width_of
 from ..errors import InputError, suggest
 from ..passes.widen import Widened
-from ..teacher.module import Teacher
+from ..teacher.module import Teacher, check_teacher
 from .picture import data_flow
 
 if TYPE_CHECKING:  # imported where it is used: it takes a fifth of a second
@@ -101,7 +101,8 @@ def explain(teacher: Teacher, parameter: str) -> Explanation:
 
     Raises ``InputError`` with near names if there is none of that name.
     """
-    evidence = teacher.report().evidence
+    check_teacher("explain", teacher)
+    evidence, parameter = teacher.report().evidence, str(parameter)
     parameter = teacher._facts.alias.get(parameter, parameter)
     if parameter not in evidence.axes:
         raise InputError(

@@ -11,11 +11,11 @@ import torch
 from torch import fx
 
 from ..algebra.axes import leaves
-from ..errors import InputError
+from ..errors import InputError, check_place
 from ..passes.capture.modes import GIVEN
 from ..passes.program import is_tensor, origin, value
 from ..passes.widen import Widened
-from ..teacher.module import Teacher
+from ..teacher.module import Teacher, check_teacher
 
 if TYPE_CHECKING:  # imported where it is used: it takes a fifth of a second
     import networkx as nx
@@ -30,7 +30,8 @@ def graph(teacher: Teacher, out: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    out = Path(out)
+    check_teacher("graph", teacher)
+    out = check_place(out)
     if out.suffix not in (".svg", ".png", ".html"):
         raise InputError(f"cannot draw to {out.name}", remedy="use a name ending in .svg or .html")
     layers = teacher.report().evidence.layers

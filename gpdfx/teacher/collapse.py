@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InputError
 from ..passes.program import duplicate
-from .module import Teacher
+from .module import Teacher, check_teacher
 
 
 def collapse(teacher: Teacher) -> nn.Module:
@@ -18,11 +17,7 @@ def collapse(teacher: Teacher) -> nn.Module:
     Parameters are the first copies of the teacher's, bit for bit; buffers are those the student
     gathered itself. The teacher is unchanged and shares no memory with the result.
     """
-    if not isinstance(teacher, Teacher):
-        raise InputError(
-            f"collapse takes a teacher, not {type(teacher).__name__}",
-            remedy="pass what gpdfx.expand returned",
-        )
+    check_teacher("collapse", teacher)
     return filled(teacher, teacher._student)
 
 

@@ -15,7 +15,7 @@ from ..algebra.frozen import Frozen
 from ..calls import tree
 from ..calls.sizes import Sizes, input_sizes
 from ..control import ExpandOptions
-from ..errors import InputError
+from ..errors import InputError, suggest
 from ..passes.capture.modes import enter, modes_of
 from ..passes.capture.submodules import Calls, alike
 from ..passes.program import CallSite, duplicate, source_line
@@ -99,7 +99,11 @@ class Facts:
 
     def maps_of(self, name: str) -> tuple[Frozen, ...]:
         """The maps of a tensor, by any of its names."""
-        return self.maps[self.alias.get(name, name)]
+        found = self.maps.get(self.alias.get(name, name))
+        if found is None:
+            text = f"the student has no parameter or buffer {name!r}"
+            raise InputError(text, remedy=suggest(str(name), self.maps))
+        return found
 
 
 REGISTRIES = frozenset(nn.Module().__dict__)

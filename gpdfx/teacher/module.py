@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, fx, nn
 
 from ..algebra.frozen import Frozen
 from ..algebra.gather import gather
+from ..calls import tree
 from ..calls.held import importable
 from ..errors import InputError
+from ..passes.capture.export import first_line
 from ..passes.capture.modes import EVAL, TRAIN
 from ..passes.folded import Folded, merged, module_of, students
 from ..passes.program import Mode, duplicate, unused
@@ -186,11 +189,32 @@ class Teacher(nn.Module):
         if self._code.shell is None:
             if self._modes.mode is None:
                 raise self._modes.refusal()
-            return self._parts[""](self._net, folded, self._modes.mode, args, kwargs, features)
+            run = partial(self._parts[""], self._net, folded, self._modes.mode)
+            if torch.compiler.is_compiling():
+                return run(args, kwargs, features)
+            try:
+                return run(args, kwargs, features)
+            except (RuntimeError, NotImplementedError) as error:
+                if not (other := self._unlike_example(args, kwargs)):
+                    raise
+                raise InputError(
+                    f"the call fails, and {other}: {first_line(error)}",
+                    remedy="cast or move the inputs, or the teacher (teacher.to(...))",
+                ) from error
         tensors = dict(self.student_parameters(folded))
         for name, _ in self._student.named_buffers():
             tensors[name] = take_first(self._tensor(name), self._facts.maps_of(name))
         return self._code.run(self._code.shell, tensors, args, kwargs, folded)
+
+    def _unlike_example(self, args: Any, kwargs: Any) -> str:
+        """What is of another kind in a call than in the example's; nothing if all is alike."""
+        calls = ((args, kwargs), self._facts.example)
+        given, own = ([x for x in tree.leaves(c) if isinstance(x, Tensor)] for c in calls)
+        for k, (x, y) in enumerate(zip(given, own, strict=False)):
+            for what, a, b in (("is", x.dtype, y.dtype), ("is on", x.device, y.device)):
+                if a != b:
+                    return f"its tensor {k} {what} {a}, the example's {b}"
+        return ""
 
     def _run_student(
         self, folded: Folded, args: Any, kwargs: Any, own: Mapping[str, Tensor] | None = None
@@ -215,12 +239,16 @@ class Teacher(nn.Module):
         if name in self._means:
             mean: Tensor = self._means[name](wide, self._tensor)
             return mean
-        return take_first(wide, self._facts.maps[name])
+        return take_first(wide, self._facts.maps_of(name))
 
     def widen(self, name: str, own: Tensor) -> Tensor:
         """A tensor like the teacher's parameter or buffer ``name``, out of one like the student's:
         every copy takes the student's value."""
-        return gather(own, self._facts.maps_of(name))
+        maps = self._facts.maps_of(name)
+        if own.shape != (size := tuple(m.student for m in maps)):
+            text = f"the student's {name} is {size}, and this is {tuple(own.shape)}"
+            raise InputError(text, remedy="pass a tensor of the student's size")
+        return gather(own, maps)
 
     @torch.no_grad()
     def load_student(self, student: nn.Module) -> None:
@@ -241,7 +269,8 @@ class Teacher(nn.Module):
             buffers[name].copy_(buffer)
 
     def _load(self, name: str, tensor: Tensor) -> None:
-        self._tensor(name).copy_(self.widen(name, tensor))
+        wide = self.widen(name, tensor)
+        self._tensor(name).copy_(wide)
 
     def _tensor(self, name: str) -> Tensor:
         """One of the teacher's parameters or buffers."""
@@ -312,3 +341,12 @@ class Teacher(nn.Module):
                             remedy="gpdfx.save(teacher, path) and gpdfx.load need no pickle",
                         )
         return vars(self)
+
+
+def check_teacher(what: str, given: Any) -> None:
+    """Raise ``InputError`` for what is no teacher."""
+    if not isinstance(given, Teacher):
+        raise InputError(
+            f"{what} takes a teacher, not {type(given).__name__}",
+            remedy="pass what gpdfx.expand returned",
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..calls.held import cast
 from ..errors import InputError
 from .collapse import collapse
-from .module import Teacher
+from .module import Teacher, check_teacher
 
 State = Mapping[str, Any]
 
@@ -35,7 +35,7 @@ def to_student(state: State, teacher: Teacher, *, strict: bool = True) -> dict[s
     Raises:
         InputError: names the keys that do not fit, or the parameters that have no such state.
     """
-    if _of_optimizer(state):
+    if _of_optimizer(state, "to_student", teacher):
         return _optimizer(state, teacher, strict, back=True)
     prefix, own, rest = _unwrap(state)
     twin = _loaded(copy.deepcopy(teacher), own, "the teacher")
@@ -48,7 +48,7 @@ def to_teacher(state: State, teacher: Teacher, *, strict: bool = True) -> dict[s
     Every copy takes the student's value (of its moments, too); the branches keep their parameters
     and add nothing at first; shares stay. Arguments, returns and raises: as ``to_student``.
     """
-    if _of_optimizer(state):
+    if _of_optimizer(state, "to_teacher", teacher):
         return _optimizer(state, teacher, strict, back=False)
     prefix, own, rest = _unwrap(state)
     student = _loaded(collapse(teacher), own, "the student")
@@ -74,9 +74,9 @@ def check_keys(given: State, known: State, whose: str) -> None:
     missing = [k for k in known if k not in given]
     unknown = [k for k in given if k not in known]
     other = [
-        f"{k} {tuple(given[k].shape)} instead of {tuple(v.shape)}"
+        f"{k} {tuple(getattr(given[k], 'shape', ()))} instead of {tuple(v.shape)}"
         for k, v in known.items()
-        if k in given and isinstance(v, Tensor) and given[k].shape != v.shape
+        if k in given and isinstance(v, Tensor) and getattr(given[k], "shape", None) != v.shape
     ]
     for what, names in (("lacks", missing), ("has no", unknown), ("has other sizes:", other)):
         if names:
@@ -107,7 +107,11 @@ def _wrap(prefix: str, own: State, rest: dict[str, Any]) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------- optimizers
-def _of_optimizer(state: State) -> bool:
+def _of_optimizer(state: State, what: str, teacher: Teacher) -> bool:
+    check_teacher(f"{what}(state, teacher)", teacher)
+    if not isinstance(state, Mapping):
+        text = f"{what} takes a state_dict first, not {type(state).__name__}"
+        raise InputError(text, remedy=f"gpdfx.{what}(network.state_dict(), teacher)")
     return set(state) >= {"state", "param_groups"}
 
 
