@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import passes
+from .calls import progress
 from .calls.examples import example_call, two_samples
 from .check import laws
 from .check.certificate import Check
@@ -144,7 +145,8 @@ def expand(
     options = ExpandOptions(
         control, scales, shares, extract, tuple(features), randomness, dynamic, seed
     )
-    with _undisturbed(model):
+    with _undisturbed(model), progress.shown():
+        progress.at("capture")
         own = example_call(model, example_inputs, example_kwargs)
         example = two_samples(*own)
         caches = find_caches(model, example)  # first: what fails here is the user's to mend
@@ -161,6 +163,7 @@ def expand(
             if check:
                 laws.check_values(program, teacher)
                 clock.lap("verify")
+            progress.at("report")
             laps = partial(clock.lap, "report")
             return make_report(program, teacher, control, example, laps, check, scales, python.left)
 
@@ -196,6 +199,7 @@ def _checked(
         if not verify:
             return compiled.unseen(), None
         _make_room(model)
+        progress.at("verify")
         try:
             check = laws.verify(_to_check(compiled), seed=options.seed)
             return replace(compiled, sizes=check.sizes), check
@@ -223,6 +227,7 @@ def compile_program(
     clock = clock or Clock()
     functional, dynamic = False, options.dynamic
     while True:
+        progress.at("capture")
         program = capture_model(model, example, functional, dynamic, apart)
         control = options.control.without(written if program.apart else ())
         own = replace(options, control=control)

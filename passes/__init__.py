@@ -8,6 +8,7 @@ from typing import Any
 if __name__ != "gpdfx.passes":
     raise ImportError("import gpdfx.passes, not passes")
 
+from ..calls import progress
 from .assign import assign
 from .branch import branch
 from .canonicalize import canonicalize
@@ -39,6 +40,7 @@ PASSES: tuple[Pass, ...] = (
 def run(program: Any, passes: tuple[Pass, ...] = PASSES) -> Any:
     """The program that comes out of the last pass; legality is checked after each."""
     for pass_ in passes:
+        progress.at("transform", pass_.__name__)
         program = pass_(program)
         program.check()
     return program

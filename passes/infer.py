@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from ..algebra.axes import Axis, leaves
 from ..algebra.solver import Reason, Solver
+from ..calls import progress
 from ..calls.sizes import is_free
 from ..errors import AxisConflict
 from .program import (
@@ -99,6 +100,7 @@ def infer(program: Program) -> Inferred:
         static: dict[fx.Node, bool] = {}  # what depends on no input: does it on parameters?
         for node in mode.graph.nodes:
             result.solver.at = describe(node) if node.op == "call_function" else str(node.target)
+            progress.at(what=result.solver.at)
             _infer_node(program, result, node, static, mode.site.path)
         _check_writes(result, mode.graph)
     _fix_outputs(program, result)

@@ -166,12 +166,60 @@ class Region(Baking):
         return y.clone().add_(1)
 
 
+class Positions(nn.Module):
+    """Makes numbers of a named dtype at sizes that are free, and one deliberate cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.arange(x.shape[1] * 2 // 2, dtype=torch.float32) / (x.shape[1] + 1)
+        y = self.enter(x) + steps.to(x.dtype)[:, None]
+        return self.leave(y.softmax(-1, dtype=torch.float32).to(y.dtype))
+
+
+class Masked(Positions):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.enter(x)
+        later = torch.full((x.shape[1], x.shape[1]), torch.finfo(y.dtype).min, dtype=y.dtype)
+        later = later.triu(1)
+        return self.leave((y @ y.mT + later).softmax(-1) @ y)
+
+
+class Resized(Positions):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.enter(x)
+        grid = torch.zeros(x.shape[0], x.shape[1] - 1, 6, dtype=y.dtype)
+        return self.leave(torch.cat([grid + y[:, 1:], y[:, :1]], 1))
+
+
+class AsksForSizes(Positions):
+    """Goes another way where sizes are plain numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * 1 if type(x.shape[1]) is int else y
+
+
+@pytest.mark.parametrize("kind", [Positions, Masked, Resized, AsksForSizes])
+def test_dtypes_are_followed_by_a_capture_of_fixed_sizes(kind: type[Positions]) -> None:
+    model, x = kind(), torch.randn(2, 4, 5)
+    program = inline(capture(model, whole(model, (x,), {})))
+    assert {mode.level for mode in program.modes.values()} == {"sizes"}
+    twin = inline(recapture(program, kind().double(), torch.float64, False, "none"))
+    assert follow(program, twin)[1] == (kind is not AsksForSizes)
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches=None).double()
+    other = torch.randn(3, 7, 5, dtype=torch.float64)
+    torch.testing.assert_close(teacher(other), model.double()(other))
+
+
 @pytest.mark.parametrize("functional", [False, True])
 def test_passes_make_another_program(functional: bool) -> None:
     model, x = Region(), torch.randn(4, 5, 6)
     program = capture(model, whole(model, (x,), {}), functional, "batch")
     double = inline(recapture(program, Region().double(), torch.float64, functional))
-    for step in (inline, lambda p: follow(p, double), follow_device, canonicalize):
+    for step in (inline, lambda p: follow(p, double)[0], follow_device, canonicalize):
         before, twin = told(program), told(double)
         result = step(program)
         result.check()

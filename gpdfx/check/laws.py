@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from ..algebra.gather import gather
-from ..calls import tree
+from ..calls import progress, tree
 from ..calls.held import cast
 from ..errors import InputError, LossyError
 from ..passes.capture.modes import EVAL, GIVEN, TRAIN
@@ -128,6 +128,7 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
                 if attempt.cut and any(free[k][1] != m.level for k, m in program.modes.items()):
                     raise UndecidedError("it is not free in its sizes")
             for mode in modes:
+                progress.at(what=f"{weights} weights in {mode} mode")
                 seen, found, noisy = _same_function(program, pair, attempt, weights, mode)
                 findings += found
                 left_out |= dict.fromkeys(noisy)

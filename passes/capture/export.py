@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from ...calls import tree
+from ...calls import progress, tree
 from ...calls.call import Call
 from ...calls.held import HeldTensors, registered
 from ...calls.tree import Pattern
@@ -233,6 +233,8 @@ def _export_site(
     unique = [n if names.count(n) == 1 else f"{n}_{k}" for k, n in enumerate(names)]
     flat.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in unique])  # type: ignore[attr-defined]
     module.forward = flat
+    name = site.path or type(original).__name__
+    progress.at("capture", f"{name} in {site.mode} mode")
     length = recurrent.FreeLength()
     with limits.quiet(), limits.time_limit(patience), intercept.intercepted(), StandIns(), length:
         shapes = dict(zip(unique, free, strict=True)) if free else None

@@ -114,14 +114,18 @@ def alike(a: CallSite, b: CallSite) -> bool:
 
 
 def recapture(
-    program: Program, student: nn.Module, dtype: torch.dtype, functional: bool
+    program: Program,
+    student: nn.Module,
+    dtype: torch.dtype,
+    functional: bool,
+    level: str | None = None,
 ) -> Program:
-    """The same sites at the same levels, of a student in another dtype."""
+    """The same sites, of a student in another dtype, at the same levels or at one of them all."""
     result = bare(student)
     for mode in program.modes.values():
         cast = tuple(x.to(dtype) if x.is_floating_point() else x for x in mode.site.tensors)
         site = replace(mode.site, tensors=cast)
-        result = with_module(result, [site], functional, (mode.level,))
+        result = with_module(result, [site], functional, (level or mode.level,))
     return result
 
 
