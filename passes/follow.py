@@ -15,6 +15,7 @@ from ..errors import CaptureError
 from ..torch_private import BATCH_NORMS, tree_leaves
 from .capture.inline import inline
 from .capture.submodules import recapture
+from .decompose import decompose
 from .program import Program, bind, copied, duplicate, is_tensor, origin, value
 from .widen import Widened
 
@@ -27,7 +28,7 @@ def follow_dtype(program: Program) -> Program:
         return program
     double = converted(duplicate(program.student), torch.double)
     try:
-        twin = inline(recapture(program, double, torch.double, program.functional))
+        twin = decompose(inline(recapture(program, double, torch.double, program.functional)))
     except CaptureError:  # one that only runs in its own dtype keeps it
         return program
     return follow(program, twin)
