@@ -526,6 +526,13 @@ def is_composite(op: Any, autocast: bool = False) -> bool:
     return op._can_decompose() or _IMPLICIT in op.py_kernels
 
 
+def aten_names() -> list[str]:
+    """Of all of torch's own operators that have a kernel."""
+    found = (name.split("::", 1) for name in torch._C._dispatch_get_all_op_names())
+    names = {name.split(".")[0] for library, name in found if library == "aten"}
+    return sorted(name for name in names if hasattr(aten, name))
+
+
 _IMPLICIT = torch._C.DispatchKey.CompositeImplicitAutograd
 
 

@@ -12,11 +12,11 @@ from .assign import assign
 from .branch import branch
 from .canonicalize import canonicalize
 from .capture.inline import inline
-from .decompose import decompose
 from .features import add_features
 from .follow import follow_device, follow_dtype, follow_momentum
 from .infer import infer
 from .lower import lower
+from .rules.decompose import decompose
 from .widen import widen
 
 Pass = Callable[[Any], Any]

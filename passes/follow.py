@@ -15,8 +15,8 @@ from ..errors import CaptureError
 from ..torch_private import BATCH_NORMS, tree_leaves
 from .capture.inline import inline
 from .capture.submodules import recapture
-from .decompose import decompose
 from .program import Program, bind, copied, duplicate, is_tensor, origin, value
+from .rules.decompose import decompose
 from .widen import Widened
 
 aten = torch.ops.aten

@@ -46,6 +46,7 @@ _BRIDGED = {
         "_pack_padded_sequence _pad_packed_sequence pad_sequence _chunk_cat flatten_dense_tensors "
         "unflatten_dense_tensors gradient block_diag to_padded_tensor"
     ),
+    "it writes into its weight": "embedding_renorm embedding_renorm_",
     "it searches for one number": "bucketize.Scalar searchsorted.Scalar isin.Scalar_Tensor",
     "numbers between two tensors' own are counted off": (
         "linspace.Tensor_Tensor linspace.Tensor_Scalar linspace.Scalar_Tensor "

@@ -233,6 +233,12 @@ def along(op: Op, why: str = "order along this axis is its result", keep: bool =
     return alike(op, tuple(axes))
 
 
+def _diff(op: Op) -> Any:
+    if op["prepend"] is not None or op["append"] is not None:
+        op.conflict("another tensor is joined to it")
+    return along(op, keep=False)
+
+
 def _quantile(op: Op) -> Axes:
     """One for every number of ``q``, first."""
     asked = op.axes("q") if isinstance(op["q"], fx.Node) else ()
@@ -265,7 +271,7 @@ TABLE: dict[Any, Rule] = rows(
         "cumsum cumprod logcumsumexp argsort sort sort.stable cummax cummin flip roll": Rule(along),
         "quantile quantile.scalar nanquantile nanquantile.scalar": Rule(_quantile),
         "topk": Rule(partial(along, why=_POSITION, keep=False)),
-        "diff": Rule(partial(along, keep=False)),
+        "diff": Rule(_diff),
         "renorm": by(_renorm),
         "linalg_cross": by(_cross),
         "cdist": _distance("... p d, ... r d -> ... p r", "x1 x2"),

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..calls.held import has_gradient
-from ..torch_private import (
+from ...calls.held import has_gradient
+from ...torch_private import (
     composed,
     enter_autocast,
     exit_autocast,
@@ -22,8 +22,8 @@ from ..torch_private import (
     tree_flatten,
     tree_unflatten,
 )
-from .program import Program, bind, is_tensor, value
-from .rules import bridged, rule_of
+from ..program import Program, bind, is_tensor, value
+from . import bridged, rule_of
 
 aten = torch.ops.aten
 
