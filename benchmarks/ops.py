@@ -44,6 +44,7 @@ NOT_CAPTURED = {
         "copy mm.dtype bmm.dtype addmm.dtype baddbmm.dtype *hacked_twin norm.ScalarOpt_dtype "
         "quantized_batch_norm linalg_pinv.atol*"
     ),
+    "named dimensions, which export refuses": "*.names",
     "TorchScript's own": "einsum.sublist m?.a matrix_H.a numpy_T.a split.default to.prim_*",
     "it changes what a tensor is, not what it holds": (
         "resize* set* from_file to_mkldnn zero new_empty_strided empty_quantized data "
