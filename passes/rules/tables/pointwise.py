@@ -24,7 +24,8 @@ TABLE: dict[Any, Rule] = rows(
         "lift_fresh_copy lift_fresh lift type_as zeros_like ones_like full_like empty_like "
         "hardswish hardswish_ zero_ fill_.Scalar fill.Scalar _conj resolve_conj": "... -> ...",
         # pointwise, without the tag
-        "copy_ masked_fill_.Scalar masked_fill_.Tensor relu6 relu6_ leaky_relu leaky_relu_ selu hardtanh "
+        "copy_ masked_fill_.Scalar masked_fill_.Tensor relu6 relu6_ leaky_relu leaky_relu_ "
+        "selu hardtanh "
         "where.ScalarSelf where.ScalarOther where.Scalar clip true_divide.Tensor divide.Tensor "
         "multiply.Tensor subtract.Tensor square softplus log_sigmoid polar complex floor_divide "
         "floor_divide.Scalar rsub.Tensor masked_fill.Tensor fill.Tensor": POINTWISE,
