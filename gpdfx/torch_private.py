@@ -563,3 +563,52 @@ class Mapped(TorchFunctionMode):
         x, level, size, place = args
         now = maybe_get_bdim(x)
         return func(x, level, size, now).movedim(now, place)
+
+
+# --------------------------------------------------------------------------- composite operators
+def is_composite(op: Any, autocast: bool = False) -> bool:
+    """True for an operator on tensors whose one kernel calls others, which also differentiate it;
+    under ``autocast`` only if that would not cast for it as a whole."""
+    if not is_overload(op) or not torch._C._dispatch_has_kernel(op.name()):
+        return False
+    if not any("Tensor" in str(a.type) for a in op._schema.returns):
+        return False
+    cast = (f"Autocast{kind}" for kind in ("CPU", "CUDA"))
+    if autocast and any(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), k) for k in cast):
+        return False
+    return op._can_decompose() or _IMPLICIT in op.py_kernels
+
+
+def aten_names() -> list[str]:
+    """Of all of torch's own operators that have a kernel."""
+    found = (name.split("::", 1) for name in torch._C._dispatch_get_all_op_names())
+    names = {name.split(".")[0] for library, name in found if library == "aten"}
+    return sorted(name for name in names if hasattr(aten, name))
+
+
+_IMPLICIT = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+def composed(op: Any, arguments: Callable[[list[Any]], Any], values: list[Any]) -> torch.fx.Graph:
+    """The calls that a composite operator makes, as a graph of these values, which ``arguments``
+    makes ``(args, kwargs)`` of. The values are those of an export's graph; real tensors are taken
+    for fake ones."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    mode = next((x.fake_mode for x in values if is_fake(x)), None)
+
+    def given(x: Any) -> Any:  # each a tensor of its own, whose gradient counts
+        if not isinstance(x, Tensor):
+            return x
+        if mode is not None and not is_fake(x):
+            x = mode.from_tensor(x, static_shapes=True)
+        x = x.detach()
+        floats = x.is_floating_point() or x.is_complex()
+        return x.requires_grad_(floats and not op._schema.is_mutable)
+
+    def call(*values: Any) -> Any:
+        args, kwargs = arguments(list(values))
+        return op(*args, **kwargs)
+
+    trace = make_fx(call, decomposition_table={op: op.decompose}, pre_dispatch=True)
+    return trace(*map(given, values)).graph

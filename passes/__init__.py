@@ -17,12 +17,14 @@ from .features import add_features
 from .follow import follow_device, follow_dtype, follow_momentum
 from .infer import infer
 from .lower import lower
+from .rules.decompose import decompose
 from .widen import widen
 
 Pass = Callable[[Any], Any]
 
 PASSES: tuple[Pass, ...] = (
     inline,  # regions without gradients and under autocast become nodes
+    decompose,  # ops without a rule become those that they are composed of
     follow_dtype,  # a baked dtype becomes the parameters'
     follow_device,  # so does a baked device
     canonicalize,  # fewer spellings, no in-place op where a functional one will do

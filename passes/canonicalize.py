@@ -85,10 +85,10 @@ def _functionalize(graph: fx.Graph) -> None:
         for target in [arg for name, arg in mutated(node) if name == "self"]:
             others = {user for member in family[target] - {target} for user in member.users}
             private = all(member.op == "call_function" for member in family[target])
-            functional = _functional(node.target)
+            other = functional(node.target)
             unseen = private and max(others, default=node) <= node
-            if functional and unseen and not _casts(node, target):
-                node.target = functional
+            if other and unseen and not _casts(node, target):
+                node.target = other
                 target.replace_all_uses_with(node, node.__lt__)
         family[node] = {node}.union(*(family[source] for source in _aliased(node)))
         for member in family[node]:
@@ -128,7 +128,7 @@ def _tensors(arguments: Iterable[Any]) -> list[fx.Node]:
     return [x for x in flat if is_tensor(x)]
 
 
-def _functional(target: Any) -> Any:
+def functional(target: Any) -> Any:
     """``aten.relu_.default`` -> ``aten.relu.default``, or None. Overloads need not have one name:
     ``pow_.Scalar`` is ``pow.Tensor_Scalar``."""
     name = target.overloadpacket.__name__

@@ -16,6 +16,7 @@ from ..torch_private import BATCH_NORMS, tree_leaves
 from .capture.inline import inline
 from .capture.submodules import recapture
 from .program import Program, bind, copied, duplicate, is_tensor, origin, shape, value
+from .rules.decompose import decompose
 from .widen import Widened
 
 aten = torch.ops.aten
@@ -29,7 +30,8 @@ def follow_dtype(program: Program) -> Program:
     double, found = converted(duplicate(program.student), torch.double), program
     for level in ("none", None):
         try:
-            twin = inline(recapture(program, double, torch.double, program.functional, level))
+            again = recapture(program, double, torch.double, program.functional, level)
+            twin = decompose(inline(again))
         except CaptureError:  # one that only runs in its own dtype keeps it
             return found
         found, all_of_it = follow(program, twin)

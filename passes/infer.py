@@ -31,7 +31,7 @@ from .program import (
     size_hint,
     value,
 )
-from .rules import rule_of
+from .rules import bridged, rule_of
 from .rules.op import Axes, Op, outputs, parts
 
 FROM_PYTHON, TO_PYTHON = "comes from Python", "goes to Python"
@@ -178,7 +178,8 @@ def _is_number(node: fx.Node) -> bool:
 def _infer_op(result: Inference, op: Op) -> Any:
     rule, point = op.rule, result.solver.checkpoint()
     if rule is None:
-        text = getattr(op.node.target, "why", "no rule for this op")
+        text = getattr(op.node.target, "why", bridged.reason(op.node.target))
+        text = text or "no rule for this op"
         return bridge(result, op, BridgeReason("no rule", text))
     why, kind = "", "conflict"
     for renewed in _attempts(result, op):

@@ -19,6 +19,7 @@ from torch import fx
 
 from ..algebra.axes import Axis
 from ..algebra.frozen import Frozen, freeze
+from ..errors import AxisConflict
 from .assign import Assigned
 from .folded import Branched, Lowered
 from .infer import BridgeReason, Inference
@@ -163,8 +164,10 @@ class GraphWriter:
             except DynamicAxis:
                 raise
             except Exception as error:  # a form the rule was not written for: bridged, reported
-                text = f"its rule failed ({type(error).__name__}: {error})"
-                bridges[node] = BridgeReason("rule failed", text)
+                failed = f"its rule failed ({type(error).__name__}: {error})"
+                conflict = isinstance(error, AxisConflict)
+                kind = ("conflict", str(error)) if conflict else ("rule failed", failed)
+                bridges[node] = BridgeReason(*kind)
         inputs = self.inference.inputs(node)
         everywhere = [(x, d) for x in inputs for d in range(len(self.inference.axes[x]))]
         return self._write(op, Writer.copy, {}, everywhere, None, bridges[node])

@@ -6,6 +6,7 @@ say (shapes that have to fit each other) stands in ``EXAMPLES``.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ X = r(4, 6, 5)
 # --------------------------------------------------------------------------- by schema
 # What an argument may be, by its name: each value is tried, its default too if it has one.
 BY_NAME: dict[str, list[Any]] = {
+    **{"periodic": [False], "alpha": [0.6], "beta": [0.3], "boundaries": [r(6).sort()[0]]},
     **{"dim": [0, 1, -1], "keepdim": [True], "unbiased": [False], "correction": [0, 2], "k": [2]},
     **{"repeats": [3], "p": [0.3], "train": [True], "training": [True], "value": [0.5]},
     **{"mask": [X > 0], "condition": [X > 0], "fill_value": [0.5], "shifts": [[1, 2]]},
@@ -107,8 +109,11 @@ def _lstm(gates: int, cell: bool) -> list[Any]:
     return [(x, [h, h + 1] if gates == 4 else h, *rest) for x, h, *rest in (first, second)]
 
 
+SQUARE = r(3, 5, 5)
+DEFINITE = SQUARE @ SQUARE.mT + 3 * torch.eye(5)
 PADS = [(X, [0, 1]), (X, [0, 0, 1, 2])]
 INDEX = n(2, 0, 2)
+CORNERS = n([0, 2], [8, 10]).expand(2, 3, 2, 2)
 ELEMENTS = [(X, d, torch.zeros(2, 6, 5, dtype=torch.long).movedim(0, d)) for d in (0,)]
 
 # Positional arguments, and perhaps a dictionary of others, by names of ops (with wildcards). A
@@ -146,6 +151,30 @@ EXAMPLES: dict[str, Any] = {
         (r(2, 4, 3, 6), r(2, 4, 5, 6), r(2, 4, 5, 7), r(3, 5), 0.4, {"scale": 0.3}),
         (r(2, 4, 5, 6), r(2, 2, 5, 6), r(2, 2, 5, 7), {"enable_gqa": True, "is_causal": True}),
     ],
+    "convolution.*": [
+        (r(2, 6, 5), r(8, 3, 3), r(8), [2], [1], [1], False, [0], 2),
+        (r(2, 6, 5), r(6, 4, 3), None, [1], [0], [1], True, [0], 2),
+    ],
+    "conv_tbc.*": [(r(5, 2, 6), r(3, 6, 4), r(4), 1)],
+    "addbmm.*": [(r(4, 5), r(3, 4, 6), r(3, 6, 5), {"alpha": 2})],
+    "addr.*": [(r(4, 5), r(4), r(5) + 1), (r(5), r(4), r(5) + 1)],
+    # matrices
+    "linalg_cholesky*": [(DEFINITE,)],
+    "linalg_inv* inverse.* *det.* matrix_exp.* linalg_matrix_exp.* logdet.*": [(DEFINITE,)],
+    "tril.* triu.*": [(X,), (X, -1)],
+    "trace.*": [(r(5, 5),), (r(4, 6),)],
+    "*matrix_power.*": [(SQUARE, 3)],
+    "linalg_solve.*": [
+        (DEFINITE, r(3, 5, 4)),
+        (DEFINITE, r(3, 5)),
+        (DEFINITE[0], r(5)),
+        (DEFINITE, r(3, 4, 5), {"left": False}),
+    ],
+    "linalg_solve_triangular.*": [
+        (DEFINITE, r(3, 5, 4), {"upper": True}),
+        (DEFINITE, r(3, 4, 5), {"upper": False, "left": False}),
+    ],
+    "cholesky_solve.*": [(r(3, 5, 4), DEFINITE)],
     # recurrent
     "lstm.*": _lstm(4, False),
     "gru.*": _lstm(3, False),
@@ -188,7 +217,30 @@ EXAMPLES: dict[str, Any] = {
     "to.other": [(X, r(2))],
     "type_as.*": [(X, r(2))],
     "copy_.*": [(X, r(6, 1))],
+    "masked_fill.Tensor": [(X, X > 0, torch.tensor(0.5))],
+    "fill.Tensor": [(X, torch.tensor(0.5))],
+    "floor_divide.Scalar": [(X, 0.3)],
+    # distances and losses
+    "cosine_similarity.*": [(X, X + r(6, 1)), (X, r(6, 5), -1), (X, r(4, 1, 5), 1)],
+    "cdist.*": [(X, r(3, 5)), (X, r(4, 3, 5), 1.0), (r(30, 5), r(3, 5), math.inf)],
+    "pdist.*": [(r(4, 5),), (r(4, 5), 1.0)],
+    "dist.*": [(X, X + r(6, 1)), (X, -X, 3.0), (X, -X, 0)],
+    "mse_loss.* huber_loss.* smooth_l1_loss.* soft_margin_loss.*": [(X, -X, k) for k in (0, 1, 2)],
+    "binary_cross_entropy.*": [(X.sigmoid(), (-X).sigmoid(), r(5).abs(), k) for k in (0, 1, 2)],
+    "binary_cross_entropy_with_logits.*": [
+        (X, (-X).sigmoid(), r(6, 1).abs(), r(5).abs(), k) for k in (0, 1, 2)
+    ],
     # positions
+    "*quantile.scalar": [(X, 0.3, 1), (X, 0.7), (X, 0.3, 0, True)],
+    "*quantile.default": [(X, n(0.3, 0.7), 1), (X, n(0.7)[0], 0, True)],
+    "renorm.*": [(X, 2, 1, 0.5), (X, 1.5, 0, 1)],
+    "linalg_cross.*": [(r(4, 3), r(4, 3) + r(3)), (r(3, 1, 4), r(3, 6, 4), {"dim": 0})],
+    "bucketize.*": [(X, r(6).sort()[0])],
+    "searchsorted.*": [(r(6).sort()[0], X), (X.sort()[0], r(4, 6, 3))],
+    "isin.Tensor_Tensor": [(X.round(), X[0].round())],
+    "isin.Tensor_Scalar": [(X.round(), 1)],
+    "take.*": [(X, n([1, 7], [119, 0]))],
+    "all.dims any.dims": [(X > 0, d, k) for d, k in (([0, 1], False), ([2], True))],
     "norm.*dtype": [(X, 2.0, [1], True, {"dtype": torch.float64})],
     "any.dim all.dim": [(X > 0, d, k) for d, k in ((0, False), (1, True), (2, False))],
     "any.* all.*": [(X > 0,)],
@@ -218,8 +270,8 @@ EXAMPLES: dict[str, Any] = {
     "repeat_interleave.*": [(X, 3, 1)],
     "cat.* concat.*": [([X, r(4, 3, 5)], 1), ([r(0), r(4), r(3)],)],
     "stack.*": [([X, X + 1], 1), ([X, X + 1, X], -1)],
-    "split.Tensor": [(X, 2, 1), (X, 4, 1)],
-    "split_with_sizes.* split.sizes": [(X, [1, 2, 3], 1)],
+    "split.Tensor unsafe_split.Tensor": [(X, 2, 1), (X, 4, 1)],
+    "*split_with_sizes.* split.sizes": [(X, [1, 2, 3], 1)],
     "chunk.* tensor_split.sections": [(X, 3, 1), (X, 2, -1)],
     "tensor_split.indices": [(X, [1, 4], 1)],
     "slice.*": [(X, 1, *some) for some in ((2, 5), (-4,), (0, 6), (None, None, 2), (6,))],
@@ -236,8 +288,15 @@ EXAMPLES: dict[str, Any] = {
     "view_as_complex.*": [(r(4, 6, 2),)],
     "view_as_real.*": [(torch.complex(X, X + 1),)],
     "roll.*": [(X, [1]), (X, [1, 2], [1, 2])],
+    "diagonal.*": [(X, 0, 1, 2), (X, 1, 0, 2), (r(4, 5, 5), 0, 2, 1)],
+    "diag_embed.*": [(X,), (X, 0, 0, 2), (X, 1)],
     "rot90.*": [(X, 1, [1, 2])],
     # spatial
+    "max_unpool2d.*": [(r(2, 3, 2, 2), CORNERS, [4, 4])],
+    "max_unpool3d.*": [
+        (r(2, 3, 2, 2, 2), CORNERS[..., None] + n(0, 1), [4, 4, 2], [2, 2, 1], [0] * 3)
+    ],
+    "fft_*freq.*": [(5,)],
     "*pad?d.*": lambda d: [(_images(d, 2, 3), [1, 2] * d)],
     "pad.* constant_pad_nd.*": PADS,
     "adaptive*pool?d.* _adaptive*pool?d.*": lambda d: [(_images(d, 2, 3), [2] * d)],
@@ -249,7 +308,14 @@ EXAMPLES: dict[str, Any] = {
     "*upsample*.vec": lambda d: [(_images(d, 2, 3), None, True, [2.0] * d)],
     "*upsample_nearest*.default": lambda d: [(_images(d, 2, 3), [4] * d)],
     "*upsample*.default": lambda d: [(_images(d, 2, 3), [4] * d, False)],
-    "grid_sampler*": [(r(2, 3, 5, 6), r(2, 4, 3, 2) / 2, 0, 0, False)],
+    "grid_sampler.* grid_sampler_2d.*": [(r(2, 3, 5, 6), r(2, 4, 3, 2) / 2, 0, 0, False)],
+    "affine_grid_generator.*": [
+        (r(2, 2, 3), [2, 4, 5, 6], False),
+        (r(2, 3, 4), [2, 1, 4, 5, 6], True),
+    ],
+    "grid_sampler_3d.*": [(r(2, 3, 4, 5, 6), r(2, 4, 3, 2, 3) / 2, 0, 0, False)],
+    "stft.*": [(r(3, 12), 4, 2, None, r(4), {"return_complex": k}) for k in (False, True)],
+    "istft.*": [(torch.complex(r(2, 3, 7), r(2, 3, 7)), 4)],
     "fft_fftshift.* fft_ifftshift.*": [(X,), (X, [1])],
     "fft_ir*2.* fft_r*2.* fft_*2.*": [(X,), (X, None, [0, 1])],
     "fft_*n.*": [(X,), (X, None, [1])],
@@ -279,6 +345,8 @@ EXAMPLES: dict[str, Any] = {
     "index_fill.*": [(X, 1, INDEX, 0.5)],
     "index_put.*": [(X, [None, INDEX], r(4, 3, 5), True), (X, [INDEX, n(1, 0, 2)], r(5))],
     # random
+    "empty_permuted.*": [([2, 3], [1, 0])],
+    "empty_strided.*": [([2, 3], [1, 2])],
     "bernoulli.default": [(r(4, 6, 5).sigmoid(),)],
 }
 
@@ -313,7 +381,7 @@ EXAMPLES |= {
         (X, _RANGES[0], _RANGES[1].float(), 1, -8, 7, 0.3)
     ],
 }
-WITHOUT_VALUES = "zero_.* zeros_like.* empty_like.* zeros.* new_zeros.* empty.* new_empty.*"
+WITHOUT_VALUES = "zero_.* zeros_like.* empty_like.* zeros.* new_zeros.* empty*.* new_empty.*"
 
 
 def matches(op: Any, names: str) -> bool:

@@ -578,3 +578,28 @@ def test_a_tensor_without_data_may_have_a_known_value() -> None:
     export = torch.export.export(Viewed(), (torch.ones(6),), strict=False)
     (y,) = export.graph.output_node().args[0]  # type: ignore[misc, union-attr]
     assert y.meta["val"].shape == (3, 2)  # type: ignore[union-attr]
+
+
+def test_a_composite_is_the_calls_that_it_makes() -> None:
+    aten = torch.ops.aten
+    assert torch_private.is_composite(aten.tensordot.default)
+    for op in (aten.mm.default, aten.sym_size.int, torch.add):
+        assert not torch_private.is_composite(op)
+    assert torch_private.is_composite(aten.cosine_embedding_loss.default)
+    assert not torch_private.is_composite(aten.cosine_embedding_loss.default, autocast=True)
+    assert {"tensordot", "mm"} <= set(torch_private.aten_names())
+
+    class Product(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return torch.tensordot(x, y, ([1], [1]))
+
+    export = torch.export.export(Product(), (torch.randn(3, 4), torch.randn(5, 4)))
+    (node,) = export.graph.find_nodes(op="call_function", target=aten.tensordot.default)
+    values = [node.args[0].meta["val"], torch.randn(5, 4)]
+    arguments = lambda given: ((*given, *node.args[2:]), {})  # noqa: E731
+    made = torch_private.composed(node.target, arguments, values)
+    calls = [n.target for n in made.nodes if n.op == "call_function"]
+    assert aten.mm.default in calls
+    assert node.target not in calls
+    x, y = torch.randn(3, 4), torch.randn(5, 4)
+    torch.testing.assert_close(torch.fx.GraphModule({}, made)(x, y), x @ y.T)

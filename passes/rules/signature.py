@@ -34,6 +34,7 @@ from torch import fx
 
 from ...algebra.axes import Axis, Leaf, product
 from ...algebra.frozen import share_table
+from ...calls.held import has_gradient
 from ...calls.sizes import is_free
 from ...errors import AxisConflict
 from ...kernels import copies
@@ -306,6 +307,7 @@ def shared(w: Writer) -> dict[str, fx.Node]:
     for name in signature.contracted:
         if name in w.op.env and w.wide(w.op.env[name]):
             holders = [k for k, (_, places) in given.items() if any(name in d for d, _ in places)]
+            holders = [k for k in holders if has_gradient(value(given[k][0]))] or holders
             weights = [k for k in holders if w.op.is_static(given[k][0])]
             k = (weights or holders)[-1]
             x, places = given[k]

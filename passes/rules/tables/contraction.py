@@ -18,7 +18,7 @@ from ..writer import Rule, Writer, student_sizes
 
 
 # --------------------------------------------------------------------------- convolutions
-def _conv(pattern: str) -> Rule:
+def _conv(plain: str, transposed: str = "") -> Rule:
     """``{s}`` and ``{t}`` in the pattern: the dimensions of image and result along which a kernel
     slides. A kernel of one element that goes nowhere is a linear layer: any axis may stand there.
     As a pattern has one star, these are dimensions before and behind all that slide."""
@@ -28,6 +28,7 @@ def _conv(pattern: str) -> Rule:
         slides = [d for d, size in enumerate(kernel) if size > 1 or _moves(op, d)]
         names = [f"n{d}" for d in range(len(kernel))]
         before, behind = (names[: slides[0]], names[slides[-1] + 1 :]) if slides else (names, [])
+        pattern = transposed if op["transposed"] else plain
         stars = {x: " ".join([*before, *([f"*{x}"] if slides else []), *behind]) for x in "st"}
         return parse(pattern.format(**stars))
 
@@ -76,6 +77,20 @@ def _added(operands: str, result: str, names: str) -> Rule:
     axes = result.split()
     forms = [f"{operands}, {' '.join(axes[k:])} -> {result}" for k in range(len(axes) + 1)]
     return sig(" | ".join(forms), f"{names} self")
+
+
+# --------------------------------------------------------------------------- matrices
+def _solve(op: Op) -> Signature:
+    """``A x = b`` with one right side or several, or ``X A = B``. A square matrix may have rows and
+    columns that widen apart; the op sees both at the student's width."""
+    matrix, right = (shape(op[name]) for name in ("A", "B"))
+    if not op["left"]:
+        return parse("... j! i!, ... k i! -> ... k j")
+    one = right == matrix[:-1] or len(right) == 1
+    return parse("... i! j!, ... i! -> ... j" if one else _SEVERAL)
+
+
+_SEVERAL = "... i! j!, ... i! k -> ... j k"
 
 
 # --------------------------------------------------------------------------- attention
@@ -150,6 +165,8 @@ def _widen_attention_dropout(w: Writer, axes: Axes, changes: dict[str, Any]) -> 
 
 
 # --------------------------------------------------------------------------- the table
+_CONV = "b (g i) {s}, (g o) i *k, (g o)? -> b (g o) {t}"
+_TRANSPOSED = "b (g i) {s}, (g i) o *k, (g o)? -> b (g o) {t}"
 _EXPERTS = sig("s! i, *e i o, *e? -> s o")  # rows by expert; offs says where each expert's end
 NAMED = {"transformers::grouped_mm_fallback": _EXPERTS}
 """Ops of libraries that may be absent, by name."""
@@ -157,12 +174,10 @@ NAMED = {"transformers::grouped_mm_fallback": _EXPERTS}
 TABLE: dict[Any, Rule] = rows(
     {
         "linear": "... i, o i, o? -> ... o",
-        "conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding": _conv(
-            "b (g i) {s}, (g o) i *k, (g o)? -> b (g o) {t}"
-        ),
-        "conv_transpose1d conv_transpose2d.input conv_transpose3d.input": _conv(
-            "b (g i) {s}, (g i) o *k, (g o)? -> b (g o) {t}"
-        ),
+        "conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding": _conv(_CONV),
+        "convolution": _conv(_CONV, _TRANSPOSED),
+        "conv_tbc": "*t b i, *k i o, o -> *u b o",
+        "conv_transpose1d conv_transpose2d.input conv_transpose3d.input": _conv(_TRANSPOSED),
         "mm": "m k, k n -> m n",
         "bmm": "b^ m k, b k n -> b m n",
         "mv": "m k, k -> m",
@@ -173,9 +188,25 @@ TABLE: dict[Any, Rule] = rows(
         "addmm": _added("m k, k n", "m n", "mat1 mat2"),
         "addmv": _added("m k, k", "m", "mat vec"),
         "baddbmm": _added("b m k, b k n", "b m n", "batch1 batch2"),
+        "addbmm": _added("b m k, b k n", "m n", "batch1 batch2"),
+        "addr": _added("m, n", "m n", "vec1 vec2"),
         "einsum": Rule(_einsum, _widen_einsum),
         "bilinear": "... i, ... j, o i j, o? -> ... o",
         "scaled_dot_product_attention": Rule(_attention, _widen_attention),
         "_grouped_mm": _EXPERTS,
+        "linalg_inv inverse": "... i! j! -> ... j i",
+        "linalg_inv_ex": "... i! j! -> ... j i, ...",
+        "linalg_cholesky matrix_exp linalg_matrix_exp matrix_power linalg_matrix_power tril triu": (
+            "... i! j! -> ... i j"
+        ),
+        "linalg_cholesky_ex": "... i! j! -> ... i j, ...",
+        "linalg_det det logdet": "... i! j! -> ...",
+        "linalg_slogdet slogdet": "... i! j! -> ..., ...",
+        "trace": "i! j! ->",
+        "linalg_solve": by(_solve, "A B"),
+        "linalg_solve_triangular": by(
+            lambda op: parse(_SEVERAL if op["left"] else "... j! i!, ... k i! -> ... k j"), "self B"
+        ),
+        "cholesky_solve": sig(_SEVERAL, "input2 self"),
     }
 )

@@ -27,6 +27,10 @@ TABLE: dict[Any, Rule] = rows(
             _made, widen_sized
         ),
         "arange arange.start arange.start_step linspace eye eye.m scalar_tensor tril_indices "
-        "triu_indices hann_window": Rule(_counted),
+        "triu_indices range range.step logspace hann_window hann_window.periodic bartlett_window "
+        "bartlett_window.periodic blackman_window blackman_window.periodic hamming_window "
+        "hamming_window.periodic hamming_window.periodic_alpha "
+        "hamming_window.periodic_alpha_beta kaiser_window kaiser_window.periodic "
+        "kaiser_window.beta fft_fftfreq fft_rfftfreq empty_permuted empty_strided": Rule(_counted),
     }
 )

@@ -12,7 +12,7 @@ from torch import fx
 from ....algebra.axes import ONE
 from ...program import is_tensor, shape, value
 from ..op import Axes, Op, agree, broadcast, dim_of, outputs
-from ..signature import rows
+from ..signature import rows, sig
 from ..writer import Rule
 
 
@@ -129,5 +129,12 @@ TABLE: dict[Any, Rule] = rows(
             _index_slices
         ),
         "index_put": Rule(_index_put),
+        "take": "*s, ... -> ...",
+        "bucketize.Tensor": "..., v! -> ...",
+        "searchsorted.Tensor": sig(
+            "v!, ..., v!? -> ... | ... v!, ... q, ... v!? -> ... q", "sorted_sequence self sorter"
+        ),
+        "isin.Tensor_Tensor": "..., *t -> ...",
+        "isin.Tensor_Scalar": "... -> ...",
     }
 )

@@ -283,6 +283,31 @@ def _select_scatter(op: Op) -> Axes:
     return agree(op, (*source[:dim], ONE, *source[dim:]), dim)
 
 
+# --------------------------------------------------------------------------- diagonals
+def _diagonal(op: Op) -> Axes:
+    """Where both dimensions are one axis so is the diagonal: row and column of a copy are copies
+    of one index."""
+    axes, pair = op.axes("self"), [dim_of(op, op[d]) for d in ("dim1", "dim2")]
+    rest = tuple(a for d, a in enumerate(axes) if d not in pair)
+    a, b = (axes[d] for d in pair)
+    if op["offset"] == 0 and a.size == b.size:
+        return (*rest, op.unify(a, b))
+    for d in pair:
+        op.take(op["self"], d, "positions beside the diagonal are taken")
+    return (*rest, op.fixed(value(op.node).shape[-1]))
+
+
+def _diag_embed(op: Op) -> Axes:
+    axes, rank = op.axes("self"), len(op.axes("self")) + 1
+    places = {int(op[d]) % rank for d in ("dim1", "dim2")}
+    op.take(op["self"], rank - 2, "what is not on the diagonal is zero")
+    rest, raw = iter(axes[:-1]), value(op.node).shape
+    if op["offset"]:
+        return tuple(op.fixed(raw[d]) if d in places else next(rest) for d in range(rank))
+    op.spread |= places if op.narrowed else set()
+    return tuple(axes[-1] if d in places else next(rest) for d in range(rank))
+
+
 # --------------------------------------------------------------------------- the others
 def _as_complex(op: Op) -> Axes:
     """The last dimension is the real and the imaginary part."""
@@ -325,8 +350,10 @@ TABLE: dict[Any, Rule] = {operator.getitem: Rule(_getitem)} | rows(
         "repeat_interleave.self_int": Rule(_repeat_interleave, _widen_interleave),
         "cat concat": Rule(_cat),
         "stack": Rule(_stack),
-        "split.Tensor split.sizes split_with_sizes chunk tensor_split.sections "
-        "tensor_split.indices": Rule(_split_sizes, _widen_split),
+        "split.Tensor split.sizes split_with_sizes chunk unsafe_split.Tensor "
+        "unsafe_split_with_sizes tensor_split.sections tensor_split.indices": Rule(
+            _split_sizes, _widen_split
+        ),
         "slice.Tensor": Rule(_slice, _widen_slice),
         "slice_scatter": Rule(_slice_scatter, partial(_widen_slice, out="src")),
         "select.int": Rule(_select),
@@ -334,6 +361,8 @@ TABLE: dict[Any, Rule] = {operator.getitem: Rule(_getitem)} | rows(
         "unbind.int": Rule(_unbind),
         "as_strided": Rule(_as_strided, _widen_as_strided),
         "unfold": Rule(_window),
+        "diagonal": Rule(_diagonal),
+        "diag_embed": Rule(_diag_embed),
         "view_as_real": "... -> ... two#stacked",
         "view_as_complex": Rule(_as_complex),
         "pixel_shuffle": sig(

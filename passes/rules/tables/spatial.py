@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ...program import value
 from ..op import Axes, Op, dims_of
-from ..signature import rows
+from ..signature import Signature, by, parse, rows, sig
 from ..writer import Rule
 
 
@@ -31,6 +32,11 @@ def _fft(op: Op) -> Axes:
     return _mixed(op, dims_of(op, op.args.get("dim", -1)), "frequencies mix positions")
 
 
+def _stft(op: Op) -> Signature:
+    pair = "" if value(op.node).is_complex() else " pair#stacked"
+    return parse(f"... *t, *w? -> ... *f *n{pair}")
+
+
 _SLIDING = {1: "... *w -> ... *x", 2: "... *h *w -> ... *y *x", 3: "... *d *h *w -> ... *z *y *x"}
 
 TABLE: dict[Any, Rule] = rows(
@@ -40,10 +46,16 @@ TABLE: dict[Any, Rule] = rows(
         "_upsample_bilinear2d_aa _upsample_bilinear2d_aa.vec": _SLIDING[2],
         "upsample_linear1d upsample_linear1d.vec": _SLIDING[1],
         "_adaptive_avg_pool3d upsample_trilinear3d upsample_trilinear3d.vec": _SLIDING[3],
-        "grid_sampler grid_sampler_2d": "n c *s, n *g -> n c *t",
+        "grid_sampler grid_sampler_2d grid_sampler_3d": "n c *s, n *g -> n c *t",
         "pad constant_pad_nd": Rule(_pad),
         "fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn "
-        "fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift": Rule(_fft),
+        "fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift fft_hfft fft_ihfft fft_hfft2 "
+        "fft_ihfft2 fft_hfftn fft_ihfftn": Rule(_fft),
+        "stft stft.center": by(_stft, "self window"),
+        "istft": sig("... *f *n, *w? -> ... *t", "self window"),
+        "affine_grid_generator": "n! a! b! -> n *s two",
+        "max_unpool2d": "... *h *w, ... *h *w -> ... *y *x",
+        "max_unpool3d": "... *d *h *w, ... *d *h *w -> ... *z *y *x",
     }
 )
 for _n, _text in _SLIDING.items():
