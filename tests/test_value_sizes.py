@@ -3,8 +3,6 @@ every call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -124,20 +122,3 @@ def test_sizes_that_depend_on_values_are_captured(kind: type[nn.Module]) -> None
         assert list(found[1:]) == list(want[1:])
     plain = gpdfx.collapse(teacher)
     assert all(map(torch.equal, plain.state_dict().values(), model.state_dict().values()))
-
-
-class Adjacent(Base):
-    def forward(self, x: Tensor, links: Tensor) -> Tensor:
-        y: Tensor = self.last((links @ self.first(x)).relu())
-        return y
-
-
-@pytest.mark.parametrize("sparse", [Tensor.to_sparse_coo, Tensor.to_sparse_csr])
-def test_sparse_examples_are_refused_and_dense_ones_do(sparse: Callable[[Tensor], Tensor]) -> None:
-    torch.manual_seed(0)
-    model, x, links = Adjacent(), torch.randn(7, 6), (torch.rand(7, 7) > 0.5).float()
-    with pytest.raises(gpdfx.GpdfxError, match="only dense tensors") as error:
-        gpdfx.expand(model, 2, example_inputs=(x, sparse(links)), branches=None)
-    assert "to_dense" in str(error.value)
-    teacher = gpdfx.expand(model, 2, example_inputs=(x, links), branches=None, dynamic="none")
-    torch.testing.assert_close(teacher.eval()(x, links), model.eval()(x, links))

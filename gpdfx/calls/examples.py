@@ -96,12 +96,6 @@ def example_call(
             remedy="pass what you would pass to the model: positional inputs as example_inputs, "
             "keyword inputs as example_kwargs",
         ) from error
-    for x in tree.leaves((tuple(inputs), keywords)):
-        if isinstance(x, torch.Tensor) and x.layout != torch.strided:
-            raise InputError(
-                f"an example input is {x.layout}: only dense tensors are copied and compared",
-                remedy="pass it dense (x.to_dense()), or its indices and values",
-            )
     args, kwargs = tree.copied((tuple(inputs), keywords))
     return args, kwargs
 
