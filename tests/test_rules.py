@@ -98,6 +98,8 @@ FREE: dict[str, Step] = {
     "fft of one dimension": lambda x: torch.fft.fft(x, dim=2).abs(),
     "complex": lambda x: torch.view_as_real(torch.fft.fft(x.mean(3))).flatten(2),
     "roll and flip of space": lambda x: x.roll((1, 2), (2, 3)).flip(2),
+    "cdist": lambda x: torch.cdist(x.flatten(2), x.flatten(2)),
+    "bucketize": lambda x: x * torch.bucketize(x, torch.tensor([-0.5, 0.5], dtype=x.dtype)),
     "rot90": lambda x: torch.rot90(x, 1, (2, 3)),
     "attention over channels": lambda x: F.scaled_dot_product_attention(*[x.flatten(2)] * 3),
     "rotary": lambda x: _rotary(x.flatten(2).transpose(1, 2).unflatten(2, (2, 4))).flatten(2),
@@ -155,8 +157,6 @@ NARROWED: dict[str, Step] = {
     "gather": lambda x: x.gather(1, x.new_zeros(x.shape[0], 3, 6, 6, dtype=torch.long)),
     "pad": lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)),
     "channel window": lambda x: F.avg_pool1d(x.mean((2, 3))[:, None], 3, 1, 1),
-    "cdist": lambda x: torch.cdist(x.flatten(2), x.flatten(2)),
-    "bucketize": lambda x: x * torch.bucketize(x, torch.tensor([-0.5, 0.5], dtype=x.dtype)),
     "histogram-like": lambda x: x.median(1, keepdim=True)[0] + x,
 }
 W: dict[str, Tensor] = {}
