@@ -4,15 +4,18 @@
     python -m benchmarks.expand_time --only torchvision:resnet18   # one of them
     python -m benchmarks.expand_time summary
 
-``export`` of both modes, for the example's sizes alone, is what no capture can do without. Pairs
-are interleaved, after a warm-up of both. Peaks are what a process's memory grows by, at most, with
-the check and without. A rerun does what is missing in the CSV.
+``export`` of both modes, for the example's sizes alone, is what no capture can do without;
+``export_free``, of one mode for all sizes, is half of what it does if nothing stands in its way.
+Pairs are interleaved, after a warm-up of both. Peaks are what a process's memory grows by, at most,
+with the check and without. A rerun does what is missing in the CSV.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
+import operator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +25,9 @@ from typing import Any
 import torch
 from rich.progress import track
 from torch import Tensor, nn
+from torch.export import Dim
 
-from benchmarks import networks, timing
+from benchmarks import libraries, networks, timing
 from benchmarks.tables import RESULTS, Row, Table, command_line, markdown
 from gpdfx import expand
 from gpdfx.calls import tree
@@ -33,7 +37,17 @@ from gpdfx.report.report import Report
 STAGES = ("capture", "transform", "verify", "report")
 COLUMNS = (
     *("network", "size", "branches", "pairs", "export", *STAGES, "total"),
-    *("verify_capture", "total_export", "peak", "peak_unverified", "torch", "threads", "machine"),
+    *(
+        "verify_capture",
+        "total_export",
+        "export_free",
+        "capture_export_free",
+        "peak",
+        "peak_unverified",
+        "torch",
+        "threads",
+        "machine",
+    ),
 )
 FRESH = multiprocessing.get_context("spawn")
 
@@ -70,6 +84,11 @@ SETTINGS = [
             *("T5ForConditionalGeneration", "ViTForImageClassification", "Wav2Vec2ForCTC"),
         )
     ),
+    *(
+        Setting(f"libraries:{name}", 0)
+        for name in ("diffusers/UNet2DModel", "diffusers/UVit2DModel", "demucs/Demucs")
+        if name in libraries.TABLE
+    ),
 ]
 
 
@@ -104,6 +123,17 @@ class Subject:
             model = Flat(duplicate(self.model)).train(training)
             torch.export.export(model, self.args, self.kwargs, strict=False)
 
+    def export_free(self) -> None:
+        """One mode, with free sizes."""
+
+        def free(x: Any) -> Any:
+            return dict.fromkeys(range(x.ndim), Dim.AUTO) if isinstance(x, Tensor) else None
+
+        given = {"args": self.args, "kwargs": self.kwargs}
+        shapes = tree.map_leaves(free, {name: x for name, x in given.items() if x})
+        model = Flat(duplicate(self.model)).train()
+        torch.export.export(model, self.args, self.kwargs, dynamic_shapes=shapes, strict=False)
+
     def expand(self, verify: bool = True) -> Report:
         inputs = {"example_inputs": self.args, "example_kwargs": self.kwargs}
         return expand(self.model, 2, **inputs, branches=self.branches, verify=verify).report()
@@ -115,10 +145,16 @@ def measure(setting: Setting, threads: int, pairs: int) -> Row:
     found = timing.paired(lambda: reports.append(subject.expand()), subject.export, pairs)
     reports = reports[1:]  # of the warm-up
     total, export = (median(column) for column in zip(*found, strict=True))
+    bare = list[Report]()
+    expand = lambda: bare.append(subject.expand(verify=False))  # noqa: E731
+    free = [theirs for _, theirs in timing.paired(expand, subject.export_free, pairs)]
+    captures = [one.seconds["capture"] for one in bare[1:]]
     return {
         **{stage: median(one.seconds[stage] for one in reports) for stage in STAGES},
         "verify_capture": median(r.seconds["verify"] / r.seconds["capture"] for r in reports),
         "total_export": median(ours / theirs for ours, theirs in found),
+        "export_free": median(free),
+        "capture_export_free": median(map(operator.truediv, captures, free)),
         **{"total": total, "export": export, "pairs": pairs},
         **timing.machine(),
     }
@@ -163,10 +199,13 @@ def summary(table: Table) -> str:
     rows = table.rows()
     columns = [c for c in COLUMNS if c not in ("pairs", "torch", "threads", "machine")]
     cells = ([_short(row[c]) for c in columns] for row in rows)
-    ratios = {c: median(float(row[c]) for row in rows) for c in ("verify_capture", "total_export")}
+    told = ("verify_capture", "total_export", "capture_export_free")
+    known = {c: [float(row[c]) for row in rows if row[c]] for c in told}
+    ratios = {c: median(found) if found else math.nan for c, found in known.items()}
     return (
         f"{markdown(columns, cells)}\n\nMedians of {len(rows)}: verify / capture "
-        f"{ratios['verify_capture']:.2f}, total / export {ratios['total_export']:.2f}."
+        f"{ratios['verify_capture']:.2f}, total / export {ratios['total_export']:.2f}, "
+        f"capture / export of one mode for all sizes {ratios['capture_export_free']:.2f}."
     )
 
 

@@ -77,6 +77,7 @@ def test_the_time_of_expand_is_told_by_stage(tmp_path: Path) -> None:
     assert sum(stages) == pytest.approx(row["total"], rel=0.05, abs=0.02)
     assert row["verify_capture"] == pytest.approx(row["verify"] / row["capture"])
     assert row["total_export"] == pytest.approx(row["total"] / row["export"])
+    assert 1 < row["capture_export_free"] < 10
     table = Table(tmp_path / "a.csv", expand_time.COLUMNS, expand_time.COLUMNS[:3])
     key = dict(zip(table.key, setting.key, strict=True))
     table.append(key | row | {"peak": 3.0, "peak_unverified": 2.0})
