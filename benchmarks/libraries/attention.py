@@ -191,11 +191,6 @@ TABLE: Table = {
             **{"depth": 2, "dim": 24, "queries_dim": 20, "logits_dim": 7, "num_latents": 6},
             **{"latent_dim": 16, "latent_heads": 2, "latent_dim_head": 8, "cross_dim_head": 8},
         ),
-        "PerceiverLM": net(
-            *("perceiver_pytorch:PerceiverLM", TEXT),
-            **{"num_tokens": 100, "dim": 24, "max_seq_len": 16, "depth": 2},
-            **{"num_latents": 6, "latent_dim": 16, "latent_heads": 2, "latent_dim_head": 8},
-        ),
     },
     "performer-pytorch": {
         "PerformerLM": net(
@@ -207,10 +202,6 @@ TABLE: Table = {
         "Performer-relu": net(
             *("performer_pytorch:Performer", SEQUENCE, 24, 2, 3, 8),
             **{"generalized_attention": True, "ff_glu": True, "use_rezero": True},
-        ),
-        "SelfAttention": net(
-            *("performer_pytorch:SelfAttention", SEQUENCE, 24),
-            **{"heads": 3, "dim_head": 8, "nb_features": 12},
         ),
     },
     "recurrent-memory-transformer-pytorch": {
@@ -253,16 +244,9 @@ TABLE: Table = {
     },
     "siren-pytorch": {
         "SirenNet": net("siren_pytorch:SirenNet", floats(32, 2), 2, 24, 3, 3),
-        "SirenNet-modulated": net(
-            *("siren_pytorch:SirenNet", floats(32, 2), 2, 24, 3, 2),
-            call={"mods": floats(24, count=2)()},
-        ),
     },
     "soft-moe-pytorch": {
         "SoftMoE": net("soft_moe_pytorch:SoftMoE", SEQUENCE, 24, seq_len=16, num_experts=4),
-        "SoftMoE-dynamic": net(
-            *("soft_moe_pytorch:DynamicSlotsSoftMoE", SEQUENCE, 24), num_experts=4, geglu=True
-        ),
     },
     "st-moe-pytorch": {
         "MoE": net("st_moe_pytorch:MoE", SEQUENCE, 24, num_experts=4),
@@ -278,12 +262,6 @@ TABLE: Table = {
     },
     "vector-quantize-pytorch": {
         "VQ": _quantized("VectorQuantize", dim=8, codebook_size=16),
-        "VQ-cosine": _quantized(
-            *("VectorQuantize",), dim=8, codebook_size=16, codebook_dim=4, use_cosine_sim=True
-        ),
-        "VQ-learned": _quantized(
-            *("VectorQuantize",), dim=8, codebook_size=16, learnable_codebook=True, ema_update=False
-        ),
         "ResidualVQ": _quantized("ResidualVQ", dim=8, num_quantizers=2, codebook_size=16),
         "FSQ": _quantized("FSQ", levels=[8, 5, 5], dim=8),
         "LFQ": _quantized("LFQ", dim=8, codebook_size=16),
@@ -295,9 +273,6 @@ TABLE: Table = {
             rotary_pos_emb=True, use_rmsnorm=True, ff_glu=True, ff_swish=True, attn_kv_heads=1
         ),
         "Decoder-alibi": _text(alibi_pos_bias=True, alibi_num_heads=2, attn_qk_norm=True),
-        "Decoder-t5": _text(rel_pos_bias=True, sandwich_norm=True, attn_pre_talking_heads=True),
-        "Decoder-flash": _text(attn_flash=True, shift_tokens=1, ff_relu_squared=True),
-        "Decoder-sparse": _text(attn_sparse_topk=4, gate_residual=True, attn_num_mem_kv=3),
         "Encoder-memory": _x(
             *("TransformerWrapper", "Encoder", TEXT),
             {"num_tokens": 100, "max_seq_len": 32, "num_memory_tokens": 3, "l2norm_embed": True},
@@ -307,10 +282,6 @@ TABLE: Table = {
             *("ContinuousTransformerWrapper", "Encoder", floats(4, 16, 10)),
             {"dim_in": 10, "dim_out": 7, "max_seq_len": 32},
             dynamic_pos_bias=True,
-        ),
-        "ViT": _x(
-            *("ViTransformerWrapper", "Encoder", IMAGE),
-            {"image_size": 32, "patch_size": 8, "num_classes": 5, "num_register_tokens": 2},
         ),
         "XTransformer": net(
             "x_transformers:XTransformer",

@@ -79,12 +79,8 @@ TABLE: Table = {
         "DPRNNTasNet": _asteroid(
             "DPRNNTasNet", **ASTEROID, bn_chan=12, hid_size=12, chunk_size=20, n_repeats=2
         ),
-        "DPTNet": _asteroid("DPTNet", **ASTEROID, n_heads=2, ff_hid=12, chunk_size=20, n_repeats=2),
         "SuDORMRFNet": _asteroid(
             "SuDORMRFNet", 2, bn_chan=12, num_blocks=2, upsampling_depth=3, n_filters=16
-        ),
-        "SuDORMRFImprovedNet": _asteroid(
-            "SuDORMRFImprovedNet", 2, bn_chan=12, num_blocks=2, upsampling_depth=3, n_filters=16
         ),
         "LSTMTasNet": _asteroid("LSTMTasNet", **ASTEROID, n_layers=2, hid_size=12),
         "DeMask": _asteroid("DeMask", hidden_dims=(24,), n_filters=64, kernel_size=64, stride=32),
@@ -154,21 +150,9 @@ TABLE: Table = {
             **{"out_channels": 16, "conv_channels": [8, 12], "num_blocks": 2, "num_layers": 2},
             **{"strides": [1, 2], "residuals": [True, True]},
         ),
-        "ResNet": _speech(
-            *("ResNet:ResNet", floats(4, 30, 16), 16),
-            **{"channels": [4, 4, 8, 8], "block_sizes": [1, 1, 1, 1], "lin_neurons": 10},
-        ),
-        "MaskNet": _speech(
-            "conv_tasnet:MaskNet", floats(4, 12, 30), *(12, 8, 16, 3, 2, 2, 2), norm_type="gLN"
-        ),
         "TransformerEncoder": _speech(
             *("transformer.Transformer:TransformerEncoder", floats(4, 16, 24)),
             **{"num_layers": 2, "nhead": 4, "d_ffn": 32, "d_model": 24, "normalize_before": True},
-        ),
-        "ConformerEncoder": _speech(
-            *("transformer.Conformer:ConformerEncoder", floats(4, 16, 24)),
-            **{"num_layers": 2, "d_model": 24, "d_ffn": 32, "nhead": 4, "kernel_size": 7},
-            **{"attention_type": "regularMHA"},
         ),
         "ConformerEncoder-relative": _speech(
             *("transformer.Conformer:ConformerEncoder", _relative_positions),
@@ -187,11 +171,6 @@ TABLE: Table = {
             *("torchaudio.models:wav2vec2_model", floats(4, 800), "group_norm"),
             *([(12, 10, 5), (12, 3, 2)], False, 24, 0.1, 8, 4, 2, 3, 0.1, 32, 0.1, 0.1),
             *(False, 0.0, 10),
-        ),
-        "hubert-layer-norm": net(
-            *("torchaudio.models:wav2vec2_model", floats(4, 800), "layer_norm"),
-            *([(12, 10, 5), (12, 3, 2)], True, 24, 0.0, 8, 4, 2, 3, 0.0, 32, 0.0, 0.0),
-            *(True, 0.1, None),
         ),
         "Conformer": net(
             "torchaudio.models:Conformer", join(floats(4, 16, 12), LENGTHS), 12, 3, 20, 2, 5
@@ -213,23 +192,8 @@ TABLE: Table = {
             **{"attention_hidden_dim": 8, "attention_location_n_filter": 4, "prenet_dim": 12},
             **{"postnet_embedding_dim": 12, "postnet_n_convolution": 3},
         ),
-        "WaveRNN": net(
-            "torchaudio.models:WaveRNN",
-            join(floats(4, 1, 24), floats(4, 1, 8, 10)),
-            *([2, 2, 1], 16, 4),
-            **{"n_res_block": 2, "n_rnn": 12, "n_fc": 12, "n_freq": 8, "n_hidden": 8},
-            **{"n_output": 8},
-        ),
         "ConvTasNet": net("torchaudio.models:ConvTasNet", WAVE, 2, 16, 16, 3, 12, 24, 2, 2),
-        "HDemucs": net(
-            *("torchaudio.models:HDemucs", floats(2, 2, 4096), ["a", "b"]),
-            **{"channels": 8, "depth": 4, "nfft": 256, "norm_starts": 3, "dconv_attn": 3},
-            **{"dconv_lstm": 3},
-        ),
         "DeepSpeech": net("torchaudio.models:DeepSpeech", floats(4, 1, 10, 12), 12, 20, 8),
-        "Wav2Letter": net(
-            "torchaudio.models:Wav2Letter", floats(4, 12, 64), 10, "mfcc", num_features=12
-        ),
         "SquimObjective": net(
             "torchaudio.models:squim_objective_model",
             floats(4, 1600),

@@ -89,11 +89,9 @@ TABLE: Table = {
         ),
         "DQN": _policy("stable_baselines3.dqn.policies:DQNPolicy", _IN, **_SMALL),
         "SAC": _policy("stable_baselines3.sac.policies:SACPolicy", _IN, discrete=False, **_SMALL),
-        "TD3": _policy("stable_baselines3.td3.policies:TD3Policy", _IN, discrete=False, **_SMALL),
     },
     "tianshou": {kind: _tianshou(kind) for kind in ("dueling", "actor", "gaussian", "recurrent")},
     "torchrl": {
-        "MLP": net("torchrl.modules:MLP", _IN, 6, 3, 2, 16),
         "ConvNet": net("torchrl.modules:ConvNet", images(3, 16), 3, 2, [8, 12]),
         "DuelingCnnDQNet": of(
             "torchrl.modules",
@@ -132,11 +130,6 @@ TABLE: Table = {
             "d3rlpy.models.torch.encoders:PixelEncoder",
             images(3, 36, 2),
             *((3, 36, 36), [[8, 8, 4], [12, 4, 2]], 16),
-        ),
-        "VectorEncoder": net(
-            "d3rlpy.models.torch.encoders:VectorEncoder",
-            *(_IN, (6,), [16, 16]),
-            use_layer_norm=True,
         ),
         "VectorEncoderWithAction": net(
             "d3rlpy.models.torch.encoders:VectorEncoderWithAction",

@@ -79,13 +79,6 @@ TABLE: Table = {
             **{"num_attention_heads": 4, "intermediate_size": 48, "sample_size": 8},
         ),
         "AutoencoderKL": _diffusers("AutoencoderKL", _IMAGE, **_ENCODER),
-        "VQModel": _diffusers("VQModel", _IMAGE, **_ENCODER, num_vq_embeddings=32),
-        "AutoencoderTiny": _diffusers(
-            "AutoencoderTiny",
-            _IMAGE,
-            **{"encoder_block_out_channels": (16, 16), "decoder_block_out_channels": (16, 16)},
-            **{"num_encoder_blocks": (1, 2), "num_decoder_blocks": (2, 1)},
-        ),
         "AutoencoderDC": _diffusers(
             "AutoencoderDC",
             _IMAGE,
@@ -100,11 +93,6 @@ TABLE: Table = {
             "DiTTransformer2DModel",
             join(floats(2, 4, 8, 8), _TIMES, tokens(2, among=10)),
             **{"num_layers": 2, "sample_size": 8, "num_embeds_ada_norm": 1000, **_HEADS},
-        ),
-        "Transformer2DModel": _diffusers(
-            "Transformer2DModel",
-            join(floats(2, 32, 8, 8), _TEXT),
-            **{"in_channels": 32, "norm_num_groups": 8, "cross_attention_dim": 32, **_HEADS},
         ),
         "SD3Transformer2DModel": _diffusers(
             "SD3Transformer2DModel",
@@ -130,18 +118,6 @@ TABLE: Table = {
             **{"num_layers": 2, "sample_size": 8, "cross_attention_dim": 32, **_HEADS},
             **{"caption_channels": 32, "use_additional_conditions": False},
         ),
-        "SanaTransformer2DModel": _diffusers(
-            "SanaTransformer2DModel",
-            join(floats(2, 4, 8, 8), _TEXT, _TIMES),
-            **{"in_channels": 4, "out_channels": 4, "num_layers": 2, "sample_size": 8},
-            **{"num_cross_attention_heads": 2, "cross_attention_head_dim": 16},
-            **{"cross_attention_dim": 32, "caption_channels": 32, **_HEADS},
-        ),
-        "PriorTransformer": _diffusers(
-            "PriorTransformer",
-            join(floats(2, 24), _TIMES, floats(2, 24), floats(2, 7, 24)),
-            **{"num_layers": 2, "embedding_dim": 24, "num_embeddings": 7, **_HEADS},
-        ),
         "WanTransformer3DModel": _diffusers(
             "WanTransformer3DModel",
             join(floats(2, 4, 2, 8, 8), _TIMES, _TEXT),
@@ -155,11 +131,6 @@ TABLE: Table = {
             join(_IMAGE, _TIMES),
             **{"dim": 16, "dim_mults": (1, 2), "attn_dim_head": 8},
         ),
-        "Unet1D": net(
-            "denoising_diffusion_pytorch:Unet1D",
-            join(floats(2, 3, 16), _TIMES),
-            **{"dim": 16, "dim_mults": (1, 2), "attn_dim_head": 8},
-        ),
         "KarrasUnet": net(
             "denoising_diffusion_pytorch:KarrasUnet",
             join(floats(2, 4, 16, 16), floats(2)),
@@ -167,8 +138,5 @@ TABLE: Table = {
             **{"num_blocks_per_stage": 1, "attn_res": (8,), "attn_dim_head": 8},
         ),
         "GaussianDiffusion": _noise("GaussianDiffusion", _IMAGE, image_size=16, timesteps=20),
-        "GaussianDiffusion1D": _noise(
-            "GaussianDiffusion1D", floats(2, 3, 16), "Unet1D", seq_length=16, timesteps=20
-        ),
     },
 }

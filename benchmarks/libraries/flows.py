@@ -80,7 +80,6 @@ TABLE: Table = {
         "MaskedAutoregressiveFlow": of(
             "nflows.flows", lambda m: Flow(m.MaskedAutoregressiveFlow(6, 16, 2, 2)), _IN
         ),
-        "ResidualNet": net("nflows.nn.nets:ResidualNet", _IN, 6, 5, 16, use_batch_norm=True),
     },
     "zuko": {
         "MAF": _zuko(lambda m: m.MAF(6, 3, transforms=2, hidden_features=(16, 16))),
@@ -91,12 +90,9 @@ TABLE: Table = {
         "AutoRegressiveNN": net(
             "pyro.nn:AutoRegressiveNN", _IN, 6, [16, 18], skip_connections=True
         ),
-        "DenseNN": net("pyro.nn:DenseNN", _IN, 6, [16, 16], [3, 2]),
     },
     "pythae": {
         "VAE": _vae("VAE"),
-        "BetaVAE": _vae("BetaVAE"),
-        "AE": _vae("AE"),
         "VQVAE": _vae("VQVAE", num_embeddings=8),
     },
 }

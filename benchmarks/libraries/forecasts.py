@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.libraries.entry import Entry, Table, floats, given, net
 
@@ -43,23 +42,11 @@ TABLE: Table = {
         "NBEATS": _one("NBEATS", **_MLP),
         "NHITS": _one("NHITS", **_MLP),
         "TFT": _one("TFT", hidden_size=16, n_head=2),
-        "PatchTST": _one(
-            "PatchTST",
-            encoder_layers=2,
-            n_heads=2,
-            hidden_size=16,
-            linear_hidden_size=32,
-            patch_len=8,
-            stride=4,
-        ),
         "TimesNet": _one("TimesNet", hidden_size=8, conv_hidden_size=8, top_k=2, num_kernels=2),
         "TiDE": _one("TiDE", hidden_size=16, decoder_output_dim=8, temporal_decoder_dim=16),
-        "DLinear": _one("DLinear", moving_avg_window=5),
         "BiTCN": _one("BiTCN", hidden_size=8),
-        "VanillaTransformer": _one("VanillaTransformer", **_ATTENTION),
         "Informer": _one("Informer", **_ATTENTION),
         "iTransformer": _many("iTransformer", hidden_size=16, n_heads=2, d_ff=32),
-        "TSMixer": _many("TSMixer", ff_dim=16),
         "SOFTS": _many("SOFTS", hidden_size=16, d_core=16, d_ff=32),
         "TimeXer": _many("TimeXer", patch_len=8, hidden_size=16, n_heads=2, d_ff=32),
     },
@@ -69,32 +56,16 @@ TABLE: Table = {
             floats(4, 5, 6),
             *(6, 16, 8),
         ),
-        "NBEATSGenericBlock": net(
-            "pytorch_forecasting.models.nbeats.sub_modules:NBEATSGenericBlock",
-            floats(4, 10),
-            *(16, 8, 2),
-        ),
         "InterpretableMultiHeadAttention": net(
             "pytorch_forecasting.models.temporal_fusion_transformer.sub_modules:InterpretableMultiHeadAttention",
             floats(4, 5, 16, count=3),
             *(2, 16),
         ),
-        "FullyConnectedModule": net(
-            "pytorch_forecasting.models.mlp.submodules:FullyConnectedModule",
-            floats(4, 6),
-            *(6, 3, 16, 2, nn.ReLU),
-        ),
     },
     "tsai": {
         "InceptionTime": _tsai("InceptionTime:InceptionTime", nf=4),
-        "FCN": _tsai("FCN:FCN", [8, 12, 8]),
         "TST": _tsai("TST:TST", 32, n_layers=2, d_model=16, n_heads=2, d_ff=32),
-        "TCN": _tsai("TCN:TCN", [8, 8]),
         "LSTM_FCN": _tsai("RNN_FCN:LSTM_FCN", 32, hidden_size=8, conv_layers=[8, 12, 8]),
-        "gMLP": _tsai("gMLP:gMLP", 32, d_model=16, d_ffn=32, depth=2),
         "TransformerModel": _tsai("TransformerModel:TransformerModel", d_model=16, d_ffn=32),
-        "PatchTST": net(
-            "tsai.models.PatchTST:PatchTST", _SERIES, SERIES, None, 32, 6, 2, 2, 16, 32
-        ),
     },
 }

@@ -178,16 +178,12 @@ TABLE: Table = {
         ),
         "NNConv": _convs(lambda g, a, b: g.NNConv(a, b, _mlp(3, 8, a * b)), WEIGHTED),
         "GatedGraphConv": _pyg(lambda g: g.GatedGraphConv(16, 2), GRAPH),
-        "TAGConv": _convs(lambda g, a, b: g.TAGConv(a, b, 2)),
-        "ARMAConv": _convs(lambda g, a, b: g.ARMAConv(a, b, 2, 2)),
         "GPS": _pyg(lambda g: g.GPSConv(16, g.GINConv(_mlp(16, 16)), 2), floats(NODES, 16), _edges),
-        "FiLMConv": _convs(lambda g, a, b: g.FiLMConv(a, b)),
         "RGCN": _pyg(Relations, GRAPH, given(torch.arange(EDGES) % 3)),
         "DeepGCN": _pyg(DeepGCN, WEIGHTED),
         "GraphUNet": _pyg(lambda g: g.GraphUNet(FEATURES, 16, 5, depth=2), GRAPH),
         "AttentiveFP": _pyg(lambda g: g.AttentiveFP(FEATURES, 16, 5, 3, 2, 2), WEIGHTED, BATCH),
         "LINKX": _pyg(lambda g: g.LINKX(NODES, FEATURES, 16, 5, 2), GRAPH),
-        "PMLP": _pyg(lambda g: g.PMLP(FEATURES, 16, 5, 3), GRAPH),
         "LightGCN": _pyg(lambda g: g.LightGCN(NODES, 16, 2), _edges),
         "SGFormer": _pyg(lambda g: g.SGFormer(FEATURES, 16, 5), GRAPH, BATCH),
         "mean": _pyg(lambda g: Pooled(g, partial(g.global_mean_pool, size=2)), GRAPH, BATCH),
@@ -207,16 +203,10 @@ TABLE: Table = {
             *(NODE, POINTS, _edges),
         ),
         "SchNet": _pyg(lambda g: g.SchNet(16, 16, 2, 8, interaction_graph=_complete), ATOMS),
-        "MLP": _pyg(lambda g: g.MLP([FEATURES, 16, 16, 5], norm="graph_norm"), NODE),
     },
     "egnn-pytorch": {
         "EGNN": of(
             "egnn_pytorch", lambda m: m.EGNN(16, m_dim=16), floats(2, 9, 16), floats(2, 9, 3)
-        ),
-        "EGNN/near": of(
-            "egnn_pytorch",
-            lambda m: m.EGNN(16, edge_dim=4, m_dim=16, num_nearest_neighbors=3, norm_coors=True),
-            *(floats(2, 9, 16), floats(2, 9, 3), floats(2, 9, 9, 4)),
         ),
         "EGNN_Network": of(
             "egnn_pytorch",

@@ -22,9 +22,7 @@ def _monai(name: str, inputs: Inputs = _GREY, **keywords: Any) -> Entry:
 TABLE: Table = {
     "monai": {
         "UNet": _monai("UNet", **_FLAT, **_STEPS, num_res_units=1),
-        "UNet 3d": _monai("UNet", _VOLUME, **_DEEP, **_STEPS),
         "AttentionUnet": _monai("AttentionUnet", **_FLAT, **_STEPS),
-        "BasicUNet": _monai("BasicUNet", **_FLAT, features=(4, 4, 8, 8, 16, 4)),
         "BasicUNetPlusPlus": _monai("BasicUNetPlusPlus", **_FLAT, features=(4, 4, 8, 8, 16, 4)),
         "DynUNet": _monai(
             "DynUNet",
@@ -40,12 +38,6 @@ TABLE: Table = {
         ),
         "VNet": _monai("VNet", _VOLUME, dropout_prob_down=0.1, dropout_prob_up=(0.1, 0.1)),
         "SegResNet": _monai("SegResNet", **_FLAT, blocks_down=(1, 1), blocks_up=(1,)),
-        "SegResNetVAE": _monai(
-            "SegResNetVAE", **_FLAT, **{"input_image_size": (32, 32), "vae_nz": 8}
-        ),
-        "SegResNetDS": _monai(
-            "SegResNetDS", **_FLAT, init_filters=8, blocks_down=(1, 1), dsdepth=2
-        ),
         "SwinUNETR": _monai(
             "SwinUNETR",
             images(1, 64, 2),
@@ -56,18 +48,6 @@ TABLE: Table = {
         "UNETR": _monai(
             "UNETR", _VOLUME, **_ATTENTION, **{"in_channels": 1, "out_channels": 2, "img_size": 16}
         ),
-        "ViT": _monai(
-            "ViT",
-            **_ATTENTION,
-            **{"in_channels": 1, "img_size": 32, "patch_size": 8, "num_layers": 2},
-            **{"classification": True, "spatial_dims": 2},
-        ),
-        "ViTAutoEnc": _monai(
-            "ViTAutoEnc",
-            **_ATTENTION,
-            **{"in_channels": 1, "img_size": 32, "patch_size": 4, "num_layers": 2},
-            **{"spatial_dims": 2},
-        ),
         "MaskedAutoEncoderViT": _monai(
             "MaskedAutoEncoderViT",
             **_ATTENTION,
@@ -75,22 +55,7 @@ TABLE: Table = {
             **{"decoder_hidden_size": 24, "decoder_mlp_dim": 32, "decoder_num_layers": 1},
             **{"decoder_num_heads": 4, "spatial_dims": 2},
         ),
-        "DenseNet": _monai(
-            "DenseNet", **_FLAT, init_features=8, growth_rate=4, block_config=(2, 2)
-        ),
-        "ResNet": _monai(
-            "ResNet",
-            **{"block": "basic", "layers": [1, 1, 1, 1], "block_inplanes": [4, 8, 8, 16]},
-            **{"spatial_dims": 2, "n_input_channels": 1, "num_classes": 3},
-        ),
-        "EfficientNet": _monai(
-            "EfficientNetBN",
-            images(3, 64, 2),
-            **{"model_name": "efficientnet-b0", "pretrained": False, "num_classes": 3},
-        ),
         "HighResNet": _monai("HighResNet", **_FLAT),
-        "RegUNet": _monai("RegUNet", **_FLAT, num_channel_initial=4, depth=2),
-        "LocalNet": _monai("LocalNet", **_FLAT, num_channel_initial=4, extract_levels=(0, 1, 2)),
         "VoxelMorph": net(
             "monai.networks.nets:VoxelMorph",
             floats(2, 1, 16, 16, 16, count=2),
@@ -112,13 +77,6 @@ TABLE: Table = {
             **{"spatial_dims": 2, "in_channels": 1, "out_channels": 1, "dim": 8},
             **{"num_refinement_blocks": 1, "heads": (1, 2, 2, 2)},
         ),
-        "AutoEncoder": _monai("AutoEncoder", **_FLAT, channels=(4, 8), strides=(2, 2)),
-        "VarAutoEncoder": _monai(
-            "VarAutoEncoder",
-            **{"channels": (4, 8), "strides": (2, 2)},
-            **{"spatial_dims": 2, "in_shape": (1, 32, 32), "out_channels": 1, "latent_size": 4},
-        ),
-        "AutoencoderKL": _monai("AutoencoderKL", **_FLAT, **_KL, norm_num_groups=4),
         "VQVAE": _monai(
             "VQVAE",
             **_FLAT,
@@ -137,15 +95,6 @@ TABLE: Table = {
             **{"spatial_dims": 2, "in_channels": 1, "out_channels": 1, "label_nc": 3},
             **{"input_shape": (32, 32), "channels": [8, 16], "z_dim": 6},
             **{"spade_intermediate_channels": 8},
-        ),
-        "PatchDiscriminator": _monai(
-            "PatchDiscriminator", **{**_FLAT, "channels": 8, "num_layers_d": 2}
-        ),
-        "Generator": _monai(
-            "Generator", floats(2, 8), latent_shape=(8,), start_shape=(8, 4, 4), **_STEPS
-        ),
-        "Regressor": _monai(
-            "Regressor", in_shape=(1, 32, 32), out_shape=(2,), channels=(4, 8), strides=(2, 2)
         ),
         "MILModel": _monai(
             "MILModel",

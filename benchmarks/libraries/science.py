@@ -177,10 +177,6 @@ TABLE: Table = {
         "FullyConnectedNet": of(
             "e3nn.nn", lambda m: m.FullyConnectedNet([6, 16, 16, 3], torch.tanh), _IN
         ),
-        "Linear": of("e3nn.o3", lambda m: m.Linear("6x0e + 4x1o", "5x0e + 3x1o"), floats(4, 18)),
-        "NormActivation": of(
-            "e3nn.nn", lambda m: m.NormActivation("6x0e + 4x1o", torch.sigmoid), floats(4, 18)
-        ),
     },
     "e2cnn": {"R2Conv": of("e2cnn", Rotated, images(1, 13))},
     "chemprop": {
@@ -221,13 +217,6 @@ TABLE: Table = {
         "FactorizedLinear": of(
             "tltorch", lambda m: Layered(16, m.FactorizedLinear((4, 4), (3, 4), rank=0.5), 12), _IN
         ),
-        "FactorizedLinear/tt": of(
-            "tltorch",
-            lambda m: Layered(
-                16, m.FactorizedLinear((4, 4), (3, 4), factorization="blocktt", rank=0.5), 12
-            ),
-            _IN,
-        ),
         "FactorizedConv": of(
             "tltorch",
             lambda m: nn.Sequential(
@@ -254,11 +243,9 @@ TABLE: Table = {
     "pykan": {
         "KAN": of("kan", lambda m: m.KAN([4, 5, 2], auto_save=False), floats(8, 4)),
         "KANLayer": of("kan.KANLayer", lambda m: m.KANLayer(6, 4), _IN),
-        "MLP": of("kan.MLP", lambda m: m.MLP([4, 8, 2]), floats(8, 4)),
     },
     "torchdiffeq": {
         "euler": of("torchdiffeq", partial(Ode, method="euler"), _IN),
-        "rk4": of("torchdiffeq", partial(Ode, method="rk4"), _IN),
         "dopri5": of("torchdiffeq", partial(Ode, method="dopri5"), _IN),
         "adjoint": of("torchdiffeq", partial(Ode, method="rk4", adjoint=True), _IN),
     },

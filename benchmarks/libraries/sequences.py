@@ -6,7 +6,7 @@ import pkgutil
 
 from torch import nn
 
-from benchmarks.libraries.entry import Entry, Inputs, Table, floats, images, net
+from benchmarks.libraries.entry import Entry, Inputs, Table, floats, net
 
 EEG = {"n_chans": 8, "n_outputs": 3, "n_times": 256}
 
@@ -85,31 +85,11 @@ TABLE: Table = {
         "Deep4Net": _brain("Deep4Net", times=512, n_filters_time=6, n_filters_spat=6),
         "EEGConformer": _brain("EEGConformer", num_layers=2, num_heads=4, n_filters_time=16),
         "ATCNet": _brain("ATCNet", times=512, sfreq=128),
-        "TCN": net("braindecode.models:TCN", floats(4, 8, 128), 8, 3, n_blocks=2, n_filters=10),
         "USleep": _brain("USleep", chans=2, times=3000, sfreq=100, depth=4),
         "EEGInceptionERP": _brain("EEGInceptionERP", sfreq=128),
-        "TIDNet": _brain("TIDNet", sfreq=128, t_filters=8, s_growth=6),
-        "EEGTCNet": _brain("EEGTCNet"),
         "FBCNet": _brain("FBCNet", times=500, sfreq=250, n_filters_spat=8),
         "BIOT": _brain("BIOT", times=1000, sfreq=200, embed_dim=32, num_heads=4, num_layers=2),
-        "SleepStagerChambon2018": _brain("SleepStagerChambon2018", 2, 3000, sfreq=100),
         "AttentionBaseNet": _brain("AttentionBaseNet", times=512, n_temporal_filters=8),
-    },
-    "kymatio": {
-        "Scattering2D": _before(
-            "kymatio.scattering2d.frontend.torch_frontend:ScatteringTorch2D",
-            nn.Sequential(nn.Flatten(), nn.Linear(25 * 8 * 8, 10)),
-            images(1, 32),
-            *(2, (32, 32)),
-            L=4,
-        ),
-        "Scattering1D": _before(
-            "kymatio.scattering1d.frontend.torch_frontend:ScatteringTorch1D",
-            nn.Sequential(nn.Flatten(), nn.Linear(464, 10)),
-            floats(4, 256),
-            *(4, 256),
-            Q=4,
-        ),
     },
     "mambapy": {
         "Mamba": _mamba("mamba", "MambaConfig", "Mamba", floats(4, 16, 24), d_model=24, n_layers=2),
@@ -126,48 +106,12 @@ TABLE: Table = {
         "CfC-wired": _wired("CfC"),
         "LTC-wired": _wired("LTC"),
     },
-    "nnAudio": {
-        "MelSpectrogram": _before(
-            "nnAudio.features:MelSpectrogram",
-            nn.Conv1d(16, 8, 3),
-            floats(4, 1024),
-            **{"sr": 8000, "n_fft": 128, "n_mels": 16, "hop_length": 64, "verbose": False},
-            **{"trainable_mel": True, "trainable_STFT": True},
-        ),
-        "STFT": _before(
-            "nnAudio.features:STFT",
-            nn.Conv1d(33, 8, 3),
-            floats(4, 1024),
-            **{"n_fft": 64, "hop_length": 32, "output_format": "Magnitude", "verbose": False},
-            **{"trainable": True, "sr": 8000},
-        ),
-        "CQT": _before(
-            "nnAudio.features:CQT1992v2",
-            nn.Conv1d(24, 8, 3),
-            floats(4, 8192),
-            **{"sr": 8000, "n_bins": 24, "fmin": 110.0, "trainable": True, "verbose": False},
-        ),
-    },
     "norse": {
         "LIF-cells": _norse("LIFCell"),
         "LIF-boxes": _norse("LIFBoxCell"),
     },
-    "pytorch-wavelets": {
-        "DWTInverse": net("benchmarks.libraries.sequences:Wavelets", images(3, 32)),
-        "ScatLayer": _before(
-            "pytorch_wavelets:ScatLayer", nn.Conv2d(21, 8, 3), images(3, 32), biort="near_sym_a"
-        ),
-    },
     "pytorch-tcn": {
         "TCN": net("pytorch_tcn:TCN", floats(4, 8, 32), 8, [12, 16, 16]),
-        "TCN-skip": net(
-            *("pytorch_tcn:TCN", floats(4, 8, 32), 8, [12, 12], 3),
-            **{"use_norm": "layer_norm", "use_skip_connections": True, "use_gate": True},
-        ),
-        "TCN-anticausal": net(
-            *("pytorch_tcn:TCN", floats(4, 8, 32), 8, [12, 12], 3),
-            **{"causal": False, "use_norm": "batch_norm", "activation": "gelu"},
-        ),
     },
     "s5-pytorch": {
         "S5": net("s5:S5", floats(4, 16, 12), 12, 16),
@@ -179,25 +123,10 @@ TABLE: Table = {
         "Leaky": _spikes("Leaky", 0.9, learn_beta=True),
         "Synaptic": _spikes("Synaptic", 0.9, 0.8),
         "RLeaky": _spikes("RLeaky", 0.9, linear_features=20),
-        "Alpha": _spikes("Alpha", 0.9, 0.8, reset_mechanism="zero"),
     },
     "spikingjelly": {
         "spiking_resnet18": _spiking("model.spiking_resnet:spiking_resnet18", num_classes=5),
         "sew_resnet18": _spiking("model.sew_resnet:sew_resnet18", num_classes=5, cnf="ADD"),
-    },
-    "torchlibrosa": {
-        "Spectrogram": _before(
-            "torchlibrosa:Spectrogram",
-            nn.Conv2d(1, 8, 3),
-            floats(4, 1024),
-            **{"n_fft": 64, "hop_length": 32, "freeze_parameters": False},
-        ),
-        "LogmelFilterBank": _before(
-            "torchlibrosa:LogmelFilterBank",
-            nn.Conv2d(1, 8, 3),
-            floats(4, 1, 20, 33),
-            **{"sr": 8000, "n_fft": 64, "n_mels": 16, "freeze_parameters": False},
-        ),
     },
 }
 

@@ -76,13 +76,6 @@ TABLE: Table = {
         for kind in ("TabTransformer", "FTTransformer")
     },
     "rtdl": {
-        "MLP": net("rtdl:MLP.make_baseline", NUMBERS, 6, [16, 16], 0.1, 3),
-        "ResNet": net(
-            "rtdl:ResNet.make_baseline",
-            NUMBERS,
-            **{"d_in": 6, "n_blocks": 2, "d_main": 16, "d_hidden": 32, "dropout_first": 0.1},
-            **{"dropout_second": 0.1, "d_out": 3},
-        ),
         "FTTransformer": net(
             "rtdl:FTTransformer.make_baseline",
             join(NUMBERS, CATEGORIES),
@@ -91,23 +84,11 @@ TABLE: Table = {
         ),
     },
     "rtdl-revisiting-models": {
-        "MLP": net(
-            "rtdl_revisiting_models:MLP",
-            NUMBERS,
-            **{"d_in": 6, "d_out": 3, "n_blocks": 2, "d_block": 16, "dropout": 0.1},
-        ),
         "ResNet": net(
             "rtdl_revisiting_models:ResNet",
             NUMBERS,
             **{"d_in": 6, "d_out": 3, "n_blocks": 2, "d_block": 16, "d_hidden_multiplier": 2.0},
             **{"dropout1": 0.1, "dropout2": 0.0},
-        ),
-        "FTTransformer": net(
-            "rtdl_revisiting_models:FTTransformer",
-            join(NUMBERS, CATEGORIES),
-            **{"n_cont_features": 6, "cat_cardinalities": [5, 5, 5], "d_out": 3, "n_blocks": 2},
-            **{"d_block": 16, "attention_n_heads": 2, "attention_dropout": 0.1},
-            **{"ffn_d_hidden_multiplier": 2.0, "ffn_dropout": 0.1, "residual_dropout": 0.0},
         ),
     },
     "rtdl-num-embeddings": {
@@ -134,12 +115,8 @@ TABLE: Table = {
     "deepctr-torch": {
         "DeepFM": _ctr("DeepFM", dnn_use_bn=True),
         "xDeepFM": _ctr("xDeepFM", cin_layer_size=(8, 6)),
-        "DCN": _ctr("DCN"),
         "AutoInt": _ctr("AutoInt", att_layer_num=2),
-        "NFM": _ctr("NFM"),
-        "PNN": _ctr("PNN"),
         "FiBiNET": _ctr("FiBiNET"),
-        "WDL": _ctr("WDL"),
         "DIN": _ctr("DIN", att_hidden_size=(8, 6)),
     },
 }

@@ -61,7 +61,6 @@ TABLE: Table = {
         "FPN": _smp("FPN", decoder_pyramid_channels=32, decoder_segmentation_channels=32),
         "PSPNet": _smp("PSPNet", psp_out_channels=32),
         "PAN": _smp("PAN", inputs=images(size=128, batch=2), decoder_channels=16),
-        "DeepLabV3": _smp("DeepLabV3", decoder_channels=16),
         "DeepLabV3Plus": _smp("DeepLabV3Plus", decoder_channels=16),
         "UPerNet": _smp("UPerNet", decoder_channels=16),
         "Segformer": _smp("Segformer", encoder_name="mit_b0", decoder_segmentation_channels=16),
@@ -71,17 +70,10 @@ TABLE: Table = {
             **{"decoder_intermediate_channels": (8, 16, 16, 16), "dynamic_img_size": True},
         ),
         "Unet mobileone": _smp("Unet", **_NARROW, encoder_name="mobileone_s0"),
-        "Unet efficientnet": _smp("Unet", **_NARROW, encoder_name="efficientnet-b0"),
-        "FPN mobilenet_v2": _smp(
-            "FPN",
-            **{"encoder_name": "mobilenet_v2", "decoder_pyramid_channels": 32},
-            **{"decoder_segmentation_channels": 32},
-        ),
     },
     "torchseg": {
         "Unet": _torchseg("Unet", **_NARROW),
         "DeepLabV3Plus": _torchseg("DeepLabV3Plus", decoder_channels=16),
-        "FPN": _torchseg("FPN", decoder_pyramid_channels=32, decoder_segmentation_channels=32),
     },
     "efficientnet-pytorch": {
         "EfficientNet": net(
@@ -90,7 +82,6 @@ TABLE: Table = {
     },
     "pretrainedmodels": {
         "bninception": _hub("bninception", 224),
-        "squeezenet1_1": _hub("squeezenet1_1"),
     },
     "kornia": {
         "HardNet": net("kornia.feature:HardNet", images(1, 32), False),
@@ -99,7 +90,6 @@ TABLE: Table = {
         "TFeat": net("kornia.feature:TFeat", images(1, 32), False),
         "KeyNet": net("kornia.feature:KeyNet", images(1, 32), False),
         "XFeatModel": net("kornia.feature.xfeat:XFeatModel", images(1, 64, 2)),
-        "SIFTDescriptor": net("kornia.feature:SIFTDescriptor", images(1, 32), 32),
         "RRDBNet": net("kornia.models.rrdbnet:RRDBNet", images(size=16, batch=2), 3, 3, 4, 8, 1, 4),
         "SmallSRNet": net("kornia.models.small_sr:SmallSRNet", images(1, 16), 2, pretrained=False),
         "TinyViT": net(
@@ -108,12 +98,6 @@ TABLE: Table = {
             **{"img_size": 64, "num_classes": 5, "embed_dims": (8, 16, 32, 32)},
             **{"depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 2), "window_sizes": (4, 4, 4, 2)},
         ),
-        "VisionTransformer": net(
-            "kornia.models.vit:VisionTransformer",
-            _SMALL,
-            **{"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4},
-        ),
-        "MobileViT": net("kornia.models.vit_mobile:MobileViT", _PAIR),
     },
     "compressai": {
         "FactorizedPrior": _compressai("FactorizedPrior", 8, 12),
@@ -152,7 +136,6 @@ TABLE: Table = {
         ),
     },
     "torchgeo": {
-        "FCN": net("torchgeo.models:FCN", _SMALL, 3, 4, 8),
         "FCSiamConc": net(
             "torchgeo.models:FCSiamConc",
             floats(2, 2, 3, 64, 64),
@@ -175,19 +158,11 @@ TABLE: Table = {
             join(_SMALL, given([0.66, 0.55, 0.48])),
             **{"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 3},
         ),
-        "RCF": net("torchgeo.models:RCF", _SMALL, 3, 8, seed=0),
     },
     "lightly": {
-        "ResNet": net(
-            "lightly.models:ResNetGenerator", _SMALL, "resnet-9", width=0.125, num_classes=5
-        ),
         "SimCLRProjectionHead": net(
             "lightly.models.modules:SimCLRProjectionHead", floats(4, 32), 32, 48, 16
         ),
-        "DINOProjectionHead": net(
-            "lightly.models.modules:DINOProjectionHead", floats(4, 32), 32, 48, 16, 20
-        ),
-        "SwaVPrototypes": net("lightly.models.modules:SwaVPrototypes", floats(4, 16), 16, [9, 7]),
     },
     "byol-pytorch": {
         "BYOL": _trained(
@@ -208,12 +183,5 @@ TABLE: Table = {
             **{"visual_heads": 2, "visual_dim_head": 16},
         ),
     },
-    "vit-pytorch": {
-        "SimpleViT": net(
-            "vit_pytorch:SimpleViT",
-            images(size=32),
-            **{"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 48},
-            **{"depth": 2, "heads": 4, "mlp_dim": 80},
-        ),
-    },
+    "vit-pytorch": {},
 }

@@ -33,18 +33,8 @@ TABLE: Table = {
     "vit-pytorch": {
         "ViT": _vit("vit:ViT"),
         "CaiT": _vit("cait:CaiT", cls_depth=1),
-        "DeepViT": _vit("deepvit:DeepViT"),
         "PiT": net("vit_pytorch.pit:PiT", IMAGE, **VIT, depth=(1, 1), dim_head=8),
         "XCiT": _vit("xcit:XCiT", cls_depth=1),
-        "ViT-parallel": _vit("parallel_vit:ViT"),
-        "ViT-patch-merger": _vit("vit_with_patch_merger:ViT", patch_merge_layer=1),
-        "SimpleViT-registers": _vit("simple_vit_with_register_tokens:SimpleViT"),
-        "ViT-1d": net(
-            "vit_pytorch.vit_1d:ViT",
-            floats(4, 3, 32),
-            **{"seq_len": 32, "patch_size": 4, "num_classes": 5, "dim": 24, "depth": 2},
-            **{"heads": 3, "mlp_dim": 40, "dim_head": 8},
-        ),
         "ViViT": net(
             "vit_pytorch.vivit:ViViT",
             floats(2, 3, 4, 32, 32),
@@ -53,10 +43,6 @@ TABLE: Table = {
             **{"heads": 3, "mlp_dim": 40, "dim_head": 8},
         ),
         "MAE": Entry(_masked, IMAGE),
-        "CCT": net(
-            *("vit_pytorch.cct:CCT", IMAGE, 32, 24),
-            **{"num_layers": 2, "num_heads": 3, "mlp_ratio": 2, "num_classes": 5},
-        ),
         "LeViT": net(
             "vit_pytorch.levit:LeViT",
             images(3, 64),
@@ -73,11 +59,6 @@ TABLE: Table = {
             *("vit_pytorch.t2t:T2TViT", IMAGE),
             **{"image_size": 32, "num_classes": 5, "dim": 24, "depth": 1, "heads": 3},
             **{"mlp_dim": 40, "dim_head": 8, "t2t_layers": ((3, 2), (3, 2))},
-        ),
-        "MobileViT": net(
-            *("vit_pytorch.mobile_vit:MobileViT", images(3, 64), (64, 64), [16, 20, 24]),
-            [8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 32],
-            **{"num_classes": 5, "depths": (1, 1, 1)},
         ),
         "MaxViT": _stages(
             "max_vit:MaxViT", dim_conv_stem=8, dim=8, dim_head=8, depth=(1, 1), window_size=4
@@ -104,10 +85,6 @@ TABLE: Table = {
             **{"dim": 16, "heads": (2, 2), "depth": (1, 1), "reduction_factor": (4, 2)},
             **{"window_size": (8, 4), "ssa_dim_key": (8, 8), "ssa_dim_value": (8, 8)},
             **{"iwsa_dim_key": 8, "iwsa_dim_value": 8},
-        ),
-        "SepViT": net(
-            *("vit_pytorch.sep_vit:SepViT", images(3, 56)),
-            **{"num_classes": 5, "dim": 16, "dim_head": 8, "heads": (2, 2), "depth": (1, 1)},
         ),
     },
 }
