@@ -9,7 +9,6 @@ from benchmarks.libraries.entry import Entry, Inputs, Table, floats, images, joi
 _GREY = images(1, 32, 2)
 _VOLUME = floats(2, 1, 16, 16, 16)
 _FLAT: dict[str, Any] = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}
-_DEEP: dict[str, Any] = {**_FLAT, "spatial_dims": 3}
 _STEPS: dict[str, Any] = {"channels": (4, 8, 16), "strides": (2, 2)}
 _ATTENTION: dict[str, Any] = {"hidden_size": 32, "mlp_dim": 48, "num_heads": 4}
 _KL: dict[str, Any] = {"channels": (8, 16), "attention_levels": (False, True), "num_res_blocks": 1}

@@ -169,7 +169,6 @@ def _quantized(q: Any) -> nn.Module:
 
 _IN = floats(4, 6)
 _SPECIES = torch.tensor([[6, 1, 1, 8], [8, 1, 1, 6]])
-_TT = {"factorization": "tt", "rank": 0.5}
 
 TABLE: Table = {
     "e3nn": {

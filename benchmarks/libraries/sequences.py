@@ -16,14 +16,6 @@ def _brain(name: str, chans: int = 8, times: int = 256, **keywords: object) -> E
     return net(f"braindecode.models:{name}", floats(4, chans, times), **shape, **keywords)
 
 
-def _before(
-    path: str, after: nn.Module, inputs: Inputs, *args: object, **keywords: object
-) -> Entry:
-    """What is at ``path``, and a network behind it."""
-    first = net(path, inputs, *args, **keywords)
-    return Entry(lambda: nn.Sequential(first.make(), after), inputs)
-
-
 def _spiking(path: str, **keywords: object) -> Entry:
     """A network of spikingjelly over steps in time, with its usual neurons."""
 
