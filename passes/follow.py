@@ -72,9 +72,14 @@ def _align(program: Program, nodes: list[fx.Node], twins: list[fx.Node]) -> Same
     more."""
     named = {n.target: n for n in nodes if n.op != "call_function"}
     same: Same = {n: named[n.target] for n in twins if n.target in named}
-    own = [n for n in nodes if n.op == "call_function" and not _of_sizes(n)]
-    missing, skipped = [], set[fx.Node]()
+    own = [n for n in nodes if n.op == "call_function" and not _passes_on(n)]
+    missing, skipped = list[tuple[fx.Node, fx.Node]](), set[fx.Node]()
     for twin in (n for n in twins if n.op == "call_function" and not _of_sizes(n)):
+        if twin.target is aten.alias.default and twin.args[0] in same:
+            if any(cast is twin.args[0] for cast, _ in missing):
+                return {}
+            same[twin] = same[twin.args[0]]  # type: ignore[index]
+            continue
         while own and own[0].target in _CASTS and twin.target not in _CASTS:
             own.pop(0)
         while own and _slices_nothing(own[0]) and not _slices_nothing(twin):
@@ -107,6 +112,12 @@ def _of_sizes(node: fx.Node) -> bool:
     """Computes a number from sizes, or asserts something about one."""
     numbers = bool | int | float | torch.SymBool | torch.SymInt | torch.SymFloat
     return isinstance(value(node), numbers) or node.target in _ASSERTIONS
+
+
+def _passes_on(node: fx.Node) -> bool:
+    """Computes nothing of a tensor's values; capture has an alias for the last of some slices that
+    take all there is where sizes are fixed."""
+    return _of_sizes(node) or node.target is aten.alias.default
 
 
 def _slices_nothing(node: fx.Node) -> bool:

@@ -194,6 +194,19 @@ class Resized(Positions):
         return self.leave(torch.cat([grid + y[:, 1:], y[:, :1]], 1))
 
 
+class Corner(Positions):
+    """Takes what a size says of each dimension: at the example's, all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, n = self.enter(x), x.shape[1]
+        mix = self.mix[:n, :n] * torch.ones(n, n).triu()
+        return self.leave(mix.to(y.dtype) @ y)
+
+
 class AsksForSizes(Positions):
     """Goes another way where sizes are plain numbers."""
 
@@ -202,7 +215,7 @@ class AsksForSizes(Positions):
         return y * 1 if type(x.shape[1]) is int else y
 
 
-@pytest.mark.parametrize("kind", [Positions, Masked, Resized, AsksForSizes])
+@pytest.mark.parametrize("kind", [Positions, Masked, Resized, Corner, AsksForSizes])
 def test_dtypes_are_followed_by_a_capture_of_fixed_sizes(kind: type[Positions]) -> None:
     model, x = kind(), torch.randn(2, 4, 5)
     program = inline(capture(model, whole(model, (x,), {})))
@@ -210,7 +223,7 @@ def test_dtypes_are_followed_by_a_capture_of_fixed_sizes(kind: type[Positions]) 
     twin = inline(recapture(program, kind().double(), torch.float64, False, "none"))
     assert follow(program, twin)[1] == (kind is not AsksForSizes)
     teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches=None).double()
-    other = torch.randn(3, 7, 5, dtype=torch.float64)
+    other = torch.randn(3, 4 if kind is Corner else 7, 5, dtype=torch.float64)
     torch.testing.assert_close(teacher(other), model.double()(other))
 
 
