@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-import gpdfx  # noqa: F401
+from benchmarks.tables import command_line
 from gpdfx.passes.canonicalize import functional
 from gpdfx.passes.rules import bridged, rule_of
 from gpdfx.torch_private import aten_names, is_composite
@@ -124,5 +124,6 @@ def version() -> str:
 
 
 if __name__ == "__main__":
+    command_line("ops", __doc__).parse_args()
     FILE.parent.mkdir(exist_ok=True)
     FILE.write_text(table())

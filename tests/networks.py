@@ -119,9 +119,14 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
+def spilled(x: Tensor) -> Tensor:
+    """The first elements, in the places of the positive ones."""
+    return x.masked_scatter(x > 0, x)
+
+
 class Odd(nn.Module):
-    """What has no rule (renorm), or one that must see positions: conv over the channel axis (ECA),
-    sort, cumsum, argmax, a softmax and statistics over channels, in-place writes to views."""
+    """What has no rule (masked_scatter), or one that must see positions: conv over the channel axis
+    (ECA), sort, cumsum, argmax, a softmax and statistics over channels, in-place writes to views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +146,7 @@ class Odd(nn.Module):
         x = self.mix(x).softmax(dim=1) + x.std(dim=1, keepdim=True)
         pooled = x.mean((2, 3))
         ordered = pooled.sort(dim=1)[0].cumsum(dim=1)
-        bank = F.linear(pooled, self.bank.weight.renorm(2, 0, 1.0), self.bank.bias)
+        bank = F.linear(pooled, spilled(self.bank.weight), self.bank.bias)
         place = pooled.argmax(dim=1, keepdim=True) / 12
         zeros = torch.zeros_like(pooled)
         zeros[:, :4] = pooled[:, 4:8]

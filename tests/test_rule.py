@@ -179,7 +179,7 @@ RIGHT: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
     "indices": (look, "v! d, ... -> ... d", (r(7, 6), torch.tensor([[1, 6], [0, 3]]))),
     "one type": (single, "... -> ...", (r(2, 6),)),
     "no backward": (without_backward, "... -> ...", (r(2, 6),)),
-    "an aten op": (torch.ops.aten.renorm, "r c! -> r c", (r(5, 6), 2, 0, 1.0)),
+    "an aten op": (torch.ops.aten.linalg_pinv, "b r! c! -> b c r", (r(3, 5, 6), 1e-6)),
 }
 
 

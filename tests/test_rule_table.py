@@ -221,7 +221,7 @@ EXAMPLES: dict[str, Any] = {
     "fill.Tensor": [(X, torch.tensor(0.5))],
     "floor_divide.Scalar": [(X, 0.3)],
     # distances and losses
-    "cosine_similarity.*": [(X, X + r(6, 1)), (X, r(6, 5), -1), (X, r(4, 1, 5), 1)],
+    "cosine_similarity.*": [(X, X + r(6, 1)), (X, r(6, 5), -1), (X, r(4, 6, 1), 1)],
     "cdist.*": [(X, r(3, 5)), (X, r(4, 3, 5), 1.0), (r(30, 5), r(3, 5), math.inf)],
     "pdist.*": [(r(4, 5),), (r(4, 5), 1.0)],
     "dist.*": [(X, X + r(6, 1)), (X, -X, 3.0), (X, -X, 0)],
