@@ -334,7 +334,7 @@ TABLE = {
     "ZayaForCausalLM": row(text, num_experts_per_tok=1),
     # encoder-decoders
     "BartForConditionalGeneration": row(pair),
-    "BigBirdPegasusForConditionalGeneration": row(pair),
+    "BigBirdPegasusForConditionalGeneration": row(pair, attention_type="original_full"),
     "BlenderbotForConditionalGeneration": row(pair),
     "BlenderbotSmallForConditionalGeneration": row(pair),
     "EncoderDecoderModel": row(pair),

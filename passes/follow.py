@@ -4,6 +4,7 @@ batch norms'."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from torch import fx
 
 from ..calls.held import converted, has_gradient
+from ..calls.tree import Slot
 from ..errors import CaptureError
 from ..torch_private import BATCH_NORMS, tree_leaves
 from .capture.inline import inline
 from .capture.submodules import recapture
-from .program import Program, bind, copied, duplicate, is_tensor, origin, shape, value
+from .program import Mode, Program, bind, copied, duplicate, is_tensor, origin, shape, value
 from .rules.decompose import decompose
 from .widen import Widened
 
@@ -56,6 +58,10 @@ def follow(program: Program, double: Program) -> tuple[Program, bool]:
         for twin, node in same.items():
             if node.op == "call_function" and node.target == twin.target:
                 _follow_node(program, node, twin, same, casts)
+        other = double.modes[name].out
+        if mode.out.spec == other.spec:
+            differ = [a != b for a, b in zip(mode.out.held, other.held, strict=True)]
+            program.modes[name] = _returned(program, mode, "dtype", _floating, differ)
     return program, all_of_it
 
 
@@ -144,17 +150,42 @@ def _follow_node(
     node.args, node.kwargs = args, kwargs
 
 
+def _returned(
+    program: Program, mode: Mode, name: str, kind: Callable[[Any], bool], follows: list[bool]
+) -> Mode:
+    """Let constants of a kind in what a module returns (the dtype that a cache notes) be the
+    parameters' ``name``, where they follow it."""
+    held, end = list(mode.out.held), mode.graph.output_node()
+    rest = iter(end.args[0])  # type: ignore[arg-type]
+    results = list[Any]()
+    for place, x in enumerate(held):
+        if x is Slot:
+            results.append(next(rest))
+            continue
+        read = _attribute(program, end, name, x) if kind(x) and follows[place] else None
+        if isinstance(read, fx.Node):
+            held[place] = Slot
+            results.append(read)
+    end.args = ((*results, *rest),)
+    return replace(mode, out=replace(mode.out, held=tuple(held)))
+
+
 # --------------------------------------------------------------------------- what is baked
 def bakes_constants(program: Program) -> bool:
     """True if some call names a floating dtype or one of its limits, or makes floating numbers
-    of none (and by that may name the default dtype)."""
+    of none (and by that may name the default dtype), or a result holds one."""
 
     def bakes(node: fx.Node) -> bool:
         makes = is_tensor(node) and has_gradient(value(node)) and not _reads_floats(node)
         limits = (isinstance(x, float) and _limit(x) for x in _arguments(node))
         return bool(asked(node)) or makes or any(limits)
 
-    return any(map(bakes, _calls(program)))
+    returned = any(_floating(x) for mode in program.modes.values() for x in mode.out.held)
+    return returned or any(map(bakes, _calls(program)))
+
+
+def _floating(x: Any) -> bool:
+    return isinstance(x, torch.dtype) and x.is_floating_point
 
 
 def casts_on_purpose(program: Program) -> bool:
@@ -220,14 +251,21 @@ def follow_device(program: Program) -> Program:
     """Let device constants that equal the parameters' device follow it."""
     program = program.copied()
     for node in _calls(program):
-        if any(isinstance(x, torch.device) for x in _arguments(node)):
+        if any(map(_is_device, _arguments(node))):
             node.kwargs = {k: _device(program, node, x) for k, x in node.kwargs.items()}
             node.args = tuple(_device(program, node, x) for x in node.args)
+    for name, mode in program.modes.items():
+        every = [True] * len(mode.out.held)
+        program.modes[name] = _returned(program, mode, "device", _is_device, every)
     return program
 
 
+def _is_device(x: Any) -> bool:
+    return isinstance(x, torch.device)
+
+
 def _device(program: Program, node: fx.Node, x: Any) -> Any:
-    return _attribute(program, node, "device", x) if isinstance(x, torch.device) else x
+    return _attribute(program, node, "device", x) if _is_device(x) else x
 
 
 def _attribute(program: Program, node: fx.Node, name: str, baked: Any) -> Any:

@@ -74,6 +74,38 @@ def test_a_split_bakes_no_type() -> None:
         assert bakes_constants(program) == bakes
 
 
+class Cache:
+    """A state, and what is noted of it."""
+
+    def __init__(self, state: Tensor) -> None:
+        self.state, self.dtype, self.device = state, state.dtype, state.device
+
+
+class Cached(nn.Module):
+    """Returns a cache beside its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Cache, torch.dtype]:
+        y = self.a(x)
+        return self.b(y), Cache(y), torch.float16
+
+
+def test_types_and_devices_that_a_result_holds_follow() -> None:
+    model, x = Cached(), torch.randn(4, 6)
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,))
+    assert not teacher.report().apart
+    assert teacher.report().widened == 1
+    cache: Cache
+    for dtype, device in ((torch.float32, "cpu"), (torch.float64, "cpu"), (torch.float64, "meta")):
+        _, cache, own = teacher.to(device, dtype)(x.to(device, dtype))
+        assert cache.dtype is cache.state.dtype is dtype
+        assert cache.device == cache.state.device == torch.device(device)
+        assert own is torch.float16  # what does not follow stays
+
+
 def test_devices_that_capture_baked_follow() -> None:
     """On the meta device every tensor that stayed behind is an error."""
     _, teacher, x = baking()
