@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -175,6 +176,55 @@ def test_what_is_drawn_is_no_constant() -> None:
         expected = model(example())
         torch.manual_seed(seed)
         torch.testing.assert_close(teacher(example()), expected)
+
+
+# --------------------------------------------------------------------------- assertions
+ASSERTS = """
+def asserts(x):
+    assert (x.abs() < 1e9).all(), f"{x.shape}"
+    assert not x.isnan().any()
+    return x.relu()
+"""
+_NAMES: dict[str, Any] = {}
+exec(ASSERTS, _NAMES)  # pytest writes its own branches for those of a test
+
+
+def raises(x: Tensor) -> Tensor:
+    if x.ndim == 2 and (x.abs() > 1e9).any():
+        raise ValueError(f"Expected {x}" + repr(x.shape))
+    return torch.distributions.Normal(x, torch.ones_like(x), validate_args=True).mean.relu()
+
+
+def returns_or_raises(x: Tensor) -> Tensor:
+    if not (x.abs() > 1e9).any():
+        return x.relu()
+    raise ValueError("too large")
+
+
+@pytest.mark.parametrize("form", [_NAMES["asserts"], raises, returns_or_raises])
+def test_what_forward_asserts_of_values_holds(form: Callable[[Tensor], Tensor]) -> None:
+    """A branch that only raises is none; the student still looks."""
+    model = Around(Reads(form))
+    teacher = gpdfx.expand(model, example_inputs=(example(),))
+    assert teacher.report().widened == 1
+    assert not teacher.report().apart
+    trains_as(model, teacher, example())
+    with pytest.raises((AssertionError, ValueError)):
+        teacher.student(example() * 1e20)
+
+
+def chooses(x: Tensor) -> Tensor:
+    if x.mean() > 0:
+        x = x * 2
+    return x.relu()
+
+
+def test_any_other_branch_on_values_stays_python() -> None:
+    model = Around(Reads(chooses))
+    teacher = gpdfx.expand(model, example_inputs=(example(),))
+    assert "data-dependent" in teacher.report().apart[""]
+    for sign in (1, -1):
+        torch.testing.assert_close(teacher(sign * example()), model(sign * example()))
 
 
 # --------------------------------------------------------------------------- TorchScript
