@@ -125,8 +125,9 @@ def spilled(x: Tensor) -> Tensor:
 
 
 class Odd(nn.Module):
-    """What has no rule (masked_scatter), or one that must see positions: conv over the channel axis
-    (ECA), sort, cumsum, argmax, a softmax and statistics over channels, in-place writes to views."""
+    """What has no rule (masked_scatter), or one that must see positions: conv over the channel
+    axis (ECA), sort, cumsum, argmax, a softmax and statistics over channels, in-place writes to
+    views."""
 
     def __init__(self) -> None:
         super().__init__()
