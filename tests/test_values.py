@@ -227,6 +227,20 @@ def test_any_other_branch_on_values_stays_python() -> None:
         torch.testing.assert_close(teacher(sign * example()), model(sign * example()))
 
 
+def by_type(x: Tensor) -> Tensor:
+    return x * 2 if x.dtype == torch.float32 else x * 3
+
+
+def test_a_branch_on_the_type_stays_python() -> None:
+    """In float64, in which the laws are looked at, it is another function."""
+    model = Around(Reads(by_type))
+    teacher = gpdfx.expand(model, example_inputs=(example(),))
+    trains_as(model, teacher, example())
+    torch.testing.assert_close(
+        teacher.double()(example().double()), model.double()(example().double())
+    )
+
+
 # --------------------------------------------------------------------------- TorchScript
 def test_a_function_of_torchscript_in_an_attribute() -> None:
     def gate(x: Tensor, y: Tensor) -> Tensor:
