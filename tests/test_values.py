@@ -241,6 +241,30 @@ def test_a_branch_on_the_type_stays_python() -> None:
     )
 
 
+class Tries(nn.Module):
+    """Calls each layer in two ways, of which it takes but one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            try:
+                x = layer(x, lengths=None)
+            except TypeError:
+                x = layer(x)
+        return x
+
+
+def test_forward_catches_what_a_module_raises() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), Tries(), nn.Linear(8, 4))
+    teacher = gpdfx.expand(model, example_inputs=(example(),))
+    assert teacher.report().widened == 1
+    assert not teacher.report().apart
+    trains_as(model, teacher, example())
+
+
 # --------------------------------------------------------------------------- TorchScript
 def test_a_function_of_torchscript_in_an_attribute() -> None:
     def gate(x: Tensor, y: Tensor) -> Tensor:

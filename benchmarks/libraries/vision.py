@@ -99,7 +99,6 @@ TABLE: Table = {
         "TFeat": net("kornia.feature:TFeat", images(1, 32), False),
         "KeyNet": net("kornia.feature:KeyNet", images(1, 32), False),
         "XFeatModel": net("kornia.feature.xfeat:XFeatModel", images(1, 64, 2)),
-        "SIFTDescriptor": net("kornia.feature:SIFTDescriptor", images(1, 32), 32),
         "RRDBNet": net("kornia.models.rrdbnet:RRDBNet", images(size=16, batch=2), 3, 3, 4, 8, 1, 4),
         "SmallSRNet": net("kornia.models.small_sr:SmallSRNet", images(1, 16), 2, pretrained=False),
         "TinyViT": net(
@@ -175,7 +174,6 @@ TABLE: Table = {
             join(_SMALL, given([0.66, 0.55, 0.48])),
             **{"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 3},
         ),
-        "RCF": net("torchgeo.models:RCF", _SMALL, 3, 8, seed=0),
     },
     "lightly": {
         "ResNet": net(
@@ -187,7 +185,6 @@ TABLE: Table = {
         "DINOProjectionHead": net(
             "lightly.models.modules:DINOProjectionHead", floats(4, 32), 32, 48, 16, 20
         ),
-        "SwaVPrototypes": net("lightly.models.modules:SwaVPrototypes", floats(4, 16), 16, [9, 7]),
     },
     "byol-pytorch": {
         "BYOL": _trained(
