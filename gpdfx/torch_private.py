@@ -581,7 +581,7 @@ def calls_may_fail() -> Iterator[None]:
             self.module_stack.update(before)
             raise
 
-    torch.fx.Tracer.call_module = call_module  # type: ignore[method-assign]
+    torch.fx.Tracer.call_module = call_module  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
