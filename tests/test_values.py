@@ -77,6 +77,28 @@ class Steps(nn.Module):
         return x * self.state + self.count
 
 
+class Remade(nn.Module):
+    """Makes its buffer anew, in the default type, whatever that of the parameters is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.register_buffer("mask", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.count += 1
+            self.mask = torch.full((8,), 0.5, dtype=torch.float32) * self.count
+        return x * self.mask
+
+
+def test_a_buffer_is_made_anew_in_a_narrower_type_than_the_check_has() -> None:
+    model = Around(Remade())
+    teacher = gpdfx.expand(model, example_inputs=(example(),))
+    assert "keeps count" in teacher.report().apart["inner"]
+    trains_as(model, teacher, example())
+
+
 @pytest.mark.parametrize("build", [Average, lambda: Spiking(4, 8), Steps])
 def test_a_buffer_that_forward_replaces_is_written_to(build: Callable[[], nn.Module]) -> None:
     model = Around(build())
