@@ -589,6 +589,29 @@ class Mapped(TorchFunctionMode):
         return func(x, level, size, now).movedim(now, place)
 
 
+@contextmanager
+def calls_may_fail() -> Iterator[None]:
+    """While it lasts, a traced call of a module that raises leaves the tracer's stack of modules as
+    it was: forward may catch the error. Relies on ``fx.Tracer.call_module`` and ``module_stack``:
+    it takes what it put there away only after a call that returns."""
+    plain = torch.fx.Tracer.call_module
+
+    def call_module(self: Any, *args: Any) -> Any:
+        before = list(self.module_stack.items())
+        try:
+            return plain(self, *args)
+        except BaseException:
+            self.module_stack.clear()
+            self.module_stack.update(before)
+            raise
+
+    torch.fx.Tracer.call_module = call_module  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.fx.Tracer.call_module = plain  # type: ignore[method-assign]
+
+
 # --------------------------------------------------------------------------- composite operators
 def is_composite(op: Any, autocast: bool = False) -> bool:
     """True for an operator on tensors whose one kernel calls others, which also differentiate it;

@@ -137,6 +137,16 @@ def test_a_compiled_step_is_the_eager_one() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("branches", [None, "auto"])
+def test_a_teacher_that_never_ran_compiles(branches: str | None) -> None:
+    """What is made once must be there before the compiler comes."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6)
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches=branches, verify=False)
+    for y in torch.compile(teacher.both, fullgraph=True, backend="eager")(x):
+        torch.testing.assert_close(y, model(x))
+
+
 def test_gradients_accumulate() -> None:
     gpd = make(static=False).eval()
     gpd(X, Y).loss.backward()

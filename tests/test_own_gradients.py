@@ -642,6 +642,58 @@ def test_a_backward_that_calls_modules_has_the_tensors_of_its_call(branches: Any
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+class Recording(nn.Module):
+    """Draws in the backward what it drew in the forward, as reversible transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: Tensor | None = None
+        self.net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 12))
+
+    def forward(self, x: Tensor, record: bool = False) -> Tensor:
+        if record:
+            self.state = torch.get_rng_state()
+            return self.net(x)
+        with torch.random.fork_rng([]):
+            torch.set_rng_state(self.state)
+            return self.net(x)
+
+
+class Replayed(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, f: nn.Module) -> Tensor:
+        ctx.f = f
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return x + f(x, record=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.f(x), grads)
+        return grads[0] + x.grad, None
+
+
+class Replay(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Recording()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Replayed.apply(x, self.f)
+
+
+def test_what_a_forward_leaves_for_the_backward_stays_python() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), Replay(), nn.Linear(12, 4))
+    x = torch.randn(4, 8)
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches=None)
+    assert "1.f (Recording) keeps state" in teacher.report().apart["1.f"]
+    assert "1.f.net" in parts(teacher)
+    trains_as(model, teacher, x)
+
+
 class Again(Function):
     """A checkpoint written by hand, as diffusion networks have it: runs a function again, and asks
     for the gradients of its inputs and of the parameters that it is given."""

@@ -233,7 +233,7 @@ EXAMPLES: dict[str, Any] = {
     # positions
     "*quantile.scalar": [(X, 0.3, 1), (X, 0.7), (X, 0.3, 0, True)],
     "*quantile.default": [(X, n(0.3, 0.7), 1), (X, n(0.7)[0], 0, True)],
-    "renorm.*": [(X, 2, 1, 0.5), (X, 1.5, 0, 1)],
+    "renorm.*": [(X, 2, 1, 0.5), (X, 1.5, 0, 1), (X, math.inf, 1, 0.5)],
     "linalg_cross.*": [(r(4, 3), r(4, 3) + r(3)), (r(3, 1, 4), r(3, 6, 4), {"dim": 0})],
     "bucketize.*": [(X, r(6).sort()[0])],
     "searchsorted.*": [(r(6).sort()[0], X), (X.sort()[0], r(4, 6, 3))],

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,28 @@ class Steps(nn.Module):
             self.count = self.count + 1
             self.state = (self.state + x.detach().amax(0, keepdim=True)).tanh()
         return x * self.state + self.count
+
+
+class Remade(nn.Module):
+    """Makes its buffer anew, in the default type, whatever that of the parameters is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.register_buffer("mask", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.count += 1
+            self.mask = torch.full((8,), 0.5, dtype=torch.float32) * self.count
+        return x * self.mask
+
+
+def test_a_buffer_is_made_anew_in_a_narrower_type_than_the_check_has() -> None:
+    model = Around(Remade())
+    teacher = gpdfx.expand(model, example_inputs=(example(),))
+    assert "keeps count" in teacher.report().apart["inner"]
+    trains_as(model, teacher, example())
 
 
 @pytest.mark.parametrize("build", [Average, lambda: Spiking(4, 8), Steps])
@@ -175,6 +198,93 @@ def test_what_is_drawn_is_no_constant() -> None:
         expected = model(example())
         torch.manual_seed(seed)
         torch.testing.assert_close(teacher(example()), expected)
+
+
+# --------------------------------------------------------------------------- assertions
+ASSERTS = """
+def asserts(x):
+    assert (x.abs() < 1e9).all(), f"{x.shape}"
+    assert not x.isnan().any()
+    return x.relu()
+"""
+_NAMES: dict[str, Any] = {}
+exec(ASSERTS, _NAMES)  # pytest writes its own branches for those of a test
+
+
+def raises(x: Tensor) -> Tensor:
+    if x.ndim == 2 and (x.abs() > 1e9).any():
+        raise ValueError(f"Expected {x}" + repr(x.shape))
+    return torch.distributions.Normal(x, torch.ones_like(x), validate_args=True).mean.relu()
+
+
+def returns_or_raises(x: Tensor) -> Tensor:
+    if not (x.abs() > 1e9).any():
+        return x.relu()
+    raise ValueError("too large")
+
+
+@pytest.mark.parametrize("form", [_NAMES["asserts"], raises, returns_or_raises])
+def test_what_forward_asserts_of_values_holds(form: Callable[[Tensor], Tensor]) -> None:
+    """A branch that only raises is none; the student still looks."""
+    model = Around(Reads(form))
+    teacher = gpdfx.expand(model, example_inputs=(example(),))
+    assert teacher.report().widened == 1
+    assert not teacher.report().apart
+    trains_as(model, teacher, example())
+    with pytest.raises((AssertionError, ValueError)):
+        teacher.student(example() * 1e20)
+
+
+def chooses(x: Tensor) -> Tensor:
+    if x.mean() > 0:
+        x = x * 2
+    return x.relu()
+
+
+def test_any_other_branch_on_values_stays_python() -> None:
+    model = Around(Reads(chooses))
+    teacher = gpdfx.expand(model, example_inputs=(example(),))
+    assert "data-dependent" in teacher.report().apart[""]
+    for sign in (1, -1):
+        torch.testing.assert_close(teacher(sign * example()), model(sign * example()))
+
+
+def by_type(x: Tensor) -> Tensor:
+    return x * 2 if x.dtype == torch.float32 else x * 3
+
+
+def test_a_branch_on_the_type_stays_python() -> None:
+    """In float64, in which the laws are looked at, it is another function."""
+    model = Around(Reads(by_type))
+    teacher = gpdfx.expand(model, example_inputs=(example(),))
+    trains_as(model, teacher, example())
+    torch.testing.assert_close(
+        teacher.double()(example().double()), model.double()(example().double())
+    )
+
+
+class Tries(nn.Module):
+    """Calls each layer in two ways, of which it takes but one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            try:
+                x = layer(x, lengths=None)
+            except TypeError:
+                x = layer(x)
+        return x
+
+
+def test_forward_catches_what_a_module_raises() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), Tries(), nn.Linear(8, 4))
+    teacher = gpdfx.expand(model, example_inputs=(example(),))
+    assert teacher.report().widened == 1
+    assert not teacher.report().apart
+    trains_as(model, teacher, example())
 
 
 # --------------------------------------------------------------------------- TorchScript

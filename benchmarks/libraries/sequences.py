@@ -96,7 +96,6 @@ TABLE: Table = {
         "CfC-pure": net("ncps.torch:CfC", floats(4, 6, 8), 8, 20, mode="pure"),
         "CfC-memory": net("ncps.torch:CfC", floats(4, 6, 8), 8, 20, mixed_memory=True),
         "CfC-wired": _wired("CfC"),
-        "LTC-wired": _wired("LTC"),
     },
     "norse": {
         "LIF-cells": _norse("LIFCell"),

@@ -41,6 +41,14 @@ def take_first(tensor: Tensor, maps: Maps) -> Tensor:
     return tensor
 
 
+def settle(maps: Maps) -> None:
+    """Make now what ``take_first`` reads of axes: it may be traced before it ever ran, and the
+    compiler does not look into what is made once."""
+    for frozen in maps:
+        if frozen.wide:
+            _ = frozen.blocks
+
+
 _FIRST: WeakKeyDictionary[Frozen, dict[torch.device, Tensor]] = WeakKeyDictionary()
 """An axis owns its entry, which ends with it. Axes are pickled; what is on a device is not."""
 

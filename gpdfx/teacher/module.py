@@ -24,7 +24,7 @@ from ..passes.program import Mode, duplicate, unused
 from ..passes.widen import Widened
 from .captured import Part, Section
 from .compiled import Compiled, Facts
-from .extract import Mean, take_first
+from .extract import Mean, settle, take_first
 from .fold import Fold
 from .folding import Folding, Lazy, operator_get
 from .inner import Inner, Modes, Ordered, add_module, attach, refuse_other
@@ -62,6 +62,8 @@ class Teacher(nn.Module):
         program = compiled.program
         options, student = program.options, program.student
         self._facts = Facts(program.maps, program.alias, program.uses, options, compiled.example)
+        for maps in program.maps.values():
+            settle(maps)
         self._parts = {path: Part(path) for path in program.parts}
         for key, mode in program.modes.items():
             section = self._section(key, mode, program.graphs[key], compiled)

@@ -123,12 +123,12 @@ class Site:
         """True without branches."""
         return len(self.branches) == 0
 
-    @cached_property
+    @property
     def first(self) -> int:
         """Where the tensors of its branches begin."""
         return 1 + (not self.unbranched) + 2 * (self.share is not None)
 
-    @cached_property
+    @property
     def size(self) -> int:
         """How many tensors it has."""
         return self.first + sum(map(len, self.names))
@@ -138,7 +138,7 @@ class Site:
         """True if the student's weight is not the teacher's."""
         return self.cut is not None or self.share is not None
 
-    @cached_property
+    @property
     def narrow(self) -> Layer:
         """The student's layer."""
         return self.layer if self.cut is None else self.cut.layer(self.layer)

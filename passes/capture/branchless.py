@@ -1,5 +1,5 @@
 """Modules that ask their buffers for values (those of ``torch.ao.quantization``, batch norms that
-average all batches), without branches.
+average all batches), and assertions about values, without branches.
 
 Fake quantizers look in every call whether they are to observe and to quantize, observers whether
 they have seen anything. A graph cannot branch on that; it can compute both and choose. These are
@@ -8,9 +8,12 @@ the same numbers (the laws see to that), and the switches work on after capture.
 
 from __future__ import annotations
 
+import dis
 import math
+import sys
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from torch.ao.quantization import fake_quantize, observer
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ...torch_private import BATCH_NORMS, LEARNED_STEPS
+from ...torch_private import BATCH_NORMS, LEARNED_STEPS, in_transform
 from .limits import has_unknown_size
 
 aten = torch.ops.aten
@@ -154,12 +157,17 @@ def _ordered(tensors: Any, integers: Any, factors: Any, op: str) -> list[Any]:
 
 
 class StandIns(TorchFunctionMode):
-    """While a module is traced, these ops are another that stands for them."""
+    """While a module is traced, these ops are another that stands for them, and what it asserts of
+    values holds."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         op = _OPS.get(func)
+        if func is Tensor.__bool__ and not in_transform():
+            holds = asserted(sys._getframe(1))
+            if holds is not None:
+                return holds
         if func is F.batch_norm:
             rows = math.prod((args[0].shape[0], *args[0].shape[2:]))
             if has_unknown_size(rows):  # it asks whether that is one, or none
@@ -174,6 +182,45 @@ class StandIns(TorchFunctionMode):
         for a in op._schema.arguments[: len(given)]:
             by_type[str(a.type)].append(given[a.name])
         return _stand_in(*by_type.values(), str(op))
+
+
+# --------------------------------------------------------------------------- assertions
+def asserted(frame: FrameType) -> bool | None:
+    """The truth of what a frame is about to branch on, if all that it does otherwise is to raise
+    (``assert x.all()``, ``if x.isnan().any(): raise``); ``None`` for any other branch. A graph has
+    nothing to choose there: the student itself still looks."""
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back:  # of other modes
+        frame = frame.f_back
+    return _asserted(frame.f_code, frame.f_lasti)
+
+
+@lru_cache(1024)
+def _asserted(code: CodeType, at: int) -> bool | None:
+    body = list(dis.get_instructions(code))
+    places = {instruction.offset: k for k, instruction in enumerate(body)}
+    turned = False
+    for k in range(places[at], len(body)):
+        name = body[k].opname
+        if name == "UNARY_NOT":
+            turned = not turned
+        elif "JUMP" in name and name.endswith(("IF_TRUE", "IF_FALSE")):
+            next_, there = _raises(body, k + 1), _raises(body, places[body[k].argval])
+            truth = name.endswith("TRUE") == next_
+            return None if next_ == there else truth != turned
+        elif body[k].offset != at and name not in ("TO_BOOL", "EXTENDED_ARG", "COPY"):
+            break
+    return None
+
+
+def _raises(body: list[dis.Instruction], start: int) -> bool:
+    """Whether nothing but a ``raise`` can come of the instructions from there on."""
+    for instruction in body[start:]:
+        name = instruction.opname
+        if name == "RAISE_VARARGS":
+            return True
+        if name.startswith(("RETURN", "YIELD", "FOR_ITER", "RERAISE")) or "JUMP" in name:
+            return False
+    return False
 
 
 def stand_back(graph: fx.Graph) -> None:

@@ -28,6 +28,7 @@ from ...kernels.user_function import Hooked, UserFunction
 from ...torch_private import (
     Checkpoints,
     aliases,
+    calls_may_fail,
     checkpoints,
     functions,
     in_transform,
@@ -86,9 +87,10 @@ for _op in (_FUNCTION, _ENTER, _EXIT, _REQUIRE):
 # --------------------------------------------------------------------------- while export traces
 @contextlib.contextmanager
 def intercepted() -> Iterator[None]:
-    """While it lasts, what this thread calls becomes operators in a trace. Raises ``TypeError``
-    for what cannot be one node: such a module stays the user's Python."""
-    with aliases(), functions(_function), checkpoints(_Regions()), _Hooks():
+    """While it lasts, what this thread calls becomes operators in a trace; errors that forward
+    catches leave it whole. Raises ``TypeError`` for what cannot be one node: such a module stays
+    the user's Python."""
+    with calls_may_fail(), aliases(), functions(_function), checkpoints(_Regions()), _Hooks():
         yield
 
 

@@ -43,17 +43,18 @@ def python_of(
     student: nn.Module, inputs: Inputs, seed: int, caches: Collection[Attribute]
 ) -> Python:
     """What a student's own code does that no graph does. ``caches``: see ``find_caches``."""
-    kept, does, late = set[Attribute](), dict[str, set[Any]](), list[bool]()
+    kept, does, late = set[Attribute](), dict[str, set[Any]](), list[list[str]]()
     written, replaced, asks = set[str](), set[Attribute](), dict[str, str]()
     left, drawn = set[Attribute](), False
 
     def watch(run: nn.Module, kind: Any, args: Any, kwargs: Any) -> Any:
         arguments, given = tree.pattern((args, kwargs))
         if not kind.__module__.startswith("torch.") and holds_modules(arguments):
-            late.append(True)
+            inside = _reached_in(run, arguments)
+            late.append(inside)
             if any(isinstance(x, nn.Parameter) for x in given):
                 why = f"{kind.__name__} asks for gradients of its parameters"
-                asks.update(dict.fromkeys(_reached_in(run, arguments), why))
+                asks.update(dict.fromkeys(inside, why))
         return kind.apply(*args, **kwargs)
 
     modes = modes_of(student)
@@ -62,7 +63,7 @@ def python_of(
         run = entered(duplicate(student))
         before = dict(run.named_parameters())
         with functions(partial(watch, run)), aliases(_refuse_alias):
-            own, results, moved = _kept(run, inputs, seed, caches)
+            own, results, moved = _kept(run, inputs, seed, caches, late)
         kept, left, drawn = kept | own, left | results, drawn or moved
         after, given = dict(run.named_parameters()), dict(student.named_parameters())
         for name in before.keys() & after.keys():
@@ -77,7 +78,7 @@ def python_of(
     told = {path: _told(path, student, sorted(what, key=str)) for path, what in does.items()}
     lost = tuple(c for c in caches if c not in kept)
     apart, shown = asks | told, tuple(sorted(left))
-    return Python(lost, tuple(kept), any(late), apart, frozenset(written), shown)
+    return Python(lost, tuple(kept), bool(late), apart, frozenset(written), shown)
 
 
 def _reached_in(run: nn.Module, arguments: Pattern) -> list[str]:
@@ -114,10 +115,16 @@ def _told(path: str, student: nn.Module, does: list[tuple[str | None, str]]) -> 
 
 # --------------------------------------------------------------------------- state
 def _kept(
-    first: nn.Module, inputs: Inputs, seed: int, caches: Collection[Attribute]
+    first: nn.Module,
+    inputs: Inputs,
+    seed: int,
+    caches: Collection[Attribute],
+    late: Collection[list[str]],
 ) -> tuple[set[Attribute], set[Attribute], bool]:
     """Attributes of a copy that are others after a call if another call was before; or all that
-    changed, if only the result tells. A cache of what parameters give is none. Then those in which
+    changed, if only the result tells. A cache of what parameters give is none. Of modules that a
+    backward calls (``late``) all that a forward leaves is such: it may be left for the backward, as
+    the state of the generator is. Then those in which
     a call leaves results that train, and whether it draws from Python's or NumPy's generator."""
     fresh, start = duplicate(first, ours=True), attributes(first)
     made = dict(first.named_modules(remove_duplicate=False)), dict(first.named_parameters())
@@ -139,6 +146,7 @@ def _kept(
         return set(), set(), True
     after = attributes(first)
     told, new = changed(after, attributes(fresh)), changed(start, after)
+    told |= {key for key in new - set(caches) if any(key[0] in inside for inside in late)}
     left = (changed(shown, _trained(first)) & shown.keys()) - told
     if told:  # and what goes with it: a flag that says that something is there
         owners = {path for path, _ in told}

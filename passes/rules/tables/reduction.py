@@ -210,11 +210,23 @@ def _loss(names: str) -> Rule:
 
 # --------------------------------------------------------------------------- positions
 def _renorm(op: Op) -> Signature:
-    """What is along ``dim`` keeps a norm of its own."""
-    dim = dim_of(op, op["dim"])
+    """What is along ``dim`` keeps a norm of its own; one that counts sees the student's width."""
+    dim, counts = dim_of(op, op["dim"]), _order(op) in (0, math.inf)
     names = [f"d{k}" for k in range(len(op.axes("self")))]
-    left = " ".join(n + "!" * (k != dim) for k, n in enumerate(names))
+    left = " ".join(n + "!" * (k != dim and counts) for k, n in enumerate(names))
     return parse(f"{left} -> {' '.join(names)}")
+
+
+def _widen_renorm(w: Writer) -> fx.Node:
+    """Shares as in a norm, and what was scaled by them is scaled back."""
+    axes, dim = w.op.axes("self"), dim_of(w.op, w.op["dim"])
+    wide = [d for d in range(len(axes)) if d != dim and w.wide(axes[d])]
+    order = _order(w.op)
+    if not wide or order in (0, math.inf):
+        return w.copy()
+    count = w.copies(axes, wide)
+    y = w.copy(self=w.call(copies.root_share, w["self"], count, order))
+    return w.call(copies.root_share, y, count, -order)
 
 
 def _cross(op: Op) -> Signature:
@@ -272,7 +284,7 @@ TABLE: dict[Any, Rule] = rows(
         "quantile quantile.scalar nanquantile nanquantile.scalar": Rule(_quantile),
         "topk": Rule(partial(along, why=_POSITION, keep=False)),
         "diff": Rule(_diff),
-        "renorm": by(_renorm),
+        "renorm": replace(by(_renorm), widen=_widen_renorm),
         "linalg_cross": by(_cross),
         "cdist": _distance("... p d, ... r d -> ... p r", "x1 x2"),
         "pdist": _distance("n! d -> *s", "self"),
