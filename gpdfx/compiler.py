@@ -352,7 +352,7 @@ def _refused_tensor(x: Tensor) -> tuple[str, str] | None:
         remedy = "load or initialise the weights first (model.to_empty, load_state_dict)"
         return "is on the meta device: it has no values", remedy
     if x.layout != torch.strided:
-        return f"is {x.layout}: only dense tensors widen", "hold it dense (x.to_dense())"
+        return f"is {x.layout}", "hold it dense (x.to_dense()), or pass it as an input of forward"
     if x.is_quantized or (x.is_floating_point() and x.itemsize == 1):
         return f"is quantized ({x.dtype})", "expand the float model, quantize the collapsed student"
     if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import files
 from .branches.sets import read, spell
+from .calls import sparse
 from .compiler import expand
 from .control import ExpandOptions
 from .errors import InputError
@@ -177,6 +178,9 @@ def _spell_inputs(inputs: Any) -> tuple[Tensors, Any]:
     tensors: Tensors = {}
 
     def spelled(x: Any) -> Any:
+        if sparse.is_sparse(x):
+            layouts = {layout: name for name, layout in sparse.LAYOUTS.items()}
+            return {"sparse": [layouts[x.layout], *map(spelled, sparse.parts(x))]}
         if isinstance(x, Tensor):
             name = f"{_EXAMPLE}{len(tensors)}"
             tensors[name] = x
@@ -202,6 +206,9 @@ def _read_inputs(spelled: Any, tensors: Tensors) -> Any:
     match kind:
         case "tensor":
             return tensors[x]
+        case "sparse":
+            layout, *parts = x
+            return sparse.made(sparse.LAYOUTS[layout], [_read_inputs(y, tensors) for y in parts])
         case "tuple":
             return tuple(_read_inputs(y, tensors) for y in x)
         case "list":

@@ -417,6 +417,11 @@ def is_fake(x: Any) -> bool:
     return isinstance(x, FakeTensor)
 
 
+def wrapper(kind: type[Tensor], size: Sequence[Any], like: Tensor) -> Any:
+    """A tensor of a class of ours that has no storage: a size, a dtype and a device."""
+    return Tensor._make_wrapper_subclass(kind, size, dtype=like.dtype, device=like.device)
+
+
 @contextmanager
 def known_values(values: Sequence[tuple[Any, Tensor]]) -> Iterator[None]:
     """While it lasts, tensors without data that have one element give a value where C++ asks for

@@ -180,8 +180,9 @@ def duplicate(held: T, memo: dict[int, Any] | None = None, *, ours: bool = False
         own.setdefault(identity(one), (place, one))
     atomic = set[int]()
     for _, (_, _, one) in places(held, hops=0):
-        if isinstance(one, torch.Tensor) and not one.is_leaf and id(one) not in memo:
-            memo[id(one)] = one.detach().clone()
+        if isinstance(one, torch.Tensor) and id(one) not in memo:
+            if not one.is_leaf or one.layout != torch.strided:  # ``copy`` refuses them, or some
+                memo[id(one)] = one.detach().clone()
         elif isinstance(one, ATOMIC):
             atomic.add(id(one))
         elif isinstance(one, torch.jit.ScriptFunction):  # ``copy`` refuses what never changes

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from . import tree
+from . import sparse, tree
 from .call import Call
 
 _SPATIAL = {nn.Conv1d: (256,), nn.Conv2d: (64, 64), nn.Conv3d: (16, 64, 64)}
@@ -107,10 +107,11 @@ def _refused(x: torch.Tensor) -> tuple[str, str] | None:
             "pad it (x.to_padded_tensor(0.0)) and pass a mask beside it, and let forward take both"
         )
         return "a nested tensor", f"{remedy}: samples of several lengths are no one size"
-    if x.layout != torch.strided:
-        return f"a tensor that is {x.layout}: only dense ones widen", (
-            "pass it dense (x.to_dense()); or let forward take its indices and values, and add up "
-            "rows by index_add: out.index_add(0, row, value[:, None] * h[column])"
+    plain = sparse.is_sparse(x) and (x.ndim == 2 or x.layout == sparse.COO) and not x.dense_dim()
+    if x.layout != torch.strided and not plain:
+        return f"a tensor of {x.ndim} dimensions that is {x.layout}", (
+            "pass a matrix in one of the layouts torch.sparse_coo, torch.sparse_csr and "
+            "torch.sparse_csc, or a dense tensor"
         )
     if x.is_meta:
         return "a tensor on the meta device, which has no values", "make them where the model is"

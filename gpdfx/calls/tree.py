@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import torch_private
+from . import sparse
 
 KeyPath = tuple[Any, ...]
 """Pytree's keys on the way to a leaf."""
@@ -53,19 +54,37 @@ class _Opened:
 
 
 @dataclass(frozen=True)
+class _Apart:
+    """The sparse tensor that is leaf number ``place``, and what its parts are."""
+
+    place: int
+    kind: torch.layout
+    spec: Spec
+
+    def filled(self, inside: list[Any]) -> Any:
+        """One of such parts."""
+        return sparse.made(self.kind, inside)
+
+
+@dataclass(frozen=True)
 class Spec:
     """A structure without its leaves."""
 
     outer: torch_private.TreeSpec
-    opened: tuple[_Opened, ...]
+    opened: tuple[_Opened | _Apart, ...]
 
 
 def flatten(tree: Any) -> tuple[list[Any], Spec]:
     """``([leaves], spec)``; ``unflatten`` is its inverse."""
     flat, outer = torch_private.tree_flatten(tree)
     leaves: list[Any] = []
-    opened = []
+    opened: list[_Opened | _Apart] = []
     for place, leaf in enumerate(flat):
+        if sparse.is_sparse(leaf):
+            inside, spec = flatten(list(sparse.parts(leaf)))
+            opened.append(_Apart(place, leaf.layout, spec))
+            leaves += inside
+            continue
         if not _opens(leaf):
             leaves.append(leaf)
             continue
@@ -81,6 +100,9 @@ def paths(tree: Any) -> list[KeyPath]:
     """The way to every leaf of ``flatten``."""
     found: list[KeyPath] = []
     for path, leaf in torch_private.tree_paths(tree):
+        if sparse.is_sparse(leaf):
+            found += [(*path, _KEYS[1](name)) for name in sparse.NAMES]
+            continue
         if not _opens(leaf):
             found.append(path)
             continue

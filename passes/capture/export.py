@@ -25,6 +25,7 @@ from torch.export import ExportedProgram
 from ...calls import progress, tree
 from ...calls.call import Call
 from ...calls.held import HeldTensors, registered
+from ...calls.sparse import SparseTensors, is_size
 from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
 from ...torch_private import Mapped, is_vmap, see, take_hooks, unwatched
@@ -236,7 +237,8 @@ def _export_copy(
                 out, values = tree.pattern(forward(*args, **kwargs))
         except Exception as error:
             raise _RaisedError(error) from error
-        held = [x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        leaves = (x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+        held = [x for x in leaves if not is_size(x)]
         if {id(x) for x in held} - {id(x) for x in tensors}:
             raise TypeError("it puts tensors into an object that it is called with")
         returned[:] = [out]
@@ -249,8 +251,7 @@ def _export_copy(
     module.forward = flat
     name = site.path or type(original).__name__
     progress.at("capture", f"{name} in {site.mode} mode")
-    length = recurrent.FreeLength()
-    with limits.quiet(), limits.time_limit(patience), intercept.intercepted(), StandIns(), length:
+    with limits.quiet(), limits.time_limit(patience), _stood_in():
         shapes = dict(zip(unique, free, strict=True)) if free else None
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
     if _unknown(exported.graph):
@@ -260,6 +261,13 @@ def _export_copy(
     if not site.training:
         _check_faithful(student, site, exported)
     return exported, returned[0]
+
+
+@contextlib.contextmanager
+def _stood_in() -> Iterator[None]:
+    """While it lasts, what export cannot trace is something else."""
+    with intercept.intercepted(), StandIns(), recurrent.FreeLength(), SparseTensors():
+        yield
 
 
 def _unknown(graph: fx.Graph) -> bool:
