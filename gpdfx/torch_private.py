@@ -266,30 +266,6 @@ def is_traced() -> bool:
 
 
 @contextmanager
-def unwatched() -> Iterator[list[str]]:
-    """While it lasts, ``torch.compiler.is_compiling`` and ``is_exporting`` say no in this thread to
-    code that is not PyTorch's own: it does what it does when nobody traces it. Names the functions
-    that it asked. Relies on these being looked up in the module. One thread at a time."""
-    asked, thread = list[str](), threading.get_ident()
-    own = {name: getattr(torch.compiler, name) for name in ("is_compiling", "is_exporting")}
-
-    def ask(name: str) -> bool:
-        caller = inspect.currentframe().f_back.f_globals.get("__name__", "")  # type: ignore[union-attr]
-        if threading.get_ident() != thread or caller.partition(".")[0] == "torch":
-            return bool(own[name]())
-        asked.append(name)
-        return False
-
-    for name in own:
-        setattr(torch.compiler, name, partial(ask, name))
-    try:
-        yield asked
-    finally:
-        for name, function in own.items():
-            setattr(torch.compiler, name, function)
-
-
-@contextmanager
 def own_numbers(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Numbers that are read out of these tensors without data are unknown ones, of which no node of
     a graph that is traced has to give the value."""

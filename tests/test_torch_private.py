@@ -603,16 +603,3 @@ def test_a_composite_is_the_calls_that_it_makes() -> None:
     assert node.target not in calls
     x, y = torch.randn(3, 4), torch.randn(5, 4)
     torch.testing.assert_close(torch.fx.GraphModule({}, made)(x, y), x @ y.T)
-
-
-def test_unwatched_code_is_told_that_nobody_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
-    own = torch.compiler.is_compiling
-    with torch_private.unwatched() as asked:
-        assert not torch.compiler.is_compiling()
-        scope = {"__name__": "torch.nn", "torch": torch}
-        exec("said = torch.compiler.is_compiling()", scope)
-    assert scope["said"] is True  # PyTorch's own code has to know
-    assert asked == ["is_compiling"]
-    assert torch.compiler.is_compiling is own
-    assert own()

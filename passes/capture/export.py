@@ -28,7 +28,7 @@ from ...calls.held import HeldTensors, registered
 from ...calls.sparse import SparseTensors, is_size
 from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
-from ...torch_private import Mapped, is_vmap, see, take_hooks, unwatched
+from ...torch_private import Mapped, is_vmap, see, take_hooks
 from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
 from . import intercept, limits, recurrent
 from .branchless import StandIns, stand_back, without_branches
@@ -202,20 +202,6 @@ def first_line(error: BaseException) -> str:
 
 
 def _export_site(
-    student: nn.Module, site: CallSite, free: Any, patience: float | None
-) -> tuple[ExportedProgram, Pattern]:
-    """Export a copy of a module as it is when nobody traces it, or, if that fails, with what its
-    code does only where it is traced."""
-    with unwatched() as asked:
-        try:
-            return _export_copy(student, site, free, patience)
-        except Exception as error:
-            if isinstance(error, InputError) or not asked:
-                raise
-    return _export_copy(student, site, free, patience)
-
-
-def _export_copy(
     student: nn.Module, site: CallSite, free: Any, patience: float | None
 ) -> tuple[ExportedProgram, Pattern]:
     """Export a copy of a module whose forward takes and returns flat tensors."""
