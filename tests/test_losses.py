@@ -90,7 +90,7 @@ def test_equal_logits_have_no_loss_and_no_gradient(loss):
     z = (t + draw(5, 1, seed=1)).requires_grad_()  # a constant per sample does not matter
     value = loss(z, t, targets)
     value.backward()
-    assert abs(value.item()) < 1e-14
+    assert abs(value.item()) < 1e-13
     assert z.grad.abs().max() < 1e-14
     assert loss(z + draw(5, 7, seed=2), t, targets) > 0.01
 
