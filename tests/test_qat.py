@@ -140,7 +140,7 @@ class Untouched(nn.Module):
 @pytest.mark.parametrize("called", [True, False])
 def test_what_fx_prepares_widens_and_converts(called: bool) -> None:
     torch.manual_seed(0)
-    torch.backends.quantized.engine = torch.backends.quantized.supported_engines[-1]
+    torch.backends.quantized.engine = "qnnpack"  # others saturate on CPUs without VNNI
     choice, x = q.get_default_qat_qconfig_mapping("fbgemm"), image()
     model: Any = quantize_fx.prepare_qat_fx(Untouched().train(), choice, (x,))
     if called:
@@ -241,7 +241,7 @@ def test_switches_work_before_expand_and_after(chosen: str, switch: Any) -> None
 @pytest.mark.parametrize(("make", "chosen"), [(Convs, "fused, by channel"), (Plain, "in Python")])
 def test_the_trained_student_converts(make: Any, chosen: str) -> None:
     torch.manual_seed(0)
-    torch.backends.quantized.engine = torch.backends.quantized.supported_engines[-1]
+    torch.backends.quantized.engine = "qnnpack"  # others saturate on CPUs without VNNI
     model = prepared(make(), chosen, image())
     teacher = gpdfx.expand(model, 2, example_inputs=(image(),))
     optimizer, x = torch.optim.SGD(teacher.parameters(), 0.05), image()
