@@ -135,9 +135,12 @@ def measure(
 
 
 def digest(model: nn.Module) -> dict[str, str]:
-    """What stands for a state bit for bit, and is small: dtype, shape and hash of every tensor."""
+    """What stands for a state bit for bit, and is small: dtype, shape and hash of every tensor;
+    of what else is in it, its text."""
 
-    def of(x: Tensor) -> str:
+    def of(x: Any) -> str:
+        if not isinstance(x, Tensor):
+            return repr(x)
         data = x.detach().contiguous().flatten().view(torch.uint8).numpy()
         return f"{x.dtype} {list(x.shape)} {hashlib.sha256(data).hexdigest()}"
 

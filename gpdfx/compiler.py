@@ -186,8 +186,9 @@ def _checked(
     its graph is not its function is taken apart, too; if that does not help, the first error
     counts."""
     apart, first = {**hooked_modules(model), **python.apart}, None
-    most = len(apart) + APART
+    tries = 0
     while True:
+        tries += 1
         try:
             compiled = Compiled.of(
                 compile_program(model, example, options, clock, apart, python.written),
@@ -205,12 +206,23 @@ def _checked(
             return replace(compiled, sizes=check.sizes), check
         except LossyError as error:
             first = first or error
-            if error.apart is None or error.apart in apart or len(apart) == most:
+            if error.apart is None or error.apart in apart or tries > APART:
                 raise first from error
-            apart = {**apart, error.apart: str(error).splitlines()[0]}
+            apart = {**_alike(model, error.apart, apart), **apart}
+            apart[error.apart] = str(error).splitlines()[0]
         finally:  # before the teacher is made: both would not always fit
             _make_room(model)
             clock.lap("verify")
+
+
+def _alike(model: nn.Module, guilty: str, apart: Mapping[str, str]) -> dict[str, str]:
+    """The modules of the same class, of the user's, as one whose graph is not its function, once
+    that is the second one."""
+    kind = type(model.get_submodule(guilty))
+    alike = [path for path, module in model.named_modules() if type(module) is kind]
+    known = next((apart[path] for path in alike if path in apart), None)
+    ours = kind.__module__.startswith("torch.nn.")
+    return {} if known is None or ours else dict.fromkeys(alike, known)
 
 
 def compile_program(

@@ -139,8 +139,8 @@ def _follow_node(
             return [replaced(a, b) for a, b in zip(mine, other, strict=False)]
         if isinstance(mine, torch.dtype) and mine != other and not mine.is_complex:
             return _attribute(program, node, "dtype", torch.float32)
-        if isinstance(mine, float) and mine != other and (limit := _limit(mine)):
-            return _limit_of(program, node, twin, limit)
+        if isinstance(mine, float) and mine != other:
+            return _number_of(program, node, twin, mine, other)
         if isinstance(mine, fx.Node) and mine in casts:
             return same.get(other, mine)  # a cast that did nothing was taken for what it casts
         return mine
@@ -235,15 +235,23 @@ def _limit(number: float) -> str | None:
     return next((name for name, limit in each if limit == number), None)
 
 
-def _limit_of(program: Program, node: fx.Node, twin: fx.Node, limit: str) -> fx.Node:
-    """A node that computes a limit: of the first argument's dtype where that follows the
-    parameters' (under autocast it may be another), else of theirs."""
-    first, other = node.args[0], value(twin.args[0])
-    follows = isinstance(first, fx.Node) and getattr(other, "dtype", None) is torch.float64
+def _in_dtype(dtype: torch.dtype, mine: float, other: float) -> float:
+    """A number that forward chose by the dtype: of float64, or of the example's."""
+    return other if dtype is torch.float64 else mine
+
+
+def _number_of(program: Program, node: fx.Node, twin: fx.Node, mine: float, other: Any) -> Any:
+    """A node that computes a number as the dtype has it: of the first argument where that follows
+    the parameters' (under autocast it may be another), else of theirs."""
+    limit, first, wide = _limit(mine), node.args[0], value(twin.args[0])
+    if limit is None and not isinstance(other, float):
+        return mine
+    follows = isinstance(first, fx.Node) and getattr(wide, "dtype", None) is torch.float64
     dtype = None if follows else _attribute(program, node, "dtype", torch.float32)
     with node.graph.inserting_before(node):
         dtype = dtype or node.graph.call_function(getattr, (first, "dtype"))
-        return node.graph.call_function(dtype_limit, (dtype, limit))
+        call = (dtype_limit, (dtype, limit)) if limit else (_in_dtype, (dtype, mine, other))
+        return node.graph.call_function(*call)
 
 
 # --------------------------------------------------------------------------- devices

@@ -343,7 +343,10 @@ EXAMPLES: dict[str, Any] = {
     "index_reduce.*": [(X, 1, INDEX, r(4, 3, 5), "amax")],
     "index_fill.int_Tensor": [(X, 1, INDEX, torch.tensor(0.5))],
     "index_fill.*": [(X, 1, INDEX, 0.5)],
-    "index_put.*": [(X, [None, INDEX], r(4, 3, 5), True), (X, [INDEX, n(1, 0, 2)], r(5))],
+    "index_put.*": [
+        *((X, [None, INDEX], r(4, 3, 5), True), (X, [INDEX, n(1, 0, 2)], r(5))),
+        *((X, [mask], torch.tensor(2.0)) for mask in (X > 0, X[:, :, 0] > 0, X[:, 0, 0] > 0)),
+    ],
     # random
     "empty_permuted.*": [([2, 3], [1, 0])],
     "empty_strided.*": [([2, 3], [1, 2])],

@@ -84,7 +84,7 @@ class Places(Base):
 
 
 class Features(Base):
-    """A mask over channels, and one that is wide itself: positions count in both."""
+    """A mask over channels, where positions count; one that is wide itself, where they do not."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = self.first(x)

@@ -263,6 +263,73 @@ def test_a_branch_on_the_type_stays_python() -> None:
     )
 
 
+class ByType(nn.Module):
+    """Normalizes by a number, or a function, that depends on the type."""
+
+    def __init__(self, function: bool) -> None:
+        super().__init__()
+        self.scale, self.function = nn.Parameter(torch.ones(8)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        single = x.dtype == torch.float32
+        if self.function:
+            x = x.sin() if single else x.cos()
+        variance = x.var(-1, keepdim=True)
+        return x * (variance + (1e-2 if single else 1e-1)).rsqrt() * self.scale
+
+
+class Attends(nn.Module):
+    """In single precision, whatever its parameters have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.all, self.last = ByType(False), nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.all(self.norm(x)).chunk(3, -1)
+        weights = (q @ k.transpose(-1, -2)).softmax(-1, dtype=torch.float32)
+        y: Tensor = self.last(weights.type(q.dtype) @ v)
+        return x + y
+
+
+def test_a_number_chosen_by_type_follows_it() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), Attends(), nn.Linear(8, 3)), torch.randn(2, 5, 8)
+    teacher = gpdfx.expand(model, example_inputs=(x,))
+    assert teacher.report().widened == 1
+    trains_as(model, teacher, x)
+    torch.testing.assert_close(teacher.double()(x.double()), model.double()(x.double()))
+
+
+def test_a_type_chooses_in_more_modules_than_are_tried_one_by_one() -> None:
+    many = [ByType(True) for _ in range(10)]
+    model, x = nn.Sequential(nn.Linear(8, 8), *many, nn.Linear(8, 3)), torch.randn(3, 8)
+    teacher = gpdfx.expand(model, example_inputs=(x,))
+    assert teacher.report().apart.keys() == {"", *map(str, range(1, 11))}
+    trains_as(model, teacher, x)
+    torch.testing.assert_close(teacher.double()(x.double()), model.double()(x.double()))
+
+
+class Letters(nn.Module):
+    """Takes numbers of letters, if that is really what it gets, or their shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(x) is Tensor and x.dtype is torch.long:
+            x = nn.functional.one_hot(x, 4).float()
+        y: Tensor = self.body(x)
+        return y
+
+
+def test_forward_asks_for_the_class_of_a_tensor() -> None:
+    model, x = Letters(), torch.randint(4, (3, 7))
+    teacher = gpdfx.expand(model, example_inputs=(x,))
+    assert teacher.report().widened == 1
+    torch.testing.assert_close(teacher(x), model(x))
+
+
 class Tries(nn.Module):
     """Calls each layer in two ways, of which it takes but one."""
 

@@ -25,6 +25,7 @@ from torch.export import ExportedProgram
 from ...calls import progress, tree
 from ...calls.call import Call
 from ...calls.held import HeldTensors, registered
+from ...calls.integers import Integers
 from ...calls.sparse import SparseTensors, is_size
 from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
@@ -81,6 +82,8 @@ def with_module(
         key = _key(site, modes)
         if functional or any(map(is_vmap, export.graph.nodes)):
             export = export.run_decompositions({})
+            if _unknown(export.graph):  # it numbers them anew
+                _see_sizes(export, site)
         module: Any = export.module(check_guards=False)
         for part in module.modules():  # regions have graphs of their own
             if isinstance(part, fx.GraphModule):
@@ -204,6 +207,19 @@ def first_line(error: BaseException) -> str:
 def _export_site(
     student: nn.Module, site: CallSite, free: Any, patience: float | None
 ) -> tuple[ExportedProgram, Pattern]:
+    """Export a copy of a module, once more wherever ``int`` of a tensor is what failed."""
+    integers = Integers()
+    while True:
+        try:
+            return _export_copy(student, site, free, patience, integers)
+        except Exception:
+            if not integers.more():
+                raise
+
+
+def _export_copy(
+    student: nn.Module, site: CallSite, free: Any, patience: float | None, integers: Integers
+) -> tuple[ExportedProgram, Pattern]:
     """Export a copy of a module whose forward takes and returns flat tensors."""
     original = student.get_submodule(site.path)
     others = {id(t): t for t in registered(student).values()}
@@ -237,7 +253,7 @@ def _export_site(
     module.forward = flat
     name = site.path or type(original).__name__
     progress.at("capture", f"{name} in {site.mode} mode")
-    with limits.quiet(), limits.time_limit(patience), _stood_in():
+    with limits.quiet(), limits.time_limit(patience), _stood_in(), integers:
         shapes = dict(zip(unique, free, strict=True)) if free else None
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)
     if _unknown(exported.graph):

@@ -101,7 +101,12 @@ def _index_slices(op: Op) -> Axes:
 
 
 def _index_put(op: Op) -> Axes:
-    """Indexed dimensions are written at positions; what is written broadcasts over the rest."""
+    """Indexed dimensions are written at positions; what is written broadcasts over the rest. One
+    number where a mask of the leading dimensions holds is a choice, element by element."""
+    mask, *others = op["indices"]
+    if mask is not None and _is_mask(mask) and not (others or op.axes("values")):
+        rest = len(op.axes("self")) - len(op.axes(mask))
+        return broadcast(op, op.axes("self"), (*op.axes(mask), *[ONE] * rest))
     indices = _indices(op)
     for d in indices:
         op.take(op["self"], d, "it is indexed", out=d)
