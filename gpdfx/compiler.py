@@ -165,7 +165,7 @@ def expand(
                 clock.lap("verify")
             progress.at("report")
             laps = partial(clock.lap, "report")
-            return make_report(program, teacher, control, example, laps, check, scales, python.left)
+            return make_report(program, teacher, control, example, laps, check, scales, python)
 
         teacher = Teacher(compiled, describe)
         for name, of in hooks.items():

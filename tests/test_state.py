@@ -389,13 +389,41 @@ class Bounded(nn.Linear):
         return super().forward(x)
 
 
+class Starts(nn.Module):
+    """Scales by what the first batch says, which its value tells that it has met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(12, 12), nn.Parameter(torch.zeros(1, 12))
+        self.register_buffer("met", torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        if not self.met > 0.0:
+            self.scale.data = -torch.log(x.std(0, keepdim=True) + 1e-6).data
+            self.met = torch.tensor(1.0)
+        y: Tensor = x * self.scale.exp()
+        return y
+
+
 WRITERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "replaced": (Codes, ["codes.weight"]),
     "assigned": (partial(Follows, True), ["slow.weight", "slow.bias"]),
     "in place": (partial(Follows, False), ["slow.weight", "slow.bias"]),
     "own": (partial(Bounded, False), ["weight"]),
     "in a graph": (partial(Bounded, True), ["weight"]),
+    "once": (Starts, ["scale"]),
 }
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_nothing_is_written_before_the_first_call(kind: str) -> None:
+    make, _ = WRITERS[kind]
+    model = nn.Sequential(nn.Linear(6, 12), make(), nn.Linear(12, 3))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    teacher = gpdfx.expand(model, example_inputs=(torch.randn(5, 6),))
+    for found in (model.state_dict(), gpdfx.collapse(teacher).state_dict()):
+        assert all(torch.equal(found[name], x) for name, x in before.items())
 
 
 @pytest.mark.parametrize("verify", [False, True])

@@ -54,11 +54,11 @@ class Cost:
         return text + " of the plain student's"
 
 
-def cost(teacher: Teacher, student: nn.Module, example: Example) -> Cost:
+def cost(teacher: Teacher, student: nn.Module, example: Example, *, borrow: bool) -> Cost:
     """Run student and teacher on the example, in eval mode, and count: without data, as far as
-    their code does not ask for values."""
+    their code does not ask for values. ``borrow``: it writes to no parameter."""
     fake, real = (
-        cache(partial(Subject, teacher, student, example, fake)) for fake in (True, False)
+        cache(partial(Subject, teacher, student, example, fake, borrow)) for fake in (True, False)
     )
 
     def tell(measure: Callable[[Subject], Any]) -> Any:
@@ -77,11 +77,15 @@ def cost(teacher: Teacher, student: nn.Module, example: Example) -> Cost:
 
 class Subject:
     """Copies of teacher and student, in eval mode, to run and to forget: on parameters of the same
-    sizes without data (``fake``), or on the same ones. What Python keeps of a run ends with them.
+    sizes without data (``fake``), on the same ones (``borrow``), or on copies. What Python keeps of
+    a run ends with them.
     """
 
-    def __init__(self, teacher: Teacher, student: nn.Module, example: Example, fake: bool) -> None:
+    def __init__(
+        self, teacher: Teacher, student: nn.Module, example: Example, fake: bool, borrow: bool
+    ) -> None:
         self.mode = FakeMode() if fake else None
+        self.borrow = fake or borrow
         # a call is known by the objects in it that are no tensors
         self.constants = {id(x): x for x in tree.leaves(example) if not isinstance(x, Tensor)}
         self.teacher, self.student = self._copy(teacher), self._copy(student)
@@ -90,7 +94,9 @@ class Subject:
         self.batch = max(_batch(example), 1)
 
     def _copy(self, module: Module) -> Module:
-        shared = chain(module.parameters(), module.buffers() if self.mode else ())
+        shared = chain(
+            module.parameters() if self.borrow else (), module.buffers() if self.mode else ()
+        )
         memo = {id(x): self._stand_in(x) for x in shared}
         return enter(duplicate(module, self.constants | memo), EVAL, {})
 

@@ -18,6 +18,7 @@ from ..kernels.regions import enter_recompute
 from ..kernels.user_function import UserFunction
 from ..passes.infer import FROM_PYTHON, TO_PYTHON
 from ..passes.widen import Bridge, Widened
+from ..teacher.compiled import Python
 from ..teacher.module import Teacher
 from .cost import Cost, cost
 from .explain import Evidence, gather_evidence
@@ -289,14 +290,14 @@ def make_report(
     seconds: Callable[[], dict[str, float]],
     check: Check | None,
     scales: str,
-    left: Iterable[tuple[str, str]] = (),
+    python: Python,
 ) -> Report:
-    """``seconds``: of all stages, this one, too: asked last; ``left``: module and attribute."""
+    """``seconds``: of all stages, this one, too: asked last."""
     parts = (
         _widening(widened, control.round_to),
-        _capture(widened, teacher, left),
+        _capture(widened, teacher, python.left),
         _branching(widened, scales),
-        _footprint(widened.student, teacher, example),
+        _footprint(widened.student, teacher, example, borrow=not python.written),
     )
     fields = {name: value for part in parts for name, value in vars(part).items()}
     evidence = gather_evidence(widened)
@@ -406,12 +407,14 @@ def _branching(widened: Widened, scales: str) -> Branching:
     )
 
 
-def _footprint(student: nn.Module, teacher: Teacher, example: tuple[Any, Any]) -> Footprint:
+def _footprint(
+    student: nn.Module, teacher: Teacher, example: tuple[Any, Any], *, borrow: bool
+) -> Footprint:
     extra = sum(map(_count, teacher.folds()))
     return Footprint(
         parameters=(_count(student), _count(teacher) - extra),
         extra=extra,
-        cost=cost(teacher, student, example),
+        cost=cost(teacher, student, example, borrow=borrow),
     )
 
 
