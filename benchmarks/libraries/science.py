@@ -160,9 +160,18 @@ def _ani(package: Any) -> nn.Module:
 
 
 def _quantized(q: Any) -> nn.Module:
+    """With bounds for activations that are given, and not collected from the first calls."""
+    scalers = pkgutil.resolve_name("brevitas.quant.scaled_int")
+    given: Any = {"act_quant": scalers.Uint8ActPerTensorFloatMaxInit, "max_val": 6.0}
+    signed: Any = {"act_quant": scalers.Int8ActPerTensorFloatMinMaxInit}
+    signed |= {"min_val": -6.0, "max_val": 6.0}
     return nn.Sequential(
-        *(q.QuantIdentity(), q.QuantConv2d(3, 8, 3, weight_bit_width=4), nn.BatchNorm2d(8)),
-        *(q.QuantReLU(bit_width=4), q.QuantConv2d(8, 12, 3, groups=2), q.QuantReLU()),
+        *(q.QuantIdentity(**signed), q.QuantConv2d(3, 8, 3, weight_bit_width=4), nn.BatchNorm2d(8)),
+        *(
+            q.QuantReLU(**given, bit_width=4),
+            q.QuantConv2d(8, 12, 3, groups=2),
+            q.QuantReLU(**given),
+        ),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), q.QuantLinear(12, 3)),
     )
 

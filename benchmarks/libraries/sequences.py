@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
@@ -29,7 +30,7 @@ def _spiking(path: str, **keywords: object) -> Entry:
         build = pkgutil.resolve_name(f"spikingjelly.activation_based.{path}")
         model = build(spiking_neuron=found["neuron"].LIFNode, **keywords)
         found["functional"].set_step_mode(model, "m")
-        return model
+        return AtRest(model, found["functional"].reset_net)
 
     return Entry(make, floats(3, 4, 3, 32, 32))
 
@@ -131,6 +132,19 @@ TABLE: Table = {
         "sew_resnet18": _spiking("model.sew_resnet:sew_resnet18", num_classes=5, cnf="ADD"),
     },
 }
+
+
+class AtRest(nn.Module):
+    """Every call begins with neurons at rest, as spikingjelly's examples have it."""
+
+    def __init__(self, network: nn.Module, reset: Callable[[nn.Module], None]) -> None:
+        super().__init__()
+        self.network, self.reset = network, reset
+
+    def forward(self, steps: Tensor) -> Tensor:
+        self.reset(self.network)
+        y: Tensor = self.network(steps)
+        return y
 
 
 class Steps(nn.Module):

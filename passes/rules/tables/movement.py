@@ -113,13 +113,24 @@ def _expand(op: Op) -> Axes:
 
 
 def _repeat(op: Op) -> Axes:
-    """``repeat(3)`` of an axis n is 3 x n."""
-    axes = op.axes("self")
-    counts = list(op.args.get("repeats", op["dims"]))
+    """``repeat(3)`` of an axis n is 3 x n; of a single element, what ``expand`` makes of it."""
+    axes, raw = op.axes("self"), value(op.node).shape
+    counts = list(op["repeats"] if "repeats" in op.args else op["dims"])
     axes = (ONE,) * (len(counts) - len(axes)) + axes
     counts = [1] * (len(axes) - len(counts)) + counts
-    outer = (op.fixed(value(c), "repeated") for c in counts)
-    return tuple(map(product, outer, axes))
+    return tuple(
+        op.free(size) if a.size == 1 else product(op.fixed(value(c), "repeated"), a)
+        for a, c, size in zip(axes, counts, raw, strict=True)
+    )
+
+
+def _widen_repeat(w: Writer) -> fx.Node:
+    name = "repeats" if "repeats" in w.op.args else "dims"
+    counts, single = w.op[name], [a.size == 1 for a in w.op.axes("self")]
+    sizes = sizes_of(w, w.target.axes[w.op.node], counts)
+    single = [True] * (len(counts) - len(single)) + single
+    chosen = zip(single[-len(counts) :], sizes, counts, strict=True)
+    return w.copy(**{name: [size if one else count for one, size, count in chosen]})
 
 
 def _repeat_interleave(op: Op) -> Axes:
@@ -346,7 +357,7 @@ TABLE: dict[Any, Rule] = {operator.getitem: Rule(_getitem)} | rows(
         "rot90": Rule(_rot90),
         "expand broadcast_to": Rule(_expand, widen_sized),
         "expand_as": "..., ... -> ...",
-        "repeat tile": Rule(_repeat),
+        "repeat tile": Rule(_repeat, _widen_repeat),
         "repeat_interleave.self_int": Rule(_repeat_interleave, _widen_interleave),
         "cat concat": Rule(_cat),
         "stack": Rule(_stack),
