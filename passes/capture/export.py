@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 
 from ...calls import progress, tree
 from ...calls.call import Call
+from ...calls.given import Watch
 from ...calls.held import HeldTensors, registered
 from ...calls.sparse import SparseTensors, is_size
 from ...calls.tree import Pattern
@@ -217,12 +218,14 @@ def _export_site(
 
     def flat(*tensors: Any) -> tuple[Any, ...]:
         args, kwargs = site.call.unflatten(list(tensors))
+        watch = Watch((args, kwargs))
         try:
             constants = Constants(others.values())
             with also.filled(registered(module)), _written(module), Mapped(), constants:
-                out, values = tree.pattern(forward(*args, **kwargs))
+                out, values = tree.pattern(watch.outcome(forward(*args, **kwargs)))
         except Exception as error:
             raise _RaisedError(error) from error
+        watch.undo()
         leaves = (x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor))
         held = [x for x in leaves if not is_size(x)]
         if {id(x) for x in held} - {id(x) for x in tensors}:
@@ -331,7 +334,8 @@ def _check_faithful(student: nn.Module, site: CallSite, exported: ExportedProgra
     args, kwargs = site.call.unflatten([x.clone() for x in site.tensors])
     with torch.no_grad(), limits.quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # dropout may be on in eval mode, too
-        want = _floating(eager(*args, **kwargs))
+        watch = Watch((args, kwargs))
+        want = _floating(watch.outcome(eager(*args, **kwargs)))
         torch.manual_seed(0)
         got = _floating(exported.module(check_guards=False)(*(x.clone() for x in site.tensors)))
     for x, y in zip(want, got, strict=True):
