@@ -41,7 +41,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def containers(call: Any) -> list[Any]:
     """The dicts and lists in a structure, in order; not those in the attributes of objects, which
     may change with them."""
-    found = list[Any]()
+    found: list[Any] = []
 
     def visit(x: Any) -> bool:
         if tree.is_container(x):
@@ -78,7 +78,7 @@ class Watch:
 
     def outcome(self, result: Any) -> Outcome:
         """What came of the call."""
-        written = list[Any]()
+        written: list[Any] = []
         for place, (container, old) in enumerate(zip(self.given, self.before, strict=True)):
             new = _items(container)
             if [*new] != [*old] or any(new[key] is not old[key] for key in new):

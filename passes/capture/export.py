@@ -30,7 +30,19 @@ from ...calls.sparse import SparseTensors, is_size
 from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
 from ...torch_private import Mapped, is_vmap, see, take_hooks
-from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
+from ..program import (
+    ORDER,
+    CallSite,
+    Mode,
+    Program,
+    copied,
+    draws,
+    duplicate,
+    memory_order,
+    mutated,
+    shape,
+    source_line,
+)
 from . import intercept, limits, recurrent
 from .branchless import StandIns, stand_back, without_branches
 from .constants import Constants
@@ -87,6 +99,7 @@ def with_module(
             if isinstance(part, fx.GraphModule):
                 for put_back in (intercept.put_back, stand_back, recurrent.put_back):
                     put_back(part.graph)
+        _note_orders(module, site)
         graph = copied(module.graph)  # names are ours from here on, not its attributes
         _drop_writes_to_itself(graph)
         for node in graph.nodes:
@@ -103,6 +116,33 @@ def with_module(
         modes[key] = Mode(graph, site, out, level)
     intercept.forget()
     return program
+
+
+class _Ran(fx.Interpreter):
+    """Runs a graph, and notes the memory order of what random ops read."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        found = super().run_node(n)
+        if isinstance(found, torch.Tensor) and any(map(_deals, n.users)):
+            n.meta[ORDER] = memory_order(found)
+        return found
+
+
+def _deals(node: fx.Node) -> bool:
+    """Whether it draws; dropout that is off does not."""
+    return draws(node) and not any(x is False for x in node.args)
+
+
+def _note_orders(module: fx.GraphModule, site: CallSite) -> None:
+    """Random numbers are dealt out in the memory order that the student's tensors really have."""
+    if not any(map(_deals, module.graph.nodes)):
+        return
+    before = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
+        for one in (torch.no_grad(), limits.quiet(), torch.random.fork_rng(devices=[])):
+            stack.enter_context(one)
+        stack.callback(lambda: [buffer.copy_(old) for buffer, old in before])
+        _Ran(module, graph=module.graph).run(*(x.clone() for x in site.tensors))
 
 
 def _key(site: CallSite, known: Collection[str]) -> str:
