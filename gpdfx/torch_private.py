@@ -49,14 +49,17 @@ def tree_unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
     return pytree.tree_unflatten(leaves, spec)
 
 
-def tree_leaves(tree: Any) -> list[Any]:
-    """The leaves alone, in the order of ``tree_flatten``."""
-    return pytree.tree_leaves(tree)
+def tree_leaves(tree: Any, stop: Callable[[Any], bool] | None = None) -> list[Any]:
+    """The leaves alone, in the order of ``tree_flatten``; so is all that ``stop`` holds for, which
+    is asked of everything on the way."""
+    return pytree.tree_leaves(tree, is_leaf=stop)
 
 
-def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """The same structure with ``function`` of every leaf."""
-    return pytree.tree_map(function, tree)
+def tree_map(
+    function: Callable[[Any], Any], tree: Any, stop: Callable[[Any], bool] | None = None
+) -> Any:
+    """The same structure with ``function`` of every leaf; ``stop``: see ``tree_leaves``."""
+    return pytree.tree_map(function, tree, is_leaf=lambda x: _is_size(x) or bool(stop and stop(x)))
 
 
 def tree_paths(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:

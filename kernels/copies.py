@@ -78,19 +78,24 @@ def share(
 
 
 def dropout_mask(
-    like: Tensor, shape: list[int], draw: str, p: float, order: list[int] | None
+    like: Tensor, shape: list[int], draw: str, p: float, orders: list[list[int]] | None
 ) -> Tensor:
     """One dropout mask (zeros and 1 / (1 - p)), drawn at the student's shape and in its memory
-    order (``order``: dimensions from the outermost; None: as they stand), in which random numbers
-    are dealt out."""
-    order = list(range(len(shape))) if order is None else order
+    order (``orders``: dimensions from the outermost, the last for float64; None: as they stand), in
+    which random numbers are dealt out."""
+    order = _order(like, orders or [list(range(len(shape)))])
     ones = torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device).fill_(1)
     return _DROPOUT[draw](ones, p, True)
 
 
-def in_order(x: Tensor, order: list[int]) -> Tensor:
-    """The same values in a given memory order."""
+def in_order(x: Tensor, orders: list[list[int]]) -> Tensor:
+    """The same values in a given memory order (``orders``: the last for float64)."""
+    order = _order(x, orders)
     return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _order(x: Tensor, orders: list[list[int]]) -> list[int]:
+    return orders[-1 if x.dtype is torch.float64 else 0]
 
 
 _DROPOUT = {"dropout": torch.dropout, "feature_dropout": torch.feature_dropout}

@@ -17,7 +17,19 @@ from ..errors import CaptureError
 from ..torch_private import BATCH_NORMS, tree_leaves
 from .capture.inline import inline
 from .capture.submodules import recapture
-from .program import Mode, Program, bind, copied, duplicate, is_tensor, origin, shape, value
+from .program import (
+    DOUBLE,
+    ORDER,
+    Mode,
+    Program,
+    bind,
+    copied,
+    duplicate,
+    is_tensor,
+    origin,
+    shape,
+    value,
+)
 from .rules.decompose import decompose
 from .widen import Widened
 
@@ -56,6 +68,8 @@ def follow(program: Program, double: Program) -> tuple[Program, bool]:
         all_of_it &= bool(same)
         casts = {node for node in same.values() if node.target in _CASTS}
         for twin, node in same.items():
+            if ORDER in twin.meta:
+                node.meta[DOUBLE] = twin.meta[ORDER]
             if node.op == "call_function" and node.target == twin.target:
                 _follow_node(program, node, twin, same, casts)
         other = double.modes[name].out
@@ -66,7 +80,11 @@ def follow(program: Program, double: Program) -> tuple[Program, bool]:
 
 
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten._to_copy.default}
-_ASSERTIONS = {aten._assert_scalar.default, aten.sym_constrain_range_for_size.default}
+_ASSERTIONS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default,
+}
 
 
 Same = dict[fx.Node, fx.Node]
@@ -80,6 +98,7 @@ def _align(program: Program, nodes: list[fx.Node], twins: list[fx.Node]) -> Same
     same: Same = {n: named[n.target] for n in twins if n.target in named}
     own = [n for n in nodes if n.op == "call_function" and not _passes_on(n)]
     missing, skipped = list[tuple[fx.Node, fx.Node]](), set[fx.Node]()
+    alone = list[fx.Node]()
     for twin in (n for n in twins if n.op == "call_function" and not _of_sizes(n)):
         if twin.target is aten.alias.default and twin.args[0] in same:
             if any(cast is twin.args[0] for cast, _ in missing):
@@ -87,7 +106,7 @@ def _align(program: Program, nodes: list[fx.Node], twins: list[fx.Node]) -> Same
             same[twin] = same[twin.args[0]]  # type: ignore[index]
             continue
         while own and own[0].target in _CASTS and twin.target not in _CASTS:
-            own.pop(0)
+            alone.append(own.pop(0))
         while own and _slices_nothing(own[0]) and not _slices_nothing(twin):
             skipped.add(own.pop(0))
         if own and own[0].target == twin.target:
@@ -111,11 +130,15 @@ def _align(program: Program, nodes: list[fx.Node], twins: list[fx.Node]) -> Same
             if user in same and same[user] is not source:
                 same[user].replace_input_with(source, cast)
         same[twin] = cast
+    for node in () if own else alone:  # another layout for this dtype: whatever the dtype is
+        read = node.args[0]
+        if isinstance(read, fx.Node) and value(read).dtype == value(node).dtype:
+            node.kwargs = {k: x for k, x in node.kwargs.items() if k != "dtype"}
     return {} if own else same
 
 
 def _of_sizes(node: fx.Node) -> bool:
-    """Computes a number from sizes, or asserts something about one."""
+    """Computes a number from sizes, or asserts something."""
     numbers = bool | int | float | torch.SymBool | torch.SymInt | torch.SymFloat
     return isinstance(value(node), numbers) or node.target in _ASSERTIONS
 

@@ -337,6 +337,17 @@ _STATISTICS = {aten.batch_norm.default: "training", aten.instance_norm.default: 
 """Ops that write to statistics without their schema saying so -> the argument that says when."""
 
 
+ORDER, DOUBLE = "memory_order", "memory_order_in_float64"
+"""In the ``meta`` of what a random op reads: its dimensions, from the largest stride to the
+smallest, when the student really ran; kernels need not lay out memory as their fakes say."""
+
+
+def memory_order(x: torch.Tensor) -> list[int]:
+    """The dimensions of a tensor from the largest stride to the smallest."""
+    strides = [size_hint(s) for s in x.stride()]
+    return sorted(range(len(strides)), key=lambda d: (-strides[d], d))
+
+
 def draws(node: fx.Node) -> bool:
     """True if it moves the random state: without it every later draw would be another."""
     tags = getattr(node.target, "tags", ())

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import itertools
 import types
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -182,6 +183,13 @@ def leaves(tree: Any) -> list[Any]:
     return flatten(tree)[0]
 
 
+def is_container(x: Any) -> bool:
+    """True for a dict or list, also of a class of the user's that is no more than that."""
+    if type(x) in _CONTAINERS:
+        return True
+    return isinstance(x, _ITEMS) and _opens(x) and not _entries(x)[1]
+
+
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """The same structure with ``function`` of every leaf."""
     flat, spec = flatten(tree)
@@ -258,6 +266,8 @@ def _entries(leaf: Any) -> tuple[dict[Any, Any], dict[str, Any]]:
     return items, attributes
 
 
+_ITEMS = dict, list  # torch.compile knows no other way to write it
+_CONTAINERS = (*_ITEMS, OrderedDict, defaultdict)
 _OPEN = (dict, list, tuple, types.SimpleNamespace)
 _BUILTIN = types.BuiltinMethodType
 _KEYS = torch_private.item_key, torch_private.attribute_key

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..calls import tree
 from ..calls.examples import seed_all
+from ..calls.given import Given, Kept, Watch
 from ..torch_private import Checkpoints, checkpoints, in_transform
 from .facts import Fact, Inputs, Law, Observed, floating
 
@@ -45,9 +46,12 @@ def observe(
     leaves = tree.leaves((args, kwargs))
     seed_all(seed)
     on = gradients != "none"
-    watched = _watching(parts or {}, given or {}, number)
+    watched, watch = _watching(parts or {}, given or {}, number), Watch((args, kwargs))
     with watched as seen, torch.set_grad_enabled(on), checkpoints(Checkpoints()):
-        outputs, structure = tree.flatten(call(*args, **kwargs))
+        result = call(*args, **kwargs)
+    outputs, structure = tree.flatten(result)
+    written, places = tree.flatten(watch.outcome(result))
+    outputs += [y for y in written if not any(y is x for x in outputs)]
     for k, y in enumerate(outputs):
         if isinstance(y, Tensor):
             seen[Fact(Law.OUTPUTS, k, call=number)] = y
@@ -58,7 +62,7 @@ def observe(
         sources |= {Fact(Law.PARAMETERS, name): p for name, p in (parameters or {}).items()}
         seen |= reached(seen, sources) if reach else _gradients(seen, sources, seed)
     seen = {fact: y.detach() for fact, y in seen.items()}
-    seen[Fact(Law.OUTPUTS, "structure", call=number)] = _shape(outputs, structure)
+    seen[Fact(Law.OUTPUTS, "structure", call=number)] = _shape(outputs, structure, places)
     return seen | {Fact(Law.GENERATORS, k, call=number): x for k, x in after.items()}
 
 
@@ -117,11 +121,12 @@ def drew(seen: Observed, seed: int) -> bool:
     return any(not torch.equal(x, seen[Fact(Law.GENERATORS, name)]) for name, x in start.items())
 
 
-def _shape(outputs: list[Any], structure: tree.Spec) -> Tensor:
+def _shape(outputs: list[Any], *structures: tree.Spec) -> Tensor:
     """Of a result without its tensors: the containers, and what is no tensor, objects by type."""
-    plain = (bool, int, float, str, type(None), torch.dtype)
+    plain = (bool, int, float, str, type(None), torch.dtype, Given, Kept)
     rest = [repr(y) if isinstance(y, plain) else str(type(y)) for y in outputs]
-    return _number((repr(structure.outer), tuple(o.kind for o in structure.opened), *rest))
+    kinds = (tuple(o.kind for o in one.opened) for one in structures)
+    return _number((*(repr(one.outer) for one in structures), *kinds, *rest))
 
 
 def _number(value: Any) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calls.given import apart
 from ..compiler import expand
 from ..control import covers
 from ..errors import InputError, suggest
@@ -211,16 +212,17 @@ class GPD(nn.Module):
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Outputs, Outputs, Outputs | None]:
         """Teacher, student and static teacher on one batch, the branches folded once."""
+        call = args, kwargs
         static = streams.start(
-            lambda: self._run_static(args, kwargs), (args, kwargs), beside=self.overlap_static
+            lambda: self._run_static(*apart(call)), call, beside=self.overlap_static
         )
         folded, features = self.teacher._fold(), []  # type: ignore[var-annotated]
-        output = self.teacher._run_teacher(folded, args, kwargs, features)
+        output = self.teacher._run_teacher(folded, *apart(call), features=features)
         teacher = Outputs(self._logits(output), features)
         output, features = run_with_features(
             self.teacher._student,
             self._student_layers,
-            lambda: self.teacher._run_student(folded, args, kwargs, self.own_parameters()),
+            lambda: self.teacher._run_student(folded, *apart(call), own=self.own_parameters()),
         )
         return teacher, Outputs(self._logits(output), features), static()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..calls import tree
+from ..calls.given import apart
 from ..passes.capture.modes import EVAL, enter
 from ..passes.capture.submodules import slow_attention
 from ..passes.folded import Folded, Make
@@ -105,12 +106,12 @@ class Subject:
 
     # ---- measures
     def student_macs(self) -> int:
-        args, kwargs = self.example
+        args, kwargs = apart(self.example)
         return self._count(lambda: self.student(*args, **kwargs))[1] // self.batch
 
     def teacher_macs(self) -> int:
         folded = Lazy({name: partial(_unobserved, make) for name, make in self.made.items()})
-        call = partial(self.teacher._run_teacher, folded, *self.example)
+        call = partial(self.teacher._run_teacher, folded, *apart(self.example))
         return self._count(call)[1] // self.batch
 
     def fold_macs(self) -> int:
@@ -143,8 +144,8 @@ class Subject:
             return make() + zero
 
         folded = Lazy({name: partial(plus_zero, make) for name, make in self.made.items()})
-        run = self.teacher._run_teacher, self.teacher._run_student
-        return run[0](folded, args, kwargs), run[1](folded, args, kwargs)
+        run, call = (self.teacher._run_teacher, self.teacher._run_student), (args, kwargs)
+        return run[0](folded, *apart(call)), run[1](folded, *apart(call))
 
     def _count(self, call: Callable[[], Any]) -> tuple[Any, int]:
         """A result, and the multiply-adds that it takes by PyTorch's formulas, which do not know
@@ -179,7 +180,7 @@ def _per_sample(call: Callable[..., Any], example: Example) -> int:
 
 def _kept(call: Callable[..., Any], example: Example) -> int:
     """Bytes saved for the backward, every storage once; nothing is really saved."""
-    args, kwargs = example
+    args, kwargs = apart(example)
     seen: dict[int, tuple[StorageReference, int]] = {}
 
     def pack(x: Tensor) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..calls.given import Given, settle
 from ..calls.sizes import Sizes
 from ..errors import InputError
 from ..kernels.regions import exit_recompute, recompute
@@ -27,6 +28,7 @@ class Section:
         self.reads_folded = bool(reads(graph))
         self.site, self.call, self.out = mode.site, mode.site.call, mode.out
         self.sizes = sizes
+        self.writes = any(isinstance(x, Given) for x in self.out.held)  # or returns such
         graph = _outlined(copied(graph))
         _read_late(graph)
         self.code = _Code.of(graph)
@@ -38,15 +40,22 @@ class Section:
         return flat
 
     def __call__(
-        self, net: nn.Module, folded: Folded, flat: list[Any], features: list[Any] | None = None
+        self,
+        net: nn.Module,
+        folded: Folded,
+        flat: list[Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        features: list[Any] | None = None,
     ) -> Any:
-        """Run on the teacher's tensors, and on the weights that its branches fold into.
-        ``features``: takes what comes out beside the outputs."""
+        """Run on the teacher's tensors, and on the weights that its branches fold into; ``flat``:
+        the tensors of the call. ``features``: takes what comes out beside the outputs."""
         results = self.code.function(net, *flat, *([folded] if self.reads_folded else ()))
         own = sum(self.out.slots)
         if features is not None:
             features += results[own:]
-        return self.out.fill(results[:own])
+        outcome = self.out.fill(results[:own])
+        return settle(outcome, self.call.containers(args, kwargs)) if self.writes else outcome[0]
 
 
 class Part:
@@ -80,7 +89,7 @@ class Part:
             except InputError as error:
                 errors.append(error)
                 continue
-            return section(net, folded, flat, features)
+            return section(net, folded, flat, args, kwargs, features)
         if refused or plain is None:
             raise (refused + unlike)[0]
         plain.training = bool(state[0])

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from ..algebra.frozen import Frozen
 from ..algebra.gather import gather
 from ..calls import tree
+from ..calls.given import apart
 from ..calls.held import importable
 from ..errors import InputError
 from ..passes.capture.export import first_line
@@ -161,9 +162,11 @@ class Teacher(nn.Module):
         return self._run_student(self._folding.for_call(teacher=False), args, kwargs)
 
     def both(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """``(teacher(...), teacher.student(...))``, the branches folded once for both."""
-        folded = self._fold()
-        return self._run_teacher(folded, args, kwargs), self._run_student(folded, args, kwargs)
+        """``(teacher(...), teacher.student(...))``, the branches folded once for both. Where these
+        put results into a dict or list that they are called with, it is each one's own copy."""
+        folded, call = self._fold(), (args, kwargs)
+        teacher = self._run_teacher(folded, *apart(call))
+        return teacher, self._run_student(folded, *apart(call))
 
     def _fold(self, *, teacher: bool = True, student: bool = True) -> Folded:
         """The weights that branches fold into, by the names of ``passes.folded``: those that the

@@ -24,13 +24,26 @@ from torch.export import ExportedProgram
 
 from ...calls import progress, tree
 from ...calls.call import Call
+from ...calls.given import Watch
 from ...calls.held import HeldTensors, registered
 from ...calls.integers import Integers
 from ...calls.sparse import SparseTensors, is_size
 from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
 from ...torch_private import Mapped, is_vmap, see, take_hooks
-from ..program import CallSite, Mode, Program, copied, duplicate, mutated, shape, source_line
+from ..program import (
+    ORDER,
+    CallSite,
+    Mode,
+    Program,
+    copied,
+    draws,
+    duplicate,
+    memory_order,
+    mutated,
+    shape,
+    source_line,
+)
 from . import intercept, limits, recurrent
 from .branchless import StandIns, stand_back, without_branches
 from .constants import Constants
@@ -89,6 +102,7 @@ def with_module(
             if isinstance(part, fx.GraphModule):
                 for put_back in (intercept.put_back, stand_back, recurrent.put_back):
                     put_back(part.graph)
+        _note_orders(module, site)
         graph = copied(module.graph)  # names are ours from here on, not its attributes
         _drop_writes_to_itself(graph)
         for node in graph.nodes:
@@ -105,6 +119,33 @@ def with_module(
         modes[key] = Mode(graph, site, out, level)
     intercept.forget()
     return program
+
+
+class _Ran(fx.Interpreter):
+    """Runs a graph, and notes the memory order of what random ops read."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        found = super().run_node(n)
+        if isinstance(found, torch.Tensor) and any(map(_deals, n.users)):
+            n.meta[ORDER] = memory_order(found)
+        return found
+
+
+def _deals(node: fx.Node) -> bool:
+    """Whether it draws; dropout that is off does not."""
+    return draws(node) and not any(x is False for x in node.args)
+
+
+def _note_orders(module: fx.GraphModule, site: CallSite) -> None:
+    """Random numbers are dealt out in the memory order that the student's tensors really have."""
+    if not any(map(_deals, module.graph.nodes)):
+        return
+    before = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
+        for one in (torch.no_grad(), limits.quiet(), torch.random.fork_rng(devices=[])):
+            stack.enter_context(one)
+        stack.callback(lambda: [buffer.copy_(old) for buffer, old in before])
+        _Ran(module, graph=module.graph).run(*(x.clone() for x in site.tensors))
 
 
 def _key(site: CallSite, known: Collection[str]) -> str:
@@ -233,12 +274,14 @@ def _export_copy(
 
     def flat(*tensors: Any) -> tuple[Any, ...]:
         args, kwargs = site.call.unflatten(list(tensors))
+        watch = Watch((args, kwargs))
         try:
             constants = Constants(others.values())
             with also.filled(registered(module)), _written(module), Mapped(), constants:
-                out, values = tree.pattern(forward(*args, **kwargs))
+                out, values = tree.pattern(watch.outcome(forward(*args, **kwargs)))
         except Exception as error:
             raise _RaisedError(error) from error
+        watch.undo()
         leaves = (x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor))
         held = [x for x in leaves if not is_size(x)]
         if {id(x) for x in held} - {id(x) for x in tensors}:
@@ -347,7 +390,8 @@ def _check_faithful(student: nn.Module, site: CallSite, exported: ExportedProgra
     args, kwargs = site.call.unflatten([x.clone() for x in site.tensors])
     with torch.no_grad(), limits.quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # dropout may be on in eval mode, too
-        want = _floating(eager(*args, **kwargs))
+        watch = Watch((args, kwargs))
+        want = _floating(watch.outcome(eager(*args, **kwargs)))
         torch.manual_seed(0)
         got = _floating(exported.module(check_guards=False)(*(x.clone() for x in site.tensors)))
     for x, y in zip(want, got, strict=True):

@@ -11,7 +11,7 @@ from ...algebra.axes import ONE, Axis
 from ...algebra.solver import Reason, Solver
 from ...calls.sizes import is_free
 from ...errors import AxisConflict
-from ..program import bind, describe, shape, size_hint, value
+from ..program import DOUBLE, ORDER, bind, describe, memory_order, shape, size_hint, value
 
 aten = torch.ops.aten
 Axes = tuple[Axis, ...]
@@ -162,10 +162,12 @@ def agree(op: Op, axes: Axes, dim: int, why: str = "") -> Axes:
     return op.axes("self")
 
 
-def memory_order(x: fx.Node) -> list[int]:
-    """The dimensions of the student's tensor from the largest stride to the smallest."""
-    strides = [size_hint(s) for s in value(x).stride()]
-    return sorted(range(len(strides)), key=lambda d: (-strides[d], d))
+def memory_orders(x: fx.Node) -> list[list[int]]:
+    """The dimensions of the student's tensor from the largest stride to the smallest; a second time
+    for a student in float64, if it lays out memory in another way."""
+    own = x.meta.get(ORDER) or memory_order(value(x))
+    double = x.meta.get(DOUBLE, own)
+    return [own] if double == own else [own, double]
 
 
 def broadcast(op: Op, *operands: Axes) -> Axes:

@@ -92,7 +92,8 @@ def _runs_in(site: CallSite, student: nn.Module, mode: str) -> bool:
 
 def run_section(teacher: StreamingTeacher, section: Section, *args: Any, **kwargs: Any) -> Any:
     """One of the teacher's graphs, called as its module is."""
-    return section(teacher._net, teacher._folding.for_call(), section.flatten(args, kwargs))
+    flat = section.flatten(args, kwargs)
+    return section(teacher._net, teacher._folding.for_call(), flat, args, kwargs)
 
 
 def _record(

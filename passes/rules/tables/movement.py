@@ -23,7 +23,7 @@ from ....calls.sizes import is_free
 from ....errors import AxisConflict
 from ....kernels import copies
 from ...program import number, shape, size_hint, value
-from ..op import Axes, Op, agree, broadcast, dim_of, memory_order
+from ..op import Axes, Op, agree, broadcast, dim_of, memory_orders
 from ..signature import rows, sig
 from ..writer import Rule, Writer
 from .reduction import along
@@ -259,7 +259,7 @@ def _as_strided(op: Op) -> Axes:
 
 def _widen_as_strided(w: Writer) -> fx.Node:
     """Strides speak of the student's memory: the teacher's may be in another order."""
-    return w.copy(self=w.call(copies.in_order, w["self"], memory_order(w.op["self"])))
+    return w.copy(self=w.call(copies.in_order, w["self"], memory_orders(w.op["self"])))
 
 
 def _select(op: Op) -> Axes:

@@ -12,7 +12,7 @@ from torch import fx
 from ....kernels import copies
 from ....torch_private import op_name
 from ...program import value
-from ..op import Axes, Op, memory_order
+from ..op import Axes, Op, memory_orders
 from ..signature import rows, sig
 from ..writer import Rule, Writer, student_sizes
 
@@ -24,7 +24,7 @@ def _dropout(w: Writer) -> fx.Node:
         return w.copy()
     x, name = w["input"], op_name(op.node.target)
     sizes = student_sizes(w, x, axes, value(op["input"]).shape)
-    mask = w.call(copies.dropout_mask, x, sizes, name, op["p"], memory_order(op["input"]))
+    mask = w.call(copies.dropout_mask, x, sizes, name, op["p"], memory_orders(op["input"]))
     return w.call(torch.ops.aten.mul.Tensor, x, w.spread(mask, axes))
 
 
@@ -40,7 +40,7 @@ def _widen_draw(w: Writer) -> fx.Node:
     name = next(iter(w.op.args))
     if not any(map(w.wide, w.op.axes(name))):
         return w.copy()
-    return w.copy(**{name: w.call(copies.in_order, w[name], memory_order(w.op[name]))})
+    return w.copy(**{name: w.call(copies.in_order, w[name], memory_orders(w.op[name]))})
 
 
 TABLE: dict[Any, Rule] = rows(
