@@ -122,6 +122,34 @@ class Chooses(nn.Module):
         return x
 
 
+class Adds(nn.Module):
+    """Two layers that add to a dict what they make of it, or Python that does."""
+
+    def __init__(self, python: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.python = nn.Linear(6, 12), nn.Linear(12, 6), python
+
+    def forward(self, call: dict[str, Any]) -> dict[str, Any]:
+        x = call["x"]
+        if self.python and x.sum().item() > 1e6:
+            x = 2 * x
+        call["sum"] = x.sum(1)
+        call["x"] = self.second(self.first(x).relu())
+        return call
+
+
+def test_what_passes_through_parts_is_what_was_given() -> None:
+    model = nn.Sequential(Adds(True), Adds(False), Adds(False))
+    call = {"x": torch.randn(4, 6), "mask": torch.ones(4, dtype=torch.long)}
+    teacher = gpdfx.expand(model, 2, example_inputs=({**call},), branches=None)
+    assert {"1", "2"} <= set(parts(teacher))
+    mine, other = {**call}, {**call}
+    result, wanted = teacher(mine), model(other)
+    assert result is mine
+    assert result["mask"] is call["mask"]
+    torch.testing.assert_close(result, wanted)
+
+
 def test_a_part_writes_for_the_python_around_it() -> None:
     teacher = gpdfx.expand(Chooses(), 2, example_inputs=(features(),), branches=None)
     assert set(parts(teacher)) == {"part", "last"}

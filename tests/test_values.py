@@ -309,6 +309,27 @@ def test_a_type_chooses_in_more_modules_than_are_tried_one_by_one() -> None:
     torch.testing.assert_close(teacher.double()(x.double()), model.double()(x.double()))
 
 
+class Decays(nn.Module):
+    """By numbers in attributes, which stay in single precision when the parameters do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate, self.step = torch.tensor(0.1), torch.tensor([0.7, 0.3])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * (1 - self.rate / 3) + (self.step * self.rate).sum()
+        return x.tanh() * (self.rate * 7 + 1)
+
+
+def test_constants_compute_in_their_own_type() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), Decays(), nn.Linear(8, 3)), torch.randn(3, 8)
+    teacher = gpdfx.expand(model, example_inputs=(x,))
+    assert teacher.report().widened == 1
+    trains_as(model, teacher, x)
+    y = teacher.double()(x.double())
+    torch.testing.assert_close(y, model.double()(x.double()), rtol=1e-12, atol=1e-12)
+
+
 class Letters(nn.Module):
     """Takes numbers of letters, if that is really what it gets, or their shares."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pkgutil
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from benchmarks.libraries.entry import (
     Entry,
@@ -48,6 +49,29 @@ def _genome() -> nn.Module:
     found = pkgutil.resolve_name("enformer_pytorch.modeling_enformer:Enformer")
     size = {"dim": 48, "depth": 1, "heads": 2, "output_heads": {"human": 5}, "attn_dim_key": 8}
     return found.from_hparams(**size, target_length=4, num_downsamples=3, dim_divisible_by=4)
+
+
+def _sentences(first: str, *args: object) -> Entry:
+    """Modules of sentence-transformers, which put what they compute into the dict that they get."""
+
+    def make() -> nn.Module:
+        kinds = pkgutil.resolve_name("sentence_transformers.sentence_transformer.modules")
+        dense = (kinds.Dense(24, 16), kinds.Dense(16, 8))
+        return nn.Sequential(getattr(kinds, first)(*args), kinds.Pooling(24), *dense)
+
+    def inputs() -> tuple[dict[str, Tensor]]:
+        lengths = torch.tensor([16, 9, 12, 16])
+        words = SEQUENCE()[0]
+        mask = torch.arange(words.shape[1]) < lengths[:, None]
+        return (
+            {
+                "token_embeddings": words,
+                "attention_mask": mask.long(),
+                "sentence_lengths": lengths,
+            },
+        )
+
+    return Entry(make, inputs)
 
 
 class Quantized(nn.Module):
@@ -221,26 +245,8 @@ TABLE: Table = {
         ),
     },
     "sentence-transformers": {
-        "CNN": net(
-            "sentence_transformers.sentence_transformer.modules:CNN",
-            lambda: ({"token_embeddings": SEQUENCE()[0]},),
-            *(24, 12, [1, 3]),
-        ),
-        "LSTM": net(
-            "sentence_transformers.sentence_transformer.modules:LSTM",
-            lambda: (
-                {
-                    "token_embeddings": SEQUENCE()[0],
-                    "sentence_lengths": tokens(4, among=9)()[0] + 5,
-                },
-            ),
-            *(24, 12),
-        ),
-        "Dense": net(
-            "sentence_transformers.sentence_transformer.modules:Dense",
-            lambda: ({"sentence_embedding": floats(4, 24)()[0]},),
-            *(24, 12),
-        ),
+        "CNN-Dense": _sentences("CNN", 24, 12, [1, 3]),
+        "LSTM-Dense": _sentences("LSTM", 24, 12),
     },
     "siren-pytorch": {
         "SirenNet": net("siren_pytorch:SirenNet", floats(32, 2), 2, 24, 3, 3),

@@ -8,6 +8,7 @@ puts them where they belong (``settle``).
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -103,6 +104,26 @@ class Watch:
         if not any(map(one, torch_private.tree_leaves(value, one))):
             return value
         return torch_private.tree_map(lambda x: places.get(id(x), x), value, one)
+
+
+def map_result(function: Callable[[Any], Any], call: Call, result: Any) -> Any:
+    """``function`` of every leaf of a call's result; a dict or list that the call was given stays
+    the same object."""
+    args, kwargs = call
+    mine = {id(x) for x in containers([*args, *kwargs.values()])[1:]}
+
+    def one(x: Any) -> bool:
+        return id(x) in mine
+
+    def replaced(x: Any) -> Any:
+        if one(x):
+            _assign(x, {key: tree.map_leaves(function, y) for key, y in _items(x).items()})
+            return x
+        return tree.map_leaves(function, x)
+
+    return (
+        torch_private.tree_map(replaced, result, one) if mine else tree.map_leaves(function, result)
+    )
 
 
 def settle(outcome: Outcome, given: list[Any]) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..calls import tree
 from ..calls.examples import seed_all
-from ..calls.given import Given, Kept, Watch
+from ..calls.given import Given, Kept, Watch, map_result
 from ..torch_private import Checkpoints, checkpoints, in_transform
 from .facts import Fact, Inputs, Law, Observed, floating
 
@@ -160,14 +160,16 @@ def _watching(parts: dict[str, nn.Module], given: Observed, number: int) -> Iter
         fact = Fact(Law.OUTPUTS, len(seen), path, number)
         seen[fact] = y.clone()  # a copy: it may be overwritten
         other = given.get(fact)
-        return y if other is None or other.shape != y.shape else _Forced.apply(y, other)
+        if other is None or other.shape != y.shape or torch.equal(other, y):
+            return y  # itself: it may be what the call was given
+        return _Forced.apply(y, other)
 
-    def hook(path: str, _module: nn.Module, _args: Any, result: Any) -> Any:
-        return tree.map_leaves(partial(note, path), result)
+    def hook(path: str, _module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
+        return map_result(partial(note, path), (args, kwargs), result)
 
     with contextlib.ExitStack() as hooks:
         for path, module in parts.items():
-            hooks.enter_context(module.register_forward_hook(partial(hook, path)))
+            hooks.enter_context(module.register_forward_hook(partial(hook, path), with_kwargs=True))
         yield seen
 
 

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...torch_private import (
+    enter_autocast,
     in_transform,
     is_fake,
     known_values,
@@ -30,6 +31,8 @@ from ...torch_private import (
     without_function_modes,
     without_modes,
 )
+from ..program import draws, is_tensor, mutated
+from ..program import value as fake
 
 LARGEST = 2**14
 """Elements of a tensor from which on nobody is expected to ask for its values."""
@@ -39,6 +42,42 @@ _WRITES = re.compile(
     r"|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__"
 )
 """Names of functions that write to a tensor."""
+
+
+def compute(graph: fx.Graph, tensors: dict[str, Tensor], lifted: set[str]) -> None:
+    """What follows from floating tensors that export lifted alone is computed here, in the type
+    that they have. The student's stay in it when its parameters are converted; a teacher's would
+    not, and round otherwise. ``tensors`` gets what was computed."""
+    if graph.find_nodes(op="call_function", target=enter_autocast):  # types are another matter
+        return
+    written = {x for node in graph.nodes for _, x in mutated(node)}
+    for node in list(graph.nodes):
+        given = node.all_input_nodes
+        constant = all(x.op == "get_attr" and x.target in lifted for x in given)
+        if not given or not constant or not _is_new(node) or not written.isdisjoint({node, *given}):
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda x: tensors[str(x.target)])
+        with torch.no_grad():
+            found = node.target(*args, **kwargs)
+        name = f"{given[0].target}_{node.name}"
+        while name in tensors:
+            name += "_"
+        tensors[name] = found
+        lifted.add(name)
+        with graph.inserting_before(node):
+            read = graph.get_attr(name)
+        read.meta = dict(node.meta)
+        node.replace_all_uses_with(read)
+        graph.erase_node(node)
+
+
+def _is_new(node: fx.Node) -> bool:
+    """A small floating tensor that shares no memory with what it is computed of."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not is_tensor(node) or draws(node):
+        return False
+    small = fake(node).is_floating_point() and fake(node).numel() <= LARGEST
+    return small and not any(x.alias_info for x in (*schema.arguments, *schema.returns))
 
 
 class _UnknownError(Exception):

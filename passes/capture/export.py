@@ -30,7 +30,7 @@ from ...calls.integers import Integers
 from ...calls.sparse import SparseTensors, is_size
 from ...calls.tree import Pattern
 from ...errors import CaptureError, InputError
-from ...torch_private import Mapped, is_vmap, see, take_hooks
+from ...torch_private import Mapped, is_fake, is_vmap, see, take_hooks
 from ..program import (
     ORDER,
     CallSite,
@@ -46,7 +46,7 @@ from ..program import (
 )
 from . import intercept, limits, recurrent
 from .branchless import StandIns, stand_back, without_branches
-from .constants import Constants
+from .constants import Constants, compute
 from .limits import LEVELS
 from .modes import GIVEN, modes_of, set_flags
 
@@ -104,6 +104,7 @@ def with_module(
                     put_back(part.graph)
         _note_orders(module, site)
         graph = copied(module.graph)  # names are ours from here on, not its attributes
+        lifted = set[str]()
         _drop_writes_to_itself(graph)
         for node in graph.nodes:
             if node.op == "get_attr":
@@ -111,11 +112,13 @@ def with_module(
                 name = program.alias.get(name, name)
                 own = name in tensors
                 node.target = name if own else _adopt(program, site, key, node.target, module)
+                lifted |= set() if own else {node.target}
             if site.path and (stack := node.meta.get("nn_module_stack")):
                 node.meta["nn_module_stack"] = {
                     k: (f"{site.path}.{path}".rstrip("."), kind)
                     for k, (path, kind) in stack.items()
                 }
+        compute(graph, tensors, lifted)
         modes[key] = Mode(graph, site, out, level)
     intercept.forget()
     return program
@@ -372,6 +375,8 @@ def _check_constants(
     storages = {p.untyped_storage().data_ptr(): name for name, p in module.named_parameters()}
     outside = {t.untyped_storage().data_ptr() for t in others.values()}
     for constant in exported.constants.values():
+        if is_fake(constant):
+            raise TypeError("it keeps a tensor of the trace from call to call")
         if not (isinstance(constant, torch.Tensor) and constant.numel()):
             continue
         if (place := constant.untyped_storage().data_ptr()) in outside:
