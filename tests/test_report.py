@@ -102,7 +102,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     original = Subject.__init__
 
     def noted(self: Subject, *args: Any) -> None:
-        made.append(args[-1])
+        made.append(args[3])
         original(self, *args)
 
     monkeypatch.setattr(Subject, "__init__", noted)

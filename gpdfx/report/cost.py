@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..calls import tree
 from ..calls.given import apart
+from ..errors import InputError
 from ..passes.capture.modes import EVAL, enter
 from ..passes.capture.submodules import slow_attention
 from ..passes.folded import Folded, Make
@@ -55,22 +56,24 @@ class Cost:
         return text + " of the plain student's"
 
 
-def cost(teacher: Teacher, student: nn.Module, example: Example, *, borrow: bool) -> Cost:
+def cost(teacher: Teacher, student: nn.Module, example: Example, *, borrow: bool = True) -> Cost:
     """Run student and teacher on the example, in eval mode, and count: without data, as far as
     their code does not ask for values. ``borrow``: it writes to no parameter."""
     fake, real = (
         cache(partial(Subject, teacher, student, example, fake, borrow)) for fake in (True, False)
     )
 
-    def tell(measure: Callable[[Subject], Any]) -> Any:
+    def tell(measure: Callable[[Subject], Any], *final: type[Exception]) -> Any:
         try:
             return measure(fake())
+        except final:
+            raise
         except Exception:  # whatever a network raises that has to know a value, or a tensor's type
             return measure(real())
 
     macs = tell(Subject.student_macs), tell(Subject.teacher_macs)
     try:
-        kept = tell(Subject.kept)
+        kept = tell(Subject.kept, InputError)
     except Exception:  # a batch of one may not do, eval mode overwrite what a gradient needs
         kept = None
     return Cost(macs, tell(Subject.fold_macs), kept)
@@ -83,7 +86,12 @@ class Subject:
     """
 
     def __init__(
-        self, teacher: Teacher, student: nn.Module, example: Example, fake: bool, borrow: bool
+        self,
+        teacher: Teacher,
+        student: nn.Module,
+        example: Example,
+        fake: bool,
+        borrow: bool = True,
     ) -> None:
         self.mode = FakeMode() if fake else None
         self.borrow = fake or borrow
