@@ -124,6 +124,8 @@ def _align(program: Program, nodes: list[fx.Node], twins: list[fx.Node]) -> Same
         source = same[twin.args[0]]  # type: ignore[index]
         dtype = _attribute(program, place, "dtype", torch.float32)
         with place.graph.inserting_before(place):
+            if value(twin).is_complex():
+                dtype = place.graph.call_function(_to_complex, (dtype,))
             cast = place.graph.call_function(aten.to.dtype, (source, dtype))
         cast.meta = {**twin.meta, "val": value(source)}
         for user in twin.users:
@@ -135,6 +137,10 @@ def _align(program: Program, nodes: list[fx.Node], twins: list[fx.Node]) -> Same
         if isinstance(read, fx.Node) and value(read).dtype == value(node).dtype:
             node.kwargs = {k: x for k, x in node.kwargs.items() if k != "dtype"}
     return {} if own else same
+
+
+def _to_complex(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_complex()
 
 
 def _of_sizes(node: fx.Node) -> bool:

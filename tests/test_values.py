@@ -330,6 +330,30 @@ def test_constants_compute_in_their_own_type() -> None:
     torch.testing.assert_close(y, model.double()(x.double()), rtol=1e-12, atol=1e-12)
 
 
+class Rotates(nn.Module):
+    """A complex constant, in the type of a complex parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.randn(12, dtype=torch.complex64))
+        self.start = torch.full((12,), 0.6 + 0.8j, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turn = self.start.to(self.turn.dtype) * self.turn
+        y: Tensor = torch.vmap(lambda row: (row * turn).real)(x)
+        return y + x.softmax(-1, dtype=torch.float32).type(x.dtype)
+
+
+def test_a_cast_to_complex_that_only_float64_has() -> None:
+    """Under ``vmap`` a cast that does nothing leaves no trace."""
+    model, x = nn.Sequential(nn.Linear(8, 12), Rotates(), nn.Linear(12, 3)), torch.randn(3, 8)
+    teacher = gpdfx.expand(model, example_inputs=(x,))
+    assert teacher.report().widened == 1
+    trains_as(model, teacher, x)
+    y, wanted = teacher.double()(x.double()), model.double()(x.double())
+    torch.testing.assert_close(y, wanted, rtol=1e-6, atol=1e-6)
+
+
 class Letters(nn.Module):
     """Takes numbers of letters, if that is really what it gets, or their shares."""
 
