@@ -27,7 +27,7 @@ class Equivariant(nn.Module):
     def __init__(self, gates: Any) -> None:
         super().__init__()
         o3 = pkgutil.resolve_name("e3nn.o3")
-        self.on_sphere, self.harmonics = o3.spherical_harmonics, o3.Irreps("1x0e + 1x1o")
+        self.on_sphere, self.harmonics = o3.spherical_harmonics, "1x0e + 1x1o"
         self.gate = gates.Gate("8x0e", [torch.relu], "4x0e", [torch.sigmoid], "4x1o")
         self.first = o3.FullyConnectedTensorProduct(
             "5x0e", self.harmonics, self.gate.irreps_in, shared_weights=False
