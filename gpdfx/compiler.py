@@ -221,8 +221,8 @@ def _alike(model: nn.Module, guilty: str, apart: Mapping[str, str]) -> dict[str,
     kind = type(model.get_submodule(guilty))
     alike = [path for path, module in model.named_modules() if type(module) is kind]
     known = next((apart[path] for path in alike if path in apart), None)
-    ours = kind.__module__.startswith("torch.nn.")
-    return {} if known is None or ours else dict.fromkeys(alike, known)
+    of_torch = kind.__module__.startswith("torch.nn.")
+    return {} if known is None or of_torch else dict.fromkeys(alike, known)
 
 
 def compile_program(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import torch_private
 from ..errors import InputError
 from . import tree
-from .given import Watch
+from .given import of_call
 
 
 class Call:
@@ -47,7 +47,7 @@ class Call:
 
     def containers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The dicts and lists that a call is given, in the order of the example's."""
-        return Watch(self._normal(args, kwargs)).given
+        return of_call(self._normal(args, kwargs))
 
     def unflatten(self, tensors: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call with these tensors, all else as in the example, but its own."""

@@ -7,7 +7,6 @@ puts them where they belong (``settle``).
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +55,12 @@ def containers(call: Any) -> list[Any]:
     return found
 
 
+def of_call(call: Call) -> list[Any]:
+    """The dicts and lists that a call is given, but for those of the call itself."""
+    args, kwargs = call
+    return containers([*args, *kwargs.values()])[1:]
+
+
 def apart(call: Call) -> Call:
     """The same arguments in other dicts and lists: what is called with them writes to these."""
 
@@ -66,15 +71,14 @@ def apart(call: Call) -> Call:
     return made
 
 
-_PLAIN = (tuple, list, dict, OrderedDict, defaultdict)
+_PLAIN = (tuple, *tree.CONTAINERS)
 
 
 class Watch:
     """Notes what the dicts and lists in ``(args, kwargs)`` hold before a call."""
 
     def __init__(self, call: Call) -> None:
-        args, kwargs = call
-        self.given = containers([*args, *kwargs.values()])[1:]
+        self.given = of_call(call)
         self.before = [_items(x) for x in self.given]
 
     def outcome(self, result: Any) -> Outcome:
@@ -109,8 +113,7 @@ class Watch:
 def map_result(function: Callable[[Any], Any], call: Call, result: Any) -> Any:
     """``function`` of every leaf of a call's result; a dict or list that the call was given stays
     the same object."""
-    args, kwargs = call
-    mine = {id(x) for x in containers([*args, *kwargs.values()])[1:]}
+    mine = {id(x) for x in of_call(call)}
 
     def one(x: Any) -> bool:
         return id(x) in mine

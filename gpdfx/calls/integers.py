@@ -88,6 +88,6 @@ class Integers(TorchFunctionMode):
         while frame.f_code.co_name == "__torch_function__" and frame.f_back:  # of other modes
             frame = frame.f_back
         names, code = frame.f_globals, frame.f_code
-        ours = names.get("__name__", "").partition(".")[0] != "torch"
-        if ours and "int" in code.co_names and names.get("int", _Integer) is _Integer:
+        users = names.get("__name__", "").partition(".")[0] != "torch"
+        if users and "int" in code.co_names and names.get("int", _Integer) is _Integer:
             self._modules[id(names)] = names

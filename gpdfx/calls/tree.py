@@ -185,7 +185,7 @@ def leaves(tree: Any) -> list[Any]:
 
 def is_container(x: Any) -> bool:
     """True for a dict or list, also of a class of the user's that is no more than that."""
-    if type(x) in _CONTAINERS:
+    if type(x) in CONTAINERS:
         return True
     return isinstance(x, _ITEMS) and _opens(x) and not _entries(x)[1]
 
@@ -267,7 +267,7 @@ def _entries(leaf: Any) -> tuple[dict[Any, Any], dict[str, Any]]:
 
 
 _ITEMS = dict, list  # torch.compile knows no other way to write it
-_CONTAINERS = (*_ITEMS, OrderedDict, defaultdict)
+CONTAINERS = (*_ITEMS, OrderedDict, defaultdict)
 _OPEN = (dict, list, tuple, types.SimpleNamespace)
 _BUILTIN = types.BuiltinMethodType
 _KEYS = torch_private.item_key, torch_private.attribute_key

@@ -114,23 +114,27 @@ def _expand(op: Op) -> Axes:
 
 def _repeat(op: Op) -> Axes:
     """``repeat(3)`` of an axis n is 3 x n; of a single element, what ``expand`` makes of it."""
-    axes, raw = op.axes("self"), value(op.node).shape
-    counts = list(op["repeats"] if "repeats" in op.args else op["dims"])
-    axes = (ONE,) * (len(counts) - len(axes)) + axes
-    counts = [1] * (len(axes) - len(counts)) + counts
+    _, counts, axes = _counts(op)
     return tuple(
         op.free(size) if a.size == 1 else product(op.fixed(value(c), "repeated"), a)
-        for a, c, size in zip(axes, counts, raw, strict=True)
+        for a, c, size in zip(axes, counts, value(op.node).shape, strict=True)
     )
 
 
 def _widen_repeat(w: Writer) -> fx.Node:
-    name = "repeats" if "repeats" in w.op.args else "dims"
-    counts, single = w.op[name], [a.size == 1 for a in w.op.axes("self")]
+    name, counts, axes = _counts(w.op)
     sizes = sizes_of(w, w.target.axes[w.op.node], counts)
-    single = [True] * (len(counts) - len(single)) + single
-    chosen = zip(single[-len(counts) :], sizes, counts, strict=True)
-    return w.copy(**{name: [size if one else count for one, size, count in chosen]})
+    chosen = zip(axes, sizes, counts, strict=True)
+    return w.copy(**{name: [size if a.size == 1 else count for a, size, count in chosen]})
+
+
+def _counts(op: Op) -> tuple[str, list[Any], Axes]:
+    """The argument that says how often, and its counts beside the axes, one for every dimension of
+    the result."""
+    name = "repeats" if "repeats" in op.args else "dims"
+    axes, counts = op.axes("self"), list(op[name])
+    axes = (ONE,) * (len(counts) - len(axes)) + axes
+    return name, [1] * (len(axes) - len(counts)) + counts, axes
 
 
 def _repeat_interleave(op: Op) -> Axes:
