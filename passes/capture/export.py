@@ -144,11 +144,11 @@ def _note_orders(module: fx.GraphModule, site: CallSite) -> None:
     if not any(map(_deals, module.graph.nodes)):
         return
     before = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
-        for one in (torch.no_grad(), limits.quiet(), torch.random.fork_rng(devices=[])):
-            stack.enter_context(one)
-        stack.callback(lambda: [buffer.copy_(old) for buffer, old in before])
-        _Ran(module, graph=module.graph).run(*(x.clone() for x in site.tensors))
+    with _aside():
+        with contextlib.suppress(Exception):
+            _Ran(module, graph=module.graph).run(*(x.clone() for x in site.tensors))
+        for buffer, old in before:
+            buffer.copy_(old)
 
 
 def _key(site: CallSite, known: Collection[str]) -> str:
@@ -312,6 +312,13 @@ def _export_copy(
 
 
 @contextlib.contextmanager
+def _aside() -> Iterator[None]:
+    """What runs in it is no part of the user's training: no gradients, warnings or random state."""
+    with torch.no_grad(), limits.quiet(), torch.random.fork_rng(devices=[]):
+        yield
+
+
+@contextlib.contextmanager
 def _stood_in() -> Iterator[None]:
     """While it lasts, what export cannot trace is something else."""
     with intercept.intercepted(), StandIns(), recurrent.FreeLength(), SparseTensors():
@@ -340,7 +347,7 @@ def _see_sizes(exported: ExportedProgram, site: CallSite) -> None:
     """Sizes that depend on values (``x[mask]``, ``nonzero``) are such as the example has them, for
     all that asks for numbers; the graph itself was captured for any."""
     module: Any = exported.module(check_guards=False)
-    with torch.no_grad(), limits.quiet(), torch.random.fork_rng(devices=[]):
+    with _aside():
         _Seen(module).run(*(x.clone() for x in site.tensors))
     if _unknown(exported.graph):
         raise TypeError("a size in it depends on values")
@@ -393,7 +400,7 @@ def _check_faithful(student: nn.Module, site: CallSite, exported: ExportedProgra
     """Some models ask whether they are traced, and then compute something else."""
     eager = _called(duplicate(student.get_submodule(site.path)), site)
     args, kwargs = site.call.unflatten([x.clone() for x in site.tensors])
-    with torch.no_grad(), limits.quiet(), torch.random.fork_rng(devices=[]):
+    with _aside():
         torch.manual_seed(0)  # dropout may be on in eval mode, too
         watch = Watch((args, kwargs))
         want = _floating(watch.outcome(eager(*args, **kwargs)))
