@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import gpdfx
+from gpdfx.calls.held import call_with
 
 from .helpers import hidden_student, parts, trains_as
 
@@ -602,3 +603,84 @@ def test_what_is_mapped_over_samples_or_members(kind: Any, training: bool) -> No
     assert list(parts(teacher)) == [""]
     trains_as(model, teacher, example())
     trains_as(model, teacher, example()[:3])
+
+
+# --------------------------------------------------------------------------- modules of two names
+class Cell(nn.Module):
+    """Made of modules that are another's, too."""
+
+    def __init__(self, a: nn.Module, b: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b = a, b
+
+    def forward(self, x: Tensor) -> Any:
+        return self.b(self.a(x).relu())
+
+
+class Lazy(nn.Module):
+    """Makes its cell when it first runs; a weight of the cell is tied."""
+
+    def __init__(self, python: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.python = nn.Linear(8, 12), nn.Linear(12, 12), python
+        self.tied = nn.Linear(8, 12)
+        self.tied.weight = self.a.weight
+        self.last, self.made = nn.Linear(12, 4), None
+
+    def forward(self, x: Tensor) -> Any:
+        if self.python and x.sum().item() > 1e6:
+            x = 2 * x
+        if self.made is None:
+            self.made = Cell(self.a, self.b)  # type: ignore[assignment]
+        return self.last(self.made(x) + self.tied(x))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("python", [False, True])
+@pytest.mark.parametrize("called", [False, True])
+def test_a_cell_that_is_made_of_the_modules_there_are(python: bool, called: bool) -> None:
+    torch.manual_seed(0)
+    model = Lazy(python)
+    if called:
+        model(example())
+    teacher = gpdfx.expand(model, 2, example_inputs=(example(),))
+    before = list(model.state_dict())
+    trains_as(model, teacher, example())
+    close(gpdfx.collapse(teacher)(example()), model(example()))
+    after = list(model.state_dict())
+    assert list(gpdfx.collapse(teacher).state_dict()) in (before, after)
+    assert (before == after) is called
+
+
+def test_a_call_with_other_tensors_gives_every_name_its_own_back() -> None:
+    """``torch.func.functional_call`` leaves its tensors in modules that have two names."""
+    model = Lazy(False)
+    model(example())
+    own = {name: (t, type(t)) for name, t in model.named_parameters(remove_duplicate=False)}
+    other = {name: t.detach() * 2 for name, t in model.named_parameters()}
+    result = call_with(model, dict(other), (example(),), {})
+    now = dict(model.named_parameters(remove_duplicate=False))
+    assert all(now[name] is t and type(now[name]) is kind for name, (t, kind) in own.items())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    close(result, model(example()))
+
+
+def test_what_a_call_with_other_tensors_replaces_is_written_down() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("n", torch.zeros(()))
+            self.again = nn.ModuleList([nn.BatchNorm1d(3)])
+            self.again.append(self.again[0])
+
+        def forward(self, x: Tensor) -> Any:
+            self.n = self.n + 1
+            return self.again[1](self.again[0](x))
+
+    model = Counts()
+    tensors = {name: t.clone() for name, t in model.named_buffers()}
+    call_with(model, tensors, (torch.randn(4, 3),), {})
+    assert (float(tensors["n"]), float(model.n)) == (1, 0)
+    assert int(tensors["again.0.num_batches_tracked"]) == 2
+    assert int(model.again[0].num_batches_tracked) == 0  # type: ignore[arg-type,union-attr]

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..torch_private import storage_key
 from .tree import Pattern, Slot
@@ -196,6 +197,30 @@ def has_gradient(x: Tensor) -> bool:
 def registered(module: nn.Module) -> dict[str, Tensor]:
     """Its parameters and buffers, tied ones once."""
     return dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+
+
+def call_with(
+    module: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``torch.func.functional_call``, after which a module that has two names has its own tensors
+    again, too. What forward replaces is in ``tensors`` after."""
+    names: dict[int, str] = {}
+    for walk in (module.named_parameters, module.named_buffers):
+        for name, t in walk(remove_duplicate=False):
+            if name in tensors:
+                names.setdefault(id(t), name)
+    places = {
+        f"{path}.{leaf}".lstrip("."): names[id(t)]
+        for path, part in module.named_modules()
+        for leaf, t in itertools.chain(part._parameters.items(), part._buffers.items())
+        if id(t) in names
+    }
+    given = {place: tensors[name] for place, name in places.items()}
+    try:
+        return functional_call(module, given, args, kwargs, tie_weights=False)
+    finally:
+        now = {places[place]: t for place, t in given.items() if t is not tensors[places[place]]}
+        tensors |= now
 
 
 def importable(held: Any) -> bool:

@@ -182,11 +182,12 @@ class StreamingTeacher(Teacher):
         memo: dict[int, Any] = {}
         for named in (lambda module: dict(module.named_modules()), registered):
             others = named(plain)
-            memo |= {id(x): others[name] for name, x in named(self._student).items()}
+            own = named(self._student)  # has also the modules that its forward made
+            memo |= {id(x): others[name] for name, x in own.items() if name in others}
         keys: Sequence[tuple[str, str]] = self._attributes  # type: ignore[assignment]
         held = {key: vars(self._student.get_submodule(key[0])) for key in keys}
-        own = {key: of[key[1]] for key, of in held.items() if key[1] in of}
-        for (path, name), value in duplicate(own, memo, ours=True).items():
+        kept = {key: of[key[1]] for key, of in held.items() if key[1] in of}
+        for (path, name), value in duplicate(kept, memo, ours=True).items():
             vars(plain.get_submodule(path))[name] = value
 
     def forget_calls(self) -> None:

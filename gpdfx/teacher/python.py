@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from ..calls.held import HeldTensors, holds_modules, registered
+from ..calls.held import HeldTensors, call_with, holds_modules, registered
 from ..calls.tree import Pattern, pattern
 from ..passes.capture.submodules import slow_attention
 from ..passes.folded import Folded
@@ -83,14 +82,14 @@ class StudentCode:
         """Run one of the modules on tensors; what it keeps of them is forgotten after, also a
         buffer that it registers, but what it replaces by another is written down. What it has
         under a checkpoint runs again on the same ones. ``folded``: what its parts read."""
-        own = {name: tensors[name] for name in registered(module)}
+        own = dict(tensors)
         held = [(part, dict(part._buffers)) for part in module.modules()]
         reading = self._folded.maps[:]
         self._folded.maps[:] = [folded or {}]  # type: ignore[list-item]
         within, also = partial(self._run_again, module), self._filled(module, tensors)
         try:
             with again(within, tensors, folded or {}, late=self.late), also:
-                result = functional_call(module, tensors, args, kwargs, tie_weights=True)
+                result = call_with(module, tensors, args, kwargs)
             with torch.no_grad():
                 for name, given in own.items():
                     if tensors[name] is not given and tensors[name].shape == given.shape:
@@ -282,7 +281,7 @@ def _moves(name: str) -> Callable[..., Any]:
                 for path, p in module.named_parameters(prefix="module"):
                     empty[path] = torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
                 holder.module, holder.forward = module, own
-                functional_call(holder, empty, args, kwargs, tie_weights=True)
+                call_with(holder, empty, args, kwargs)
         return self
 
     return functools.wraps(plain)(move)
