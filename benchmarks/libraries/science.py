@@ -159,21 +159,42 @@ def _ani(package: Any) -> nn.Module:
     return potential
 
 
-def _quantized(q: Any) -> nn.Module:
-    """With bounds for activations that are given, and not collected from the first calls."""
+def _bounded() -> tuple[Any, Any]:
+    """Quantizers of brevitas, without and with sign, whose bounds are given, not collected from the
+    first calls."""
     scalers = pkgutil.resolve_name("brevitas.quant.scaled_int")
-    given: Any = {"act_quant": scalers.Uint8ActPerTensorFloatMaxInit, "max_val": 6.0}
-    signed: Any = {"act_quant": scalers.Int8ActPerTensorFloatMinMaxInit}
-    signed |= {"min_val": -6.0, "max_val": 6.0}
+    above = type("Above", (scalers.Uint8ActPerTensorFloatMaxInit,), {"max_val": 6.0})
+    bounds = {"min_val": -6.0, "max_val": 6.0}
+    return above, type("Between", (scalers.Int8ActPerTensorFloatMinMaxInit,), bounds)
+
+
+def _quantized(q: Any) -> nn.Module:
+    above, between = _bounded()
     return nn.Sequential(
-        *(q.QuantIdentity(**signed), q.QuantConv2d(3, 8, 3, weight_bit_width=4), nn.BatchNorm2d(8)),
-        *(
-            q.QuantReLU(**given, bit_width=4),
-            q.QuantConv2d(8, 12, 3, groups=2),
-            q.QuantReLU(**given),
-        ),
+        q.QuantIdentity(act_quant=between),
+        *(q.QuantConv2d(3, 8, 3, weight_bit_width=4), nn.BatchNorm2d(8)),
+        q.QuantReLU(act_quant=above, bit_width=4),
+        q.QuantConv2d(8, 12, 3, groups=2),
+        q.QuantReLU(act_quant=above),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), q.QuantLinear(12, 3)),
     )
+
+
+def _quantized_lstm(q: Any) -> nn.Module:
+    above, between = _bounded()
+    names = ("io_quant", "gate_acc_quant", "tanh_quant", "cell_state_quant")
+    model: nn.Module = q.QuantLSTM(6, 8, sigmoid_quant=above, **dict.fromkeys(names, between))
+    return model
+
+
+def _quantized_attention(q: Any) -> nn.Module:
+    above, between = _bounded()
+    names = ("in_proj_input", "q_scaled", "k_transposed", "v", "out_proj_input")
+    quantizers = {f"{name}_quant": between for name in names}
+    model: nn.Module = q.QuantMultiheadAttention(
+        *(16, 2), packed_in_proj=False, attn_output_weights_quant=above, **quantizers
+    )
+    return model
 
 
 _IN = floats(4, 6)
@@ -261,10 +282,10 @@ TABLE: Table = {
     "geoopt": {"PoincareBall": of("geoopt", Poincare, _IN)},
     "brevitas": {
         "conv": of("brevitas.nn", _quantized, images(3, 12)),
-        "QuantLSTM": of("brevitas.nn", lambda m: m.QuantLSTM(6, 8), floats(5, 4, 6)),
+        "QuantLSTM": of("brevitas.nn", _quantized_lstm, floats(5, 4, 6)),
         "QuantMultiheadAttention": of(
             "brevitas.nn",
-            lambda m: m.QuantMultiheadAttention(16, 2, packed_in_proj=False),
+            _quantized_attention,
             floats(5, 4, 16, count=3),
         ),
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from typing import Any
 
 from torch import nn
@@ -50,6 +51,24 @@ def _trained(path: str, *args: Any, **keywords: Any) -> Entry:
         return net(path, _PAIR, backbone, *args, **keywords).make()
 
     return Entry(make, _PAIR)
+
+
+def _coca() -> nn.Module:
+    """CoCa, whose projection of texts is left uninitialized."""
+    model: nn.Module = pkgutil.resolve_name("open_clip.coca_model:CoCa")(
+        embed_dim=32,
+        multimodal_cfg={"context_length": 7, "width": 32, "heads": 4, "layers": 1},
+        vision_cfg={
+            **{"image_size": 32, "layers": 1, "width": 64, "patch_size": 8},
+            **{"attentional_pool": True, "attn_pooler_heads": 4, "output_tokens": True},
+        },
+        text_cfg={
+            **{"context_length": 7, "vocab_size": 100, "width": 32, "heads": 4, "layers": 1},
+            **{"embed_cls": True, "output_tokens": True},
+        },
+    )
+    nn.init.normal_(model.get_parameter("text_decoder.text_projection"), std=0.1)
+    return model
 
 
 TABLE: Table = {
@@ -120,20 +139,7 @@ TABLE: Table = {
             vision_cfg={"image_size": 64, "layers": (1, 1, 1, 1), "width": 8, "head_width": 16},
             text_cfg={"context_length": 7, "vocab_size": 100, "width": 32, "heads": 4, "layers": 1},
         ),
-        "CoCa": net(
-            "open_clip.coca_model:CoCa",
-            join(_SMALL, tokens(2, 7)),
-            **{"embed_dim": 32},
-            multimodal_cfg={"context_length": 7, "width": 32, "heads": 4, "layers": 1},
-            vision_cfg={
-                **{"image_size": 32, "layers": 1, "width": 64, "patch_size": 8},
-                **{"attentional_pool": True, "attn_pooler_heads": 4, "output_tokens": True},
-            },
-            text_cfg={
-                **{"context_length": 7, "vocab_size": 100, "width": 32, "heads": 4, "layers": 1},
-                **{"embed_cls": True, "output_tokens": True},
-            },
-        ),
+        "CoCa": Entry(_coca, join(_SMALL, tokens(2, 7))),
     },
     "torchgeo": {
         "FCSiamConc": net(
