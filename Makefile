@@ -19,10 +19,10 @@ lint: $(VENV)/installed ## ruff and mypy
 	$(RUN) -m mypy
 
 test: lint ## lint, and all default tests
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 slow: $(VENV)/installed ## the tests that take minutes each
-	$(RUN) -m pytest -n 2 -m slow
+	$(RUN) -m pytest -n 2 --dist loadfile -m slow
 
 bench: $(VENV)/installed ## benchmarks of a few minutes: lines, import, steps (files in build/)
 	$(RUN) -m benchmarks.code_lines

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,12 @@ def stored_shape(layer: Layer) -> tuple[int, ...]:
 
 
 def a_teacher(name: str, branches: Any = "auto", ratio: float = 2, **options: Any) -> Any:
+    """A model and its teacher: copies of those that a test with the same options had before."""
+    return copy.deepcopy(_a_teacher(name, branches, ratio, **options))
+
+
+@functools.lru_cache(maxsize=8)
+def _a_teacher(name: str, branches: Any, ratio: float, **options: Any) -> Any:
     case = NETWORKS[name]
     model = case.model()
     options = {"verify": False, "dynamic": "batch", **options}

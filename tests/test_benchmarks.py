@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,31 +23,60 @@ SCRIPTS = sorted(
     for path in (ROOT / "benchmarks").glob("*.py")
     if '__name__ == "__main__"' in path.read_text()
 )
-# As if gpdfx were not installed; in the end it says which one was imported.
-SITE = """
-import atexit, sys
+# What takes long to import is imported once, and forked; gpdfx as if it were not installed.
+EACH = """
+import json, os, runpy, sys
+import timm, torch, torchvision, transformers
 installed = [f for f in sys.meta_path if getattr(f, "__module__", "").startswith("__editable__")]
 sys.meta_path[:] = [f for f in sys.meta_path if f not in installed]
-atexit.register(lambda: print(getattr(sys.modules.get("gpdfx"), "__file__", "none")))
+root, folder, ways = json.loads(sys.argv[1])
+
+def start(way, script):
+    os.chdir(folder if way == "path" else root)
+    file = os.path.join(root, "benchmarks", script + ".py")
+    sys.argv = [file, "--help"]
+    sys.path[0] = os.path.dirname(file) if way == "path" else root
+    try:
+        if way == "path":
+            runpy.run_path(file, run_name="__main__")
+        else:
+            runpy.run_module("benchmarks." + script, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, end.code
+    print(getattr(sys.modules.get("gpdfx"), "__file__", "none"))
+
+for way, script in ways:
+    read, write = os.pipe()
+    if not os.fork():
+        os.dup2(write, 1), os.dup2(write, 2)
+        try:
+            start(way, script)
+        except BaseException as error:
+            print(repr(error))
+        sys.stdout.flush(), os._exit(0)
+    os.close(write)
+    with open(read) as said:
+        print(json.dumps([way, script, said.read()]))
+    os.wait()
 """
 
 
-@pytest.mark.parametrize("by_path", [True, False], ids=["path", "module"])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_start_from_anywhere(script: str, by_path: bool, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SITE)
-    way = [str(ROOT / "benchmarks" / f"{script}.py")] if by_path else ["-m", f"benchmarks.{script}"]
+def test_scripts_start_from_anywhere(tmp_path: Path) -> None:
+    ways = [(way, script) for script in SCRIPTS for way in ("path", "module")]
     run = subprocess.run(
-        [sys.executable, *way, "--help"],
-        cwd=tmp_path if by_path else ROOT,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        [sys.executable, "-c", EACH, json.dumps([str(ROOT), str(tmp_path), ways])],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         capture_output=True,
         text=True,
     )
     assert not run.returncode, run.stderr
-    assert run.stdout.startswith(f"usage: python -m benchmarks.{script}")
-    imported = "none" if script == "code_lines" else str(ROOT / "gpdfx" / "__init__.py")
-    assert run.stdout.splitlines()[-1] == imported
+    said = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [(way, script) for way, script, _ in said] == ways
+    for way, script, text in said:
+        assert text.startswith(f"usage: python -m benchmarks.{script}"), (way, text)
+        imported = "none" if script == "code_lines" else str(ROOT / "gpdfx" / "__init__.py")
+        assert text.splitlines()[-1] == imported, (way, script)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -70,6 +100,7 @@ def test_a_table_is_written_between_its_marks(tmp_path: Path) -> None:
     assert readme.read_text() == "a\n<!-- t -->\nnew\n<!-- end of t -->\nb\n"
 
 
+@pytest.mark.slow
 def test_the_time_of_expand_is_told_by_stage(tmp_path: Path) -> None:
     setting = expand_time.Setting("transformers:GPT2LMHeadModel")
     row = expand_time.measure(setting, torch.get_num_threads(), pairs=1)

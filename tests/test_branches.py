@@ -238,12 +238,21 @@ def rows(grad: Tensor | None) -> Tensor:
     return grad.flatten(1) if grad.ndim > 1 else grad.unsqueeze(1)
 
 
-@pytest.mark.parametrize("branches", ["auto", "dbb", "mobileone", "repvgg", "acnet"])
-@pytest.mark.parametrize("name", ["unet", "gpt", "grouped"])
+TRAINED = [("unet", "auto"), ("grouped", "dbb"), ("gpt", "mobileone"), ("unet", "repvgg")]
+TRAINED += [("grouped", "acnet")]
+OTHERS = [
+    pytest.param(name, branches, marks=pytest.mark.slow)
+    for name in ("unet", "gpt", "grouped")
+    for branches in ("auto", "dbb", "mobileone", "repvgg", "acnet")
+    if (name, branches) not in TRAINED
+]
+
+
+@pytest.mark.parametrize(("name", "branches"), [*TRAINED, *OTHERS])
 def test_a_trained_teacher_collapses_to_its_student(name: str, branches: str) -> None:
     """Exactly, whatever the branches learned, and without their parameters."""
     model, teacher = a_teacher(name, branches)
-    train(teacher, name, 50)
+    train(teacher, name, 20)
     x = NETWORKS[name].inputs(seed=99)
     teacher.eval()
     plain = gpdfx.collapse(teacher)
@@ -431,8 +440,10 @@ def test_other_parameters_can_be_called_with() -> None:
 
 
 # --------------------------------------------------------------------------- extraction
-@pytest.mark.parametrize("ratio", [1.5, 2, 3])
-@pytest.mark.parametrize("name", ["unet", "gpt", "grouped", "odd"])
+@pytest.mark.parametrize(
+    ("name", "ratio"),
+    [("unet", 1.5), ("unet", 2), ("unet", 3), ("gpt", 1.5), ("grouped", 3), ("odd", 2)],
+)
 def test_the_mean_of_equal_copies_is_the_copy_bit_for_bit(name: str, ratio: float) -> None:
     model, teacher = a_teacher(name, None, ratio, extract="mean")
     assert tensors_equal(gpdfx.collapse(teacher).state_dict(), model.state_dict())

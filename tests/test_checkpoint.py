@@ -17,17 +17,15 @@ import gpdfx
 from gpdfx.branches.kinds import Branch, Full
 from gpdfx.calls import tree
 
+from .layers import a_teacher
 from .networks import NETWORKS, tensors_equal
 
 
 def trained(
     name: str = "unet", steps: int = 3, make: Any = None, **options: Any
 ) -> tuple[nn.Module, Any, Any]:
-    case = NETWORKS[name]
-    model = case.model()
-    inputs = case.inputs()
-    options = {"verify": False, "dynamic": "batch", **options}
-    teacher = gpdfx.expand(model, 2, example_inputs=inputs, **options)
+    model, teacher = a_teacher(name, **options)
+    inputs = NETWORKS[name].inputs()
     make = make or (lambda p: torch.optim.SGD(p, 0.01, momentum=0.9))
     optimizer = make(teacher.parameters())
     for _ in range(steps):
@@ -173,8 +171,10 @@ def test_an_optimizer_of_something_else_is_refused() -> None:
 
 
 # --------------------------------------------------------------------------- files
-@pytest.mark.parametrize("name", ["unet", "gpt", "odd"])
-@pytest.mark.parametrize("branches", ["auto", None, "mobileone"])
+@pytest.mark.parametrize(
+    ("name", "branches"),
+    [("unet", "auto"), ("gpt", "auto"), ("odd", "auto"), ("gpt", None), ("unet", "mobileone")],
+)
 def test_a_file_makes_the_teacher_again(name: str, branches: Any, tmp_path: Path) -> None:
     _, teacher, _ = trained(name, branches=branches, extract="mean", seed=3)
     path = tmp_path / "teacher.safetensors"
@@ -241,14 +241,14 @@ def test_own_branches_need_to_be_passed_again(tmp_path: Path) -> None:
         pass
 
     path = tmp_path / "teacher.safetensors"
-    branches: list[Branch] = [Own()]
+    branches: tuple[Branch, ...] = (Own(),)
     _, teacher, _ = trained("unet", branches=branches)
     gpdfx.save(teacher, path)
     with pytest.raises(gpdfx.InputError, match="Own"):
         gpdfx.load(path, NETWORKS["unet"].build())
     other = gpdfx.load(path, NETWORKS["unet"].build(), branches=branches)
     assert tensors_equal(teacher.state_dict(), other.state_dict())
-    _, teacher, _ = trained("unet", branches=[Full(norm=True)])
+    _, teacher, _ = trained("unet", branches=(Full(norm=True),))
     gpdfx.save(teacher, path)
     other = gpdfx.load(path, NETWORKS["unet"].build())
     assert tensors_equal(teacher.state_dict(), other.state_dict())

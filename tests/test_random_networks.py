@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, note, seed, settings
 
 from .random_networks import BRANCHES, RATIOS, SHARES, check, networks
 
-COUNT = int(os.environ.get("GPDFX_NETWORKS", "100"))
+COUNT = int(os.environ.get("GPDFX_NETWORKS", "48"))
 PARTS = 4
 
 
