@@ -94,12 +94,12 @@ _SEEN: WeakKeyDictionary[Any, dict[Any, int]] = WeakKeyDictionary()
 
 def hint(size: Any) -> Any:
     """The example's value of a symbolic number; ``None`` for one that depends on values which were
-    not seen. Relies on ``node.hint``: the public ways to it guard on the value, or refuse what has
-    none."""
-    environment = size.node.shape_env
-    if size.node.hint is not None or environment not in _SEEN:
+    not seen, nor found to be another size. Relies on ``node.hint``: the public ways to it guard on
+    the value, or refuse what has none."""
+    if size.node.hint is not None:
         return size.node.hint
-    known = environment.backed_var_to_val | _SEEN[environment]
+    environment = size.node.shape_env
+    known = environment.backed_var_to_val | _SEEN.get(environment, {})
     found = size.node.expr.subs(known)
     return size.node.pytype(found) if found.is_number or found.is_Boolean else None
 

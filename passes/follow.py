@@ -47,7 +47,7 @@ def follow_dtype(program: Program) -> Program:
             again = recapture(program, double, torch.double, program.functional, level)
             twin = decompose(inline(again))
         except CaptureError:  # one that only runs in its own dtype keeps it
-            return found
+            continue
         found, all_of_it = follow(program, twin)
         if all_of_it:
             break

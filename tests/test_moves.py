@@ -259,6 +259,24 @@ def test_dtypes_are_followed_by_a_capture_of_fixed_sizes(kind: type[Positions]) 
     torch.testing.assert_close(teacher(other), model.double()(other))
 
 
+class FreeOnly(Positions):
+    """Does not export where sizes are plain numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting() and type(x.shape[1]) is int:
+            raise ValueError("for free sizes only")
+        y = self.enter(x)
+        return self.leave(y) * self.leave(torch.ones(*y.shape, dtype=y.dtype))
+
+
+def test_dtypes_are_followed_by_a_capture_of_free_sizes_else() -> None:
+    model, x = FreeOnly(), torch.randn(2, 4, 5)
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches=None).double()
+    assert not teacher.report().apart
+    other = torch.randn(3, 7, 5, dtype=torch.float64)
+    torch.testing.assert_close(teacher(other), model.double()(other))
+
+
 @pytest.mark.parametrize("functional", [False, True])
 def test_passes_make_another_program(functional: bool) -> None:
     model, x = Region(), torch.randn(4, 5, 6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -283,6 +284,55 @@ def test_arguments_that_follow_from_values_are_not_baked() -> None:
     for count in (12, 1, 5):  # an expert may get one row, or none
         y = torch.randn(count, 4)
         torch.testing.assert_close(teacher(y), model(y))
+
+
+class Streams(nn.Module):
+    """Returns what adds its own result to another's, later: a function of a tensor, or an object
+    with a method."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.mix, self.kind = nn.Linear(8, 8), kind
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        own = self.mix(x)
+        ways = {
+            "closure": lambda y: y + own,
+            "default": lambda y, own=own: y + own,
+            "partial": partial(torch.add, own),
+            "method": own.add,
+            "module": lambda y: y + self.mix(y),
+        }
+        return x, ways[self.kind]
+
+
+class Residual(nn.Module):
+    def __init__(self, kind: str, python: bool) -> None:
+        super().__init__()
+        self.first, self.streams, self.last = nn.Linear(6, 8), Streams(kind), nn.Linear(8, 3)
+        self.inner = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.python = python
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.python and x.sum().item() > 1e6:
+            x = 2 * x
+        x, add = self.streams(x)
+        y: Tensor = self.last(add(self.inner(x)))
+        return y
+
+
+@pytest.mark.parametrize("kind", ["closure", "default", "partial", "method", "module"])
+@pytest.mark.parametrize("python", [False, True])
+def test_a_function_that_a_module_returns_is_of_its_own_call(kind: str, python: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Residual(kind, python), torch.randn(4, 6)
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,))
+    for y in (x, torch.randn(3, 6)):
+        torch.testing.assert_close(teacher(y), model(y))
+        torch.testing.assert_close(teacher.student(y), model(y))
+    assert "holds tensors of the call" in teacher.report().apart["streams"] if python else True
+    assert teacher.report().widened > (0.5 if python else 0.99)
 
 
 # --------------------------------------------------------------------------- structures

@@ -93,6 +93,8 @@ def entries(x: Any) -> list[tuple[Any, Any]]:
         found += ((None, one) for one in x)
     elif isinstance(x, types.MethodType):
         return [(None, x.__self__), (None, x.__func__)]
+    elif isinstance(x, types.BuiltinMethodType):
+        return [(None, x.__self__)]
     elif isinstance(x, types.CellType):
         return [("cell_contents", x.cell_contents)] if x != types.CellType() else []
     elif isinstance(x, types.FunctionType):

@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 from ...calls import progress, tree
 from ...calls.call import Call
 from ...calls.given import Watch
-from ...calls.held import HeldTensors, registered
+from ...calls.held import HeldTensors, registered, tensors_and_modules
 from ...calls.integers import Integers
 from ...calls.sparse import SparseTensors, is_size
 from ...calls.tree import Pattern
@@ -285,6 +285,8 @@ def _export_copy(
         except Exception as error:
             raise _RaisedError(error) from error
         watch.undo()
+        if any(is_fake(x) for _, x in tensors_and_modules([*out.held], hops=0)):
+            raise TypeError("it returns a function, or an object, that holds tensors of the call")
         leaves = (x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor))
         held = [x for x in leaves if not is_size(x)]
         if {id(x) for x in held} - {id(x) for x in tensors}:
