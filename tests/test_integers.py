@@ -45,6 +45,13 @@ class Half(Sums):
         return int(int(groups.max()) / 2 + 1.75) + int(groups.max())
 
 
+class Item(Sums):
+    """Of what is a number already."""
+
+    def rows(self, groups: Tensor) -> int:
+        return int(groups.max().item()) + 1
+
+
 class Branch(Sums):
     """What it computes depends on how many there are."""
 
@@ -75,7 +82,7 @@ def put_back() -> Iterator[None]:
     assert int is builtins.int
 
 
-@pytest.mark.parametrize("kind", [Sums, Average, Half], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Sums, Average, Half, Item], ids=lambda kind: kind.__name__)
 def test_a_size_from_int_is_captured(kind: type[Sums]) -> None:
     torch.manual_seed(0)
     model, x = kind(), torch.randn(7, 6)

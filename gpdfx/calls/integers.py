@@ -1,15 +1,19 @@
-"""``int(tensor)`` while a module is traced: a number that the graph computes.
+"""``int(tensor)`` and ``int(tensor.item())`` while a module is traced: a number that the graph
+computes.
 
 Python accepts nothing but an ``int`` of ``__int__``, so a tensor without data has none to give. Its
-``item()`` does: a symbolic number. Functions whose call of ``int`` failed for that are traced once
-more with another ``int`` in their module, which is put back when the trace ends.
+``item()`` does: a symbolic number, which has none to give either. Functions whose call of ``int``
+failed for that are traced once more with another ``int`` in their module, which is put back when
+the trace ends.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import threading
+import traceback
 from types import FrameType
 from typing import Any
 
@@ -46,16 +50,22 @@ class _Integer(int, metaclass=_Kind):
 
 
 class Integers(TorchFunctionMode):
-    """Notes whose ``int`` of a tensor failed while it lasts; the next time that it is entered,
-    these have one that does not."""
+    """Notes whose ``int`` failed while it lasts; the next time that it is entered, these have one
+    that does not."""
 
     def __init__(self) -> None:
         super().__init__()
         self._modules = dict[int, dict[str, Any]]()
         self._replaced = list[dict[str, Any]]()
 
-    def more(self) -> bool:
-        """Whether some failed that have not been given another ``int``."""
+    def more(self, error: BaseException | None) -> bool:
+        """Whether some failed, up to this error, that have not been given another ``int``."""
+        while error:
+            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+            for caller, frame in itertools.pairwise(frames):
+                if frame.f_code is torch.SymInt.__int__.__code__:
+                    self._note(caller)
+            error = error.__cause__
         return len(self._modules) > len(self._replaced)
 
     def __enter__(self) -> Integers:

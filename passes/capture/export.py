@@ -256,8 +256,8 @@ def _export_site(
     while True:
         try:
             return _export_copy(student, site, free, patience, integers)
-        except Exception:
-            if not integers.more():
+        except Exception as error:
+            if not integers.more(error):
                 raise
 
 
