@@ -219,3 +219,29 @@ def test_modules_under_transforms_are_no_parts(kind: Any) -> None:
     teacher = gpdfx.expand(model, 2, example_inputs=(torch.randn(6, 8),), branches=None)
     assert set(parts(teacher)) == {"a", "c"}
     trains_as(model, teacher, torch.randn(3, 8))
+
+
+class Wavelengths(nn.Module):
+    """Makes features of numbers in its own Python, in float32 for whatever it is cast to, as DOFA
+    does: of angles so large that the last bit of a number is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.first = nn.Linear(16, 12), nn.Linear(6, 12)
+        self.last = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        length = torch.tensor([0.66, 0.55, 0.48]).float() * 1000
+        steps = 1.0 / 10000 ** (torch.arange(8, dtype=torch.float32) / 8)
+        angles = torch.einsum("m,d->md", length, steps)
+        features = self.features(torch.cat([angles.sin(), angles.cos()], 1)).relu()
+        return self.last(self.first(x) * features.sum(0))
+
+
+def test_numbers_of_forwards_own_are_rounded_as_it_rounds_them() -> None:
+    torch.manual_seed(0)
+    model, x = Wavelengths(), torch.randn(4, 6)
+    teacher = gpdfx.expand(model, 2, example_inputs=(x,))
+    assert not teacher.report().apart
+    assert teacher.report().widened == 1
+    trains_as(model, teacher, x)

@@ -83,8 +83,9 @@ def settle_statistics(student: nn.Module, inputs: Inputs) -> None:
 
 # --------------------------------------------------------------------------- precision
 _ALWAYS = frozenset(("zeros", "ones", "empty", "rand", "randn", "eye", "linspace", "logspace"))
-_PERHAPS = frozenset(("full", "tensor", "as_tensor", "scalar_tensor", "arange", "normal"))
-"""What makes tensors of none: of the default dtype, or if their arguments are floating numbers."""
+_PERHAPS = frozenset(("full", "scalar_tensor", "arange", "normal"))
+"""What makes tensors of none: of the default dtype, or if their arguments are floating numbers.
+(``tensor`` and ``as_tensor`` are none of these: capture holds what they make, so rounded.)"""
 
 
 class _Lifted(TorchFunctionMode):
