@@ -147,6 +147,18 @@ def test_a_use_that_goes_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["save_load"] == "no file for today"
 
 
+def test_where_float32_chooses_float64_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    def coarse(teacher: gpdfx.Teacher) -> nn.Module:
+        plain = collapse(teacher)
+        if next(plain.parameters()).dtype is torch.float32:
+            next(plain.parameters()).data.zero_()
+        return plain
+
+    collapse = gpdfx.collapse
+    monkeypatch.setattr(gpdfx, "collapse", coarse)
+    assert uses(*small())["joint_step"] == "yes"
+
+
 def test_rows_of_libraries_name_what_installs_them() -> None:
     lists = (ROOT / "benchmarks" / "libraries").glob("*.txt")
     required = [line for path in lists for line in path.read_text().splitlines()]
