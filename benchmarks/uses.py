@@ -39,15 +39,17 @@ def uses(model: nn.Module, teacher: gpdfx.Teacher, call: Any) -> dict[str, str]:
         changed = another_batch(call)
         if changed is None:
             return NO_BATCH
+        own = duplicate(model).eval()
+        _outputs(own, call)  # as the teacher was: the first call may settle something
         try:
-            wanted = _outputs(duplicate(model).eval(), changed)
+            wanted = _outputs(own, changed)
         except Exception:  # whatever it raises at that size
             return NOT_THE_NETWORK
         answer = _compare(_outputs(teacher, changed), wanted)
         if not answer.startswith(DIFFERS):
             return answer
-        own, exact = duplicate(model).eval().double(), copy.deepcopy(teacher).double()
-        return _compare(*(_outputs(x, _doubled(changed)) for x in (exact, own)))
+        pair = copy.deepcopy(teacher).double(), own.double()
+        return _compare(*(_outputs(x, _doubled(changed)) for x in pair))
 
     def save_load() -> str:
         with tempfile.TemporaryDirectory() as folder:
