@@ -9,17 +9,13 @@ import gpdfx
 
 from .networks import NETWORKS, WRITTEN, ZOO, tensors_equal
 
-# Of a large network one other ratio than 2 runs by default, of the largest none, of two not even
-# that; the rest are slow tests, and rows of the coverage benchmark.
-LARGEST = ("densenet121", "convnext_tiny", "swin_t", "resnext50_32x4d")
+# Of large networks these run by default; the rest are slow, and rows of the coverage benchmark.
+LARGE = {("resnet18", 2), ("mobilenet_v3_small", 1.5), ("shufflenet_v2_x1_0", 3), ("vit_tiny", 2)}
 RATIOS = [
-    pytest.param(name, ratio, marks=pytest.mark.slow if other else ())
-    for k, name in enumerate(NETWORKS)
+    pytest.param(name, ratio, marks=() if usual else pytest.mark.slow)
+    for name in NETWORKS
     for ratio in (1.5, 2, 3)
-    for other in [
-        name in ("convnext_tiny", "swin_t")
-        or (name in ZOO and ratio != 2 and (name in LARGEST or ratio == (1.5, 3)[k % 2]))
-    ]
+    for usual in [name not in ZOO or (name, ratio) in LARGE]
 ]
 
 
