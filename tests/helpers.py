@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,11 @@ from gpdfx.passes.widen import Widened
 from gpdfx.teacher.compiled import Compiled, Facts, Inputs, Python, find_caches
 from gpdfx.teacher.folding import Folding
 from gpdfx.teacher.module import Teacher
+
+
+def thinned(every: Iterable[tuple[Any, ...]], usual: Collection[tuple[Any, ...]]) -> list[Any]:
+    """Parameters of a test, of which those that are not usual make it slow."""
+    return [pytest.param(*x, marks=() if x in usual else pytest.mark.slow) for x in every]
 
 
 def program_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from gpdfx.passes.folded import Branched, kernel, merged, plain
 from gpdfx.teacher.fold import Fold
 from gpdfx.teacher.folding import Chunk
 
-from .helpers import facts, program_of, verify, with_branches
+from .helpers import facts, program_of, thinned, verify, with_branches
 from .layers import LAYERS, Plain, a_teacher, leaf, plain_teacher, stored_shape
 from .networks import NETWORKS, WRITTEN, tensors_equal
 
@@ -238,17 +239,15 @@ def rows(grad: Tensor | None) -> Tensor:
     return grad.flatten(1) if grad.ndim > 1 else grad.unsqueeze(1)
 
 
-TRAINED = [("unet", "auto"), ("grouped", "dbb"), ("gpt", "mobileone"), ("unet", "repvgg")]
-TRAINED += [("grouped", "acnet")]
-OTHERS = [
-    pytest.param(name, branches, marks=pytest.mark.slow)
-    for name in ("unet", "gpt", "grouped")
-    for branches in ("auto", "dbb", "mobileone", "repvgg", "acnet")
-    if (name, branches) not in TRAINED
-]
+EACH_SET = ("auto", "dbb", "mobileone", "repvgg", "acnet")
+TRAINED = {("unet", "auto"), ("grouped", "dbb"), ("gpt", "mobileone"), ("unet", "repvgg")}
+TRAINED |= {("grouped", "acnet")}
 
 
-@pytest.mark.parametrize(("name", "branches"), [*TRAINED, *OTHERS])
+@pytest.mark.parametrize(
+    ("name", "branches"),
+    thinned(itertools.product(("unet", "gpt", "grouped"), EACH_SET), TRAINED),
+)
 def test_a_trained_teacher_collapses_to_its_student(name: str, branches: str) -> None:
     """Exactly, whatever the branches learned, and without their parameters."""
     model, teacher = a_teacher(name, branches)
@@ -442,7 +441,10 @@ def test_other_parameters_can_be_called_with() -> None:
 # --------------------------------------------------------------------------- extraction
 @pytest.mark.parametrize(
     ("name", "ratio"),
-    [("unet", 1.5), ("unet", 2), ("unet", 3), ("gpt", 1.5), ("grouped", 3), ("odd", 2)],
+    thinned(
+        itertools.product(("unet", "gpt", "grouped", "odd"), (1.5, 2, 3)),
+        {("unet", 1.5), ("unet", 2), ("unet", 3), ("gpt", 1.5), ("grouped", 3), ("odd", 2)},
+    ),
 )
 def test_the_mean_of_equal_copies_is_the_copy_bit_for_bit(name: str, ratio: float) -> None:
     model, teacher = a_teacher(name, None, ratio, extract="mean")

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 import gpdfx
 
-from .networks import NETWORKS, WRITTEN, ZOO, tensors_equal
+from .helpers import thinned
+from .networks import NETWORKS, WRITTEN, tensors_equal
 
 # Of large networks these run by default; the rest are slow, and rows of the coverage benchmark.
 LARGE = {("resnet18", 2), ("mobilenet_v3_small", 1.5), ("shufflenet_v2_x1_0", 3), ("vit_tiny", 2)}
-RATIOS = [
-    pytest.param(name, ratio, marks=() if usual else pytest.mark.slow)
-    for name in NETWORKS
-    for ratio in (1.5, 2, 3)
-    for usual in [name not in ZOO or (name, ratio) in LARGE]
-]
+RATIOS = (1.5, 2, 3)
+USUAL = {*LARGE, *itertools.product(WRITTEN, RATIOS)}
 
 
-@pytest.mark.parametrize(("name", "ratio"), RATIOS)
+@pytest.mark.parametrize(("name", "ratio"), thinned(itertools.product(NETWORKS, RATIOS), USUAL))
 def test_expand_is_lossless_and_collapse_returns_the_student(name: str, ratio: float) -> None:
     case = NETWORKS[name]
     model = case.model()

@@ -206,11 +206,9 @@ def call_with(
 ) -> Any:
     """``torch.func.functional_call``, after which a module that has two names has its own tensors
     again, too. What forward replaces is in ``tensors`` after."""
-    names: dict[int, str] = {}
-    for walk in (module.named_parameters, module.named_buffers):
-        for name, t in walk(remove_duplicate=False):
-            if name in tensors:
-                names.setdefault(id(t), name)
+    every = (module.named_parameters, module.named_buffers)
+    named = itertools.chain.from_iterable(walk(remove_duplicate=False) for walk in every)
+    names = {id(t): name for name, t in named if name in tensors}
     places = {
         f"{path}.{leaf}".lstrip("."): names[id(t)]
         for path, part in module.named_modules()
@@ -221,8 +219,7 @@ def call_with(
     try:
         return functional_call(module, given, args, kwargs, tie_weights=False)
     finally:
-        now = {places[place]: t for place, t in given.items() if t is not tensors[places[place]]}
-        tensors |= now
+        tensors |= {n: given[p] for p, n in places.items() if given[p] is not tensors[n]}
 
 
 def importable(held: Any) -> bool:
