@@ -109,6 +109,12 @@ def _lstm(gates: int, cell: bool) -> list[Any]:
     return [(x, [h, h + 1] if gates == 4 else h, *rest) for x, h, *rest in (first, second)]
 
 
+def _packed(gates: int) -> list[Any]:
+    """The same on five steps of two sequences."""
+    calls = (call[:-1] for call in _lstm(gates, False))
+    return [(r(5, 6), n(2, 2, 1), *rest) for _, *rest in calls]
+
+
 SQUARE = r(3, 5, 5)
 DEFINITE = SQUARE @ SQUARE.mT + 3 * torch.eye(5)
 PADS = [(X, [0, 1]), (X, [0, 0, 1, 2])]
@@ -176,9 +182,17 @@ EXAMPLES: dict[str, Any] = {
     ],
     "cholesky_solve.*": [(r(3, 5, 4), DEFINITE)],
     # recurrent
-    "lstm.*": _lstm(4, False),
-    "gru.*": _lstm(3, False),
-    "rnn_tanh.* rnn_relu.*": _lstm(1, False),
+    "lstm.input": _lstm(4, False),
+    "gru.input": _lstm(3, False),
+    "rnn_tanh.input rnn_relu.input": _lstm(1, False),
+    "lstm.data": _packed(4),
+    "gru.data": _packed(3),
+    "rnn_tanh.data rnn_relu.data": _packed(1),
+    "_pack_padded_sequence.*": [(r(2, 3, 6), n(3, 2), True), (r(3, 2, 6, 4), n(3, 1), False)],
+    "_pad_packed_sequence.*": [
+        (r(5, 6), n(2, 2, 1), True, 0.5, 4),
+        (r(5), n(2, 2, 1), False, 0, 3),
+    ],
     "lstm_cell.*": _lstm(4, True),
     "gru_cell.*": _lstm(3, True),
     "rnn_tanh_cell.* rnn_relu_cell.*": _lstm(1, True),

@@ -4,7 +4,7 @@ computes.
 Python accepts nothing but an ``int`` of ``__int__``, so a tensor without data has none to give. Its
 ``item()`` does: a symbolic number, which has none to give either. Functions whose call of ``int``
 failed for that are traced once more with another ``int`` in their module, which is put back when
-the trace ends.
+the trace ends; torch's recurrent layers have it from the first.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Integers(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._modules = dict[int, dict[str, Any]]()
+        asks = vars(torch.nn.modules.rnn)  # how many sequences are packed
+        self._modules = {id(asks): asks}
         self._replaced = list[dict[str, Any]]()
 
     def more(self, error: BaseException | None) -> bool:

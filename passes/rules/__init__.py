@@ -1,6 +1,6 @@
 """The rule tables: ATen overload -> how it treats axes. ``tables/`` has one file a family.
 
-Of the 407 rows 170 are signatures (``signature.py``): a line that is read like einops. Pointwise
+Of the 413 rows 172 are signatures (``signature.py``): a line that is read like einops. Pointwise
 ops have one rule by their tag, a signature too.
 """
 

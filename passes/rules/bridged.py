@@ -43,8 +43,8 @@ _BRIDGED = {
     ),
     "elements are taken one after the other": (
         "masked_scatter put segment_reduce as_strided_scatter diagonal_scatter view.dtype "
-        "_pack_padded_sequence _pad_packed_sequence pad_sequence _chunk_cat flatten_dense_tensors "
-        "unflatten_dense_tensors gradient block_diag to_padded_tensor"
+        "pad_sequence _chunk_cat flatten_dense_tensors unflatten_dense_tensors gradient block_diag "
+        "to_padded_tensor"
     ),
     "it writes into its weight": "embedding_renorm embedding_renorm_",
     "it searches for one number": "bucketize.Scalar searchsorted.Scalar isin.Scalar_Tensor",

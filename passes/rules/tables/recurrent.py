@@ -43,10 +43,15 @@ def _states(op: Op) -> list[Any]:
     return list(op["hx"]) if isinstance(op["hx"], list | tuple) else [op["hx"]]
 
 
+def _source(op: Op) -> str:
+    """The argument with the features: of packed sequences, all steps of all of them."""
+    return "data" if "data" in op.args else "input"
+
+
 def _layers(op: Op, gates: int) -> list[Axes]:
-    x, directions = op.axes("input"), 2 if op["bidirectional"] else 1
+    x, directions = op.axes(_source(op)), 2 if op["bidirectional"] else 1
     time = len(x) - 2 if op["batch_first"] else 0
-    op.hold(op["input"], time, "the op runs along it")
+    op.hold(op[_source(op)], time, "the op runs along it")
     groups, count = op["num_layers"] * directions, len(op["params"])
     state, cell = (op.free(shape(h)[-1]) for h in (_states(op)[0], _states(op)[-1]))
     cell = cell if count // groups in (3, 5) else state
@@ -54,12 +59,15 @@ def _layers(op: Op, gates: int) -> list[Axes]:
     for k in range(groups):
         group = op["params"][k * count // groups : (k + 1) * count // groups]
         _weights(op, gates, x[-1] if k < directions else both, state, cell, group)
-    batch = [a for d, a in enumerate(x[:-1]) if d != time]
+    batch, held = [a for d, a in enumerate(x[:-1]) if d != time], 1
+    if _source(op) == "data":  # what is in its batch is told by numbers
+        op.hold(op["batch_sizes"], 0, "the op runs along it")
+        batch, held = [op.fixed(shape(_states(op)[0])[1])], 2
     results = []
     for h, hidden in zip(_states(op), (state, cell), strict=False):
         axes = (op.fixed(groups, "stacked"), *batch, hidden)
         for d, (a, b) in enumerate(zip(op.axes(h), axes, strict=True)):
-            op.hold(h, d, "layers") if d == 0 else op.unify(a, b)
+            op.hold(h, d, "layers") if d < held else op.unify(a, b)
         results.append(axes)
     out = [*x[:-1], both]
     out[time] = x[time] if op.solver.is_fixed(x[time]) else op.fixed(x[time].size)
@@ -100,10 +108,11 @@ def _widen_layers(w: Writer) -> Any:
 def _widen_dropping(w: Writer, params: list[Any]) -> list[fx.Node]:
     """Layer by layer, time first; the masks between them are drawn at the student's shape."""
     op, layers = w.op, w.op["num_layers"]
-    directions = 2 if op["bidirectional"] else 1
+    both, packed = op["bidirectional"], _source(op) == "data"
+    directions = 2 if both else 1
     several = isinstance(op["hx"], list | tuple)
     axes, sizes = w.target.axes[op.node][0], list(value(op.node)[0].shape)
-    x, ends = w["input"], []
+    x, ends = w[_source(op)], []
     if op["batch_first"]:
         axes, sizes = (axes[1], axes[0], axes[2]), [sizes[1], sizes[0], sizes[2]]
         x = w.call(aten.transpose.int, x, 0, 1)
@@ -111,8 +120,10 @@ def _widen_dropping(w: Writer, params: list[Any]) -> list[fx.Node]:
         own = params[k * len(params) // layers : (k + 1) * len(params) // layers]
         bounds = 0, k * directions, (k + 1) * directions
         states = [w.call(aten.slice.Tensor, w.map(h), *bounds) for h in _states(op)]
-        fixed = op["has_biases"], 1, 0.0, True, op["bidirectional"], False
-        done = w.call(op.node.target, x, states if several else states[0], own, *fixed)  # type: ignore[arg-type]
+        fixed = op["has_biases"], 1, 0.0, True, both
+        given = states if several else states[0], own, *fixed
+        rest = (w["batch_sizes"], *given) if packed else (*given, False)
+        done = w.call(op.node.target, x, *rest)  # type: ignore[arg-type]
         x, *last = (w.call(operator.getitem, done, n) for n in range(1 + len(states)))
         ends.append(last)
         if k + 1 < layers:
@@ -127,11 +138,16 @@ def _widen_cell(w: Writer) -> fx.Node:
     return w.copy(**{name: _shared(w, w.op[name]) for name in ("w_ih", "w_hh")})
 
 
-TABLE: dict[Any, Rule] = {}
+TABLE: dict[Any, Rule] = rows(
+    {
+        "_pack_padded_sequence": "a! b! ..., n! -> steps ..., times",
+        "_pad_packed_sequence": "steps! ..., times! -> a b ..., n",
+    }
+)
 for _gates, _name in ((4, "lstm"), (3, "gru"), (1, "rnn_tanh"), (1, "rnn_relu")):
     TABLE |= rows(
         {
-            f"{_name}.input": Rule(partial(_layers, gates=_gates), _widen_layers),
+            f"{_name}.input {_name}.data": Rule(partial(_layers, gates=_gates), _widen_layers),
             f"{_name}_cell": Rule(partial(_cell, gates=_gates), _widen_cell),
         }
     )
