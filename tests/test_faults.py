@@ -513,4 +513,5 @@ def test_what_is_not_finite_is_compared_too() -> None:
 
 def test_an_empty_example_grows() -> None:
     assert resized(torch.randn(0, 4), 0, 3).tolist() == [[1.0] * 4] * 3
-    assert resized(torch.arange(2), 0, 5).tolist() == [0, 1, 0, 1, 0]
+    assert resized(torch.arange(2), 0, 5).tolist() == [0, 0, 0, 1, 1]
+    assert resized(torch.arange(5), 0, 2).tolist() == [0, 1]

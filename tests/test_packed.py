@@ -109,6 +109,24 @@ def test_packed_sequences_widen(name: str) -> None:
     assert all(map(torch.equal, plain.state_dict().values(), model.state_dict().values()))
 
 
+class Descending(Tagger):
+    """Sentences are sorted by their lengths."""
+
+    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+        given = pack_padded_sequence(self.embed(words), lengths, True)
+        y: Tensor = self.tag(pad_packed_sequence(self.layers(given)[0], True)[0])
+        return y
+
+
+def test_the_batch_of_sorted_sequences_is_free() -> None:
+    torch.manual_seed(0)
+    model, lengths = Descending(nn.LSTM, batch_first=True), torch.tensor([7, 5, 4, 1])
+    teacher = gpdfx.expand(model, 2, example_inputs=(WORDS, lengths), branches=None)
+    assert teacher.report().widened == 1
+    for given in ((WORDS[:2], lengths[:2]), (WORDS[:3, :5], torch.tensor([5, 5, 2]))):
+        torch.testing.assert_close(teacher.eval()(*given), model.eval()(*given))
+
+
 class Listed(Tagger):
     """Lengths that are numbers: there are as many as the batch has samples."""
 

@@ -265,10 +265,11 @@ def _first_broken(texts: tuple[str, ...]) -> Callable[[Sequence[Any]], int | Non
 
 
 def resized(x: Tensor, dim: int, size: int) -> Tensor:
-    """A tensor repeated, or cut, to a size; one that is empty is filled with ones."""
-    if not x.shape[dim]:
+    """A tensor cut to a size, or each of its indices repeated, which leaves sorted what was; one
+    that is empty is filled with ones."""
+    if not (own := x.shape[dim]):
         return x.new_ones((*x.shape[:dim], size, *x.shape[dim + 1 :]))
-    return x.index_select(dim, (torch.arange(size) % x.shape[dim]).to(x.device))
+    return x.index_select(dim, (torch.arange(size) * min(own, size) // size).to(x.device))
 
 
 def evaluate(text: str, values: dict[str, int]) -> Any:
