@@ -108,8 +108,7 @@ def _widen_layers(w: Writer) -> Any:
 def _widen_dropping(w: Writer, params: list[Any]) -> list[fx.Node]:
     """Layer by layer, time first; the masks between them are drawn at the student's shape."""
     op, layers = w.op, w.op["num_layers"]
-    both, packed = op["bidirectional"], _source(op) == "data"
-    directions = 2 if both else 1
+    directions = 2 if op["bidirectional"] else 1
     several = isinstance(op["hx"], list | tuple)
     axes, sizes = w.target.axes[op.node][0], list(value(op.node)[0].shape)
     x, ends = w[_source(op)], []
@@ -120,10 +119,8 @@ def _widen_dropping(w: Writer, params: list[Any]) -> list[fx.Node]:
         own = params[k * len(params) // layers : (k + 1) * len(params) // layers]
         bounds = 0, k * directions, (k + 1) * directions
         states = [w.call(aten.slice.Tensor, w.map(h), *bounds) for h in _states(op)]
-        fixed = op["has_biases"], 1, 0.0, True, both
-        given = states if several else states[0], own, *fixed
-        rest = (w["batch_sizes"], *given) if packed else (*given, False)
-        done = w.call(op.node.target, x, *rest)  # type: ignore[arg-type]
+        given = {_source(op): x, "hx": states if several else states[0], "params": own}
+        done = w.copy(**given, num_layers=1, dropout=0.0, batch_first=False)
         x, *last = (w.call(operator.getitem, done, n) for n in range(1 + len(states)))
         ends.append(last)
         if k + 1 < layers:
