@@ -1,9 +1,20 @@
-"""Compile the Triton kernels ahead of time, for GPUs that need not be there.
+"""The Triton kernels without a GPU: their code, and what a fold costs the host.
 
-    python -m benchmarks.kernels        # benchmarks/results/kernels.csv, about a minute
+    python -m benchmarks.kernels          # benchmarks/results/kernels.csv, some minutes
+    python -m benchmarks.kernels host     # benchmarks/results/kernels_host.csv
+    python -m benchmarks.kernels bytes    # benchmarks/results/kernels_bytes.csv
 
-One row for each kernel, architecture and types of parameters and products: registers of a thread,
-bytes of shared memory and of stack, instructions that spill (load from and store to local memory).
+Without an argument, kernels are compiled for GPUs that need not be there: one row for each form,
+kernel, architecture and type, with registers of a thread, bytes of shared memory and of stack,
+instructions that spill (load from and store to local memory), loads and stores of 16 bytes.
+
+``host``: milliseconds of a fold of ResNet-50 x2 with the default branches, forward and backward,
+while nothing is launched: kernels and matrix products are counted and not called. ``launcher``:
+without the node of autograd. Each against as many calls of an empty function.
+
+``bytes``: what the elementwise part of a fold moves, counted from its tables, against the least:
+each operand read once, each result written once.
+
 ``TRITON_INTERPRET`` must not be set.
 """
 
@@ -15,62 +26,119 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import gpdfx
 from benchmarks.tables import RESULTS, Table, command_line
-from gpdfx.kernels.fold import launch
+from benchmarks.timing import Call, machine, paired, quantiles
+from gpdfx import models
+from gpdfx.branches.layer import Layer
+from gpdfx.branches.sets import NONE, SETS
+from gpdfx.kernels.fold import Cut, Share, Site, function, launch, op
 from gpdfx.kernels.fold import triton_kernels as k
 
-ARCHITECTURES = (80, 90)
-TYPES = (
-    (torch.float32, torch.float32),
-    (torch.float32, torch.bfloat16),  # under autocast
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-)
+ARCHITECTURES = (80, 90, 100)
+TYPES = ((torch.float32, "*fp32", "*fp32"), (torch.float32, "*fp32", "*bf16"))
+TYPES += ((torch.bfloat16, "*bf16", "*bf16"), (torch.float16, "*fp16", "*fp16"))
+"""Of parameters and of products."""
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {"table": "*i64", "programs": "*i32"}
+POINTERS = dict.fromkeys(("sizes", "addresses", "targets", "grads", "items", "table"), "*i64")
+POINTERS |= {"programs": "*i32", "index": "*i32", "sums": "*fp32"}
+DENSE, POINT = Layer(1, 128, 256, (3, 3), "conv"), Layer(1, 128, 256, (1, 1), "conv")
+LAYERS: tuple[tuple[str, Layer, str, dict[str, Any]], ...] = (
+    *((name, DENSE, name, {}) for name in ("none", "orepa", "acnet", "repvgg")),
+    *((f"{name} last", DENSE, name, {"last": True}) for name in ("none", "orepa", "acnet")),
+    *((f"{name} mean", DENSE, name, {"mean": True}) for name in ("none", "orepa")),
+    ("7x7 orepa", Layer(1, 128, 64, (7, 7), "conv"), "orepa", {}),
+    ("1x1 lowrank", POINT, "lowrank", {}),
+    ("linear lowrank", Layer(1, 256, 256, (), "linear"), "lowrank", {}),
+    ("1x1 none", POINT, "none", {}),
+    ("depthwise orepa", Layer(256, 1, 1, (3, 3), "conv"), "orepa", {}),
+    ("transposed orepa", Layer(1, 128, 256, (2, 2), "transposed"), "orepa", {}),
+    ("unaligned orepa", DENSE, "orepa", {"aligned": False}),
+)
+"""Forms of layers: name, layer, branches."""
+BRIEF = ("none", "orepa", "acnet last", "1x1 lowrank", "unaligned orepa")
 
 
-def configurations() -> Iterator[tuple[Any, torch.dtype, torch.dtype, dict[str, Any]]]:
-    """Kernel, types of parameters and products, constants: as ``launch`` calls them."""
-    block = {"BLOCK": launch.BLOCK}
-    expanded = block | {"EXPANDED": 8}
-    sums = expanded | {"ROWS": launch.ROWS, "SPLITS": launch.SPLITS}
-    for parameters, products in TYPES:
-        yield k.prepare, parameters, products, block
-        yield k.combine, parameters, products, expanded
-        scattered = expanded | {"BLOCK": launch.block(expanded["EXPANDED"])}
-        yield k.scatter, parameters, products, scattered
-        yield k.finish, parameters, products, sums
-        if parameters == products:
-            yield k.reduce, parameters, products, {"BLOCK": 8 * launch.BLOCK}
-    for kernel in (k.combine, k.scatter):  # no depthwise-separable branch in any layer
-        yield kernel, torch.float32, torch.float32, block | {"EXPANDED": 1}
+# --------------------------------------------------------------------------- code
+def form(
+    layer: Layer,
+    name: str,
+    dtype: torch.dtype,
+    last: bool = False,
+    mean: bool = False,
+    aligned: bool = True,
+) -> launch.Form:
+    """As ``launch`` makes it for a layer twice as wide as the student's."""
+    branches = (SETS | {"none": NONE})[name].on(layer).branches
+    terms = [branch.term(layer) for branch in branches]
+    half = [(1, n, max(1, n // 2)) for n in (layer.outputs, layer.inputs)]
+    cut = Cut((1, layer.groups, layer.groups), *half)
+    site = Site(layer, tuple(t for t in terms if t), cut, Share(-1, 1, None), mean)
+    sizes = [(layer.groups * layer.outputs, layer.inputs, *layer.kernel)]
+    sizes += [(1 + len(branches), layer.channels)] if branches else []
+    sizes += [(1, layer.inputs), (layer.inputs,)]
+    for branch, term in zip(branches, site.terms, strict=True):
+        known = branch.shapes(layer) | {n: c.shape for n, c in branch.constants(layer).items()}
+        sizes += [known[name] for name in term.names]
+    own = [torch.empty(size, dtype=dtype, device="meta") for size in sizes]
+    own[0] = own[0].to(memory_format=torch.channels_last) if last else own[0]
+    return launch.Layout(site, own, True, True, aligned).form
+
+
+def cases(brief: bool) -> Iterator[tuple[str, bool, Any, str, str, dict[str, Any], int]]:
+    """Form, whether it is aligned, kernel, types of parameters and products, constants, warps."""
+    for dtype, parameters, products in TYPES[:1] if brief else TYPES:
+        types = parameters, products
+        for name, layer, chosen, options in LAYERS:
+            if brief and name not in BRIEF:
+                continue
+            made = form(layer, chosen, dtype, **options)
+            for kernel in (k.combine, k.scatter):
+                yield name, made.unit > 1, kernel, *types, {"F": made}, made.warps
+        kind = launch.TYPES[dtype]
+        for taps in (1, 9):
+            shared = {"dtype": kind, "TAPS": taps, "BLOCK": launch.BLOCK, "UNIT": launch.UNIT}
+            for scaled in (False, True):
+                given = shared | {"SCALED": scaled}
+                yield f"taps {taps} {scaled}", True, k.prepare, *types, given, 4
+            yield f"taps {taps}", True, k.finish, *types, shared, 4
+        for source in {"*fp32", products}:
+            yield source, True, k.reduce, parameters, source, {"BLOCK": launch.BLOCK}, 4
 
 
 def build(
-    kernel: Any, parameters: torch.dtype, products: torch.dtype, constants: Any, arch: int
+    kernel: Any, parameters: str, products: str, constants: Any, warps: int, arch: int
 ) -> Any:
     names = kernel.arg_names
-    given = constants | {"dtype": launch.TYPES[parameters], "made": launch.TYPES[products]}
+    pointers = POINTERS | {"out": parameters, "staging": products, "source": products}
+    signature = {n: pointers.get(n, "constexpr") for n in names}
     source = ASTSource(
         fn=kernel,
-        signature={n: POINTERS.get(n, "constexpr") for n in names},
-        constexprs={(names.index(n),): value for n, value in given.items() if n in names},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in POINTERS},
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={
+            (n,): [["tt.divisibility", 16]]
+            for n, name in enumerate(names)
+            if signature[name] != "constexpr"
+        },
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+    target = GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options={"num_warps": warps})
 
 
 def inspect(compiled: Any) -> dict[str, int]:
-    """What the machine code needs."""
+    """What the machine code needs, and has."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -82,6 +150,8 @@ def inspect(compiled: Any) -> dict[str, int]:
         "stack": numbers["STACK"],
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "shared": compiled.metadata.shared,
+        "loads_16_bytes": len(re.findall(r"\bLDG\.E\.128\b", code)),
+        "stores_16_bytes": len(re.findall(r"\bSTG\.E\.128\b", code)),
     }
 
 
@@ -90,28 +160,119 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    for arch in ARCHITECTURES:
-        for kernel, parameters, products, constants in configurations():
+def code_rows(architectures: list[int], brief: bool) -> Iterator[dict[str, Any]]:
+    for arch in architectures:
+        for name, aligned, kernel, parameters, products, constants, warps in cases(brief):
             yield {
+                "form": name,
                 "kernel": kernel.fn.__name__,
+                "aligned": aligned,
                 "arch": f"sm_{arch}",
-                "parameters": str(parameters).removeprefix("torch."),
-                "products": str(products).removeprefix("torch."),
-                "constants": " ".join(f"{key}={value}" for key, value in constants.items()),
-                **inspect(build(kernel, parameters, products, constants, arch)),
+                "parameters": parameters.removeprefix("*"),
+                "products": products.removeprefix("*"),
+                "warps": warps,
+                **inspect(build(kernel, parameters, products, constants, warps, arch)),
                 "triton": triton.__version__,
             }
 
 
+# --------------------------------------------------------------------------- the host
+def resnet(network: str, branches: Any) -> gpdfx.Teacher:
+    model = models.load(network, classes=1000, shape=(3, 64, 64))
+    example = (torch.randn(2, 3, 64, 64),)
+    return gpdfx.expand(model, 2, example_inputs=example, branches=branches, verify=False)
+
+
+class _Rest(torch.autograd.Function):
+    """The rest of a network: it takes weights, and has gradients for them."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.grads = grads
+        return weights[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.grads
+
+
+def _repeat(call: Call, times: int) -> None:
+    for _ in range(times):
+        call()
+
+
+def host_rows(network: str, branches: Any, pairs: int) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a direction, and of as many calls of an empty function."""
+    teacher = resnet(network, branches)
+    (chunk,) = teacher._folding.whole
+    params = [p for p in teacher.parameters() if p.requires_grad]
+    tensors = chunk.tensors()
+    own = [tensors[n].detach() for n in chunk.index]
+    asked = chunk.key, True, True, None
+    launched = 0
+
+    def empty(*given: Any, **constants: Any) -> None:
+        nonlocal launched
+        launched += 1
+
+    @torch.no_grad()
+    def launcher(grads: Any = None) -> None:
+        op.run(grads, own, *asked)
+
+    with (
+        mock.patch.multiple(launch, launch=empty, multiply=empty),
+        mock.patch.object(function, "KERNELS", {"cpu"}),
+    ):
+        weights = op.run(None, own, *asked)
+        grads = [None if w is None else torch.randn_like(w) for w in weights]
+        made = [w for w in chunk(True, True).values() if w.requires_grad]
+        loss = _Rest.apply([torch.randn_like(w) for w in made], *made)
+        whole: dict[str, Call] = {
+            "launcher forward": launcher,
+            "launcher backward": lambda: launcher(grads),
+            "node forward": lambda: chunk(True, True),
+            "node backward": lambda: torch.autograd.grad(
+                loss, params, retain_graph=True, allow_unused=True
+            ),
+        }
+        for what, call in whole.items():
+            call()
+            launched = 0
+            call()
+            count = launched
+            both = paired(call, partial(_repeat, empty, count), pairs)
+            yield {
+                "what": what,
+                "network": network,
+                "branches": branches,
+                "launches": count,
+                "tensors": len(own),
+                "results": sum(x is not None for x in weights),
+                **quantiles([a * 1e3 for a, _ in both]),
+                "empty": quantiles([b * 1e3 for _, b in both])["median"],
+                **machine(),
+            }
+
+
+# --------------------------------------------------------------------------- bytes
 def main() -> None:
     parser = command_line("kernels", __doc__)
-    parser.add_argument("path", type=Path, nargs="?", default=RESULTS / "kernels.csv")
+    parser.add_argument("what", nargs="?", choices=("code", "host"), default="code")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--brief", action="store_true", help="some forms, in float32")
+    parser.add_argument("--network", default="torchvision:resnet50")
+    parser.add_argument("--branches", default="auto")
+    parser.add_argument("--pairs", type=int, default=50)
     given = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("unset TRITON_INTERPRET: interpreted kernels are not compiled")
-    measured = list(rows())
-    Table(given.path, list(measured[0]), end="\r\n").write(measured)
+    if given.what == "code":
+        path, rows = "kernels.csv", list(code_rows(given.arch, given.brief))
+    else:
+        path = "kernels_host.csv"
+        rows = list(host_rows(given.network, given.branches, given.pairs))
+    Table(given.out or RESULTS / path, list(rows[0]), end="\r\n").write(rows)
 
 
 if __name__ == "__main__":

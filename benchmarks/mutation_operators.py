@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, fx
 
 from gpdfx.algebra.frozen import Frozen
-from gpdfx.branches.kinds import Branch
+from gpdfx.branches.term import Term
 from gpdfx.kernels import copies
-from gpdfx.kernels.fold import FORMULAS
+from gpdfx.kernels.fold import reference
+from gpdfx.kernels.fold.site import TYPES
 from gpdfx.passes.folded import Lowered, reads
 from gpdfx.passes.program import bind, copied, draws, is_mutable, origin
 from gpdfx.passes.widen import Widened
@@ -477,28 +478,24 @@ def mute_scale(subject: Subject) -> Mutants:
     """The scales of one branch get no gradient from the fold."""
     program = subject.program
     for name, one in program.lowered.items():
-        for k, branch in enumerate(one.site.branches):
-            branches = (*one.site.branches[:k], _muted(branch), *one.site.branches[k + 1 :])
-            value = replace(one, site=replace(one.site, branches=branches))
-            yield in_table(program, "lowered", name, value, type(branch).__name__)
+        for k, term in enumerate(one.site.terms):
+            muted = _Muted(*(getattr(term, f.name) for f in fields(term)))
+            terms = (*one.site.terms[:k], muted, *one.site.terms[k + 1 :])
+            value = replace(one, site=replace(one.site, terms=terms))
+            yield in_table(program, "lowered", name, value, f"{term.letters} {k}")
 
 
-def _muted(branch: Branch) -> Branch:
-    """A branch whose formula forgets the gradient of its scales."""
-    kind = type(branch)
-    if kind not in _MUTED:
-        formula = FORMULAS[kind]
-
-        def back(*args: Any) -> Any:
-            rows, own = formula.back(*args)
-            return torch.zeros_like(rows), own
-
-        _MUTED[kind] = type(f"Muted{kind.__name__}", (kind,), {})
-        FORMULAS[_MUTED[kind]] = replace(formula, back=back)
-    return _MUTED[kind](**{f.name: getattr(branch, f.name) for f in fields(branch)})
+class _Muted(Term):
+    """A term that forgets the gradient of its scales."""
 
 
-_MUTED: dict[type[Branch], type[Branch]] = {}
+def _back(term: Term, *given: Any) -> Any:
+    sums = _BACK(term, *given)
+    return torch.zeros_like(sums) if isinstance(term, _Muted) else sums
+
+
+_BACK, reference._back = reference._back, _back
+TYPES[_Muted.__name__] = _Muted
 
 
 OPERATORS: dict[str, Operator] = {

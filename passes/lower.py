@@ -13,7 +13,7 @@ from torch import fx
 
 from ..branches.layer import Layer
 from ..branches.sets import NONE
-from ..kernels.fold import FORMULAS, Site, cut_of
+from ..kernels.fold import Site, cut_of
 from .branch import layer_of, read_folded, uses_of
 from .folded import Branched, Lowered, merged, reads, teachers
 from .program import copied
@@ -51,9 +51,8 @@ def _refusal(one: Branched) -> str:
     """Why a layer's branches have no fused fold; empty if they have one."""
     if any(b.norm for b in one.chosen.branches):
         return "its branches are normalized"
-    kinds = {type(b) for b in one.chosen.branches} - FORMULAS.keys()
-    own = min((kind.__name__ for kind in kinds), default="")
-    return own and f"{own} is a kind of its own"
+    own = {type(b).__name__ for b in one.chosen.branches if b.fused(one.layer) is None}
+    return f"{min(own)} is a kind of its own" if own else ""
 
 
 def _unbranched(program: Widened) -> list[Branched]:
@@ -79,8 +78,10 @@ def _shares(nodes: list[fx.Node]) -> Shares | None:
 
 def _lowered(program: Widened, one: Branched, nodes: list[fx.Node]) -> Lowered:
     """With its shares, if it has them everywhere."""
-    layer, branches, shares = one.layer, one.chosen.branches, _shares(nodes)
-    tensors = tuple((*b.shapes(layer), *b.constants(layer)) for b in branches)
-    cut = cut_of(layer, program.maps[one.weight])
-    site = Site(layer, branches, tensors, cut, shares.layout if shares else None)
+    layer, maps, shares = one.layer, program.maps[one.weight], _shares(nodes)
+    terms = tuple(filter(None, (b.fused(layer) for b in one.chosen.branches)))
+    weighted = shares is not None or one.weight not in program.uses
+    mean = program.options.extract == "mean"
+    cut = cut_of(layer, maps, mean) if weighted or not mean else None
+    site = Site(layer, terms, cut, shares.layout if shares else None, mean and cut is not None)
     return Lowered(site, (shares.table, shares.classes) if shares else ())

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gpdfx
-from gpdfx.algebra.frozen import Frozen
+from gpdfx.algebra.frozen import Frozen, share_table
 from gpdfx.branches.layer import Layer
 from gpdfx.branches.sets import NONE, SETS
 from gpdfx.calls import tree
@@ -63,14 +63,17 @@ def leaf(y: Any) -> Tensor:
 def plain_teacher(branches: Any, **options: Any) -> tuple[Plain, Any, Tensor]:
     torch.manual_seed(0)
     model, x = Plain(), torch.randn(8, 3, 9, 9)
-    return model, gpdfx.expand(model, 2, example_inputs=(x,), branches=branches, **options), x
+    ratio = options.pop("ratio", 2)
+    return model, gpdfx.expand(model, ratio, example_inputs=(x,), branches=branches, **options), x
 
 
 class Case:
     """A layer with random branches, its shares, and the student in it: of every axis the first of
     two copies, of every group where there are several."""
 
-    def __init__(self, layer: Layer, chosen: str, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, layer: Layer, chosen: str, dtype: torch.dtype = torch.float64, mean: bool = False
+    ) -> None:
         torch.manual_seed(0)
         self.layer, self.dtype = layer, dtype
         self.branches = (SETS | {"none": NONE})[chosen].on(layer).branches
@@ -78,29 +81,27 @@ class Case:
         self.scales = [self.leaf(1 + len(self.branches), layer.channels)] if self.branches else []
         self.own: list[dict[str, Tensor]] = []
         for branch in self.branches:
-            params = {name: self.leaf(*size) for name, size in branch.shapes(layer).items()}
-            constants = {name: c.to(dtype) for name, c in branch.constants(layer).items()}
-            self.own.append(params | constants)
-        grouped = layer.groups > 1
+            own = {name: self.leaf(*size) for name, size in branch.shapes(layer).items()}
+            own |= {name: c.to(dtype) for name, c in branch.constants(layer).items()}
+            self.own.append({name: own[name] for name in branch.term(layer).names})
+        grouped = layer.groups > 1 and layer.outputs > 1  # in depthwise layers groups have copies
         self.maps = tuple(
             self.axis(layer.groups if grouped and not d else 1, size, d < 2)
             for d, size in enumerate(self.origin.shape)
         )
-        first, columns = self.origin.shape[:2]
         dim = 0 if layer.layout in ("transposed", "matrix") else 1
-        width = (columns, first)[1 - dim]
-        runs = 2 if width % 2 == 0 else 1
-        split = (runs, width // runs)
-        table = [1] * (self.origin.ndim + 1)
-        table[dim], table[1 if dim == 0 else 0] = 2, 1
-        table[2 if dim == 0 else 0] = self.origin.shape[1 - dim]
-        self.share = Share(dim - len(table), dim, split)
-        self.table = torch.rand(table, dtype=dtype)
-        self.classes = torch.arange(runs) % 2
-        site = Site(layer, self.branches, tuple(tuple(own) for own in self.own))
-        cut = cut_of(layer, self.maps)
+        axis, rows = self.maps[dim], self.origin.shape[1 - dim]
+        drawn = share_table(axis, (rows,), np.random.default_rng(0))
+        split = (axis.teacher // axis.run, axis.run)
+        ones = [1] * (self.origin.ndim - 2)
+        table = torch.from_numpy(drawn if dim else np.ascontiguousarray(drawn.T)).to(dtype)
+        self.table = table.view(*((rows, -1, 1) if dim else (-1, 1, rows)), *ones)
+        self.classes = torch.from_numpy(axis.classes[0][:: axis.run])
+        self.share = Share(dim - self.table.ndim, dim, split)
+        terms = tuple(branch.term(layer) for branch in self.branches)
+        cut = cut_of(layer, self.maps, mean)
         assert cut is not None
-        self.site = Site(site.layer, site.branches, site.names, cut, self.share)
+        self.site = Site(layer, terms, cut, self.share, mean)
 
     def leaf(self, *size: int) -> Tensor:
         return torch.randn(*size, dtype=self.dtype).requires_grad_()
@@ -134,14 +135,28 @@ class Case:
         share = self.share
         split = list(share.split) if share.split else None
         wide = copies.share(weight, self.table, self.classes, share.at, share.dim, split)
-        return wide, take_first(weight, self.maps)
+        return wide, self.mean(weight) if self.site.mean else take_first(weight, self.maps)
+
+    def mean(self, weight: Tensor) -> Tensor:
+        """Of all copies: by shares along the inputs, else in equal parts."""
+        share, ones = self.share, torch.ones_like(weight)
+        split = list(share.split) if share.split else None
+        shares = copies.share(ones, self.table, self.classes, share.at, share.dim, split)
+        dims = [share.dim, 1 - share.dim]
+        for dim, part in zip(dims, (shares, ones), strict=True):
+            each = torch.from_numpy(np.eye(self.maps[dim].student)[self.maps[dim].map]).to(weight)
+            if self.maps[dim].wide:
+                part = part.narrow(1 - dim, 0, weight.shape[1 - dim])
+                total = torch.tensordot(part.movedim(dim, -1), each, 1)
+                weight = torch.tensordot((weight * part).movedim(dim, -1), each, 1) / total
+                weight = weight.movedim(-1, dim)
+        return weight
 
     def fused(
         self, teacher: bool = True, student: bool = True, tensors: list[Tensor] | None = None
     ) -> list[Tensor]:
         tensors = self.tensors if tensors is None else tensors
-        index = tuple(range(len(tensors)))
-        sites = (self.site,)
+        sites, index = (self.site,), tuple(range(len(tensors)))
         ((wide, own),) = fold(
             sites, key_of(sites), index, tensors, teacher=teacher, student=student
         )

@@ -34,7 +34,7 @@ def made(branch: Branch, layer: Layer, seed: int = 0) -> tuple[Tensor, dict[str,
         for name, shape in branch.shapes(layer).items()
     }
     constants = {k: v.double() for k, v in branch.constants(layer).items()}
-    return branch.kernel(layer, params | constants).expand(layer.shape), params
+    return branch.kernel(layer, params | constants).double().expand(layer.shape), params
 
 
 @pytest.mark.parametrize("which", LAYERS)

@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import gpdfx
 from gpdfx.branches.kinds import Full
 from gpdfx.branches.layer import Layer
+from gpdfx.kernels.fold import reference
 from gpdfx.passes.folded import students, teachers
 
 from .helpers import folding, hidden_student, parts, run_teacher
@@ -30,9 +31,14 @@ def close(got: Any, want: Any) -> None:
 
 @pytest.mark.parametrize("which", LAYERS)
 @pytest.mark.parametrize("name", DENSE)
-@pytest.mark.parametrize("asked", ["teacher", "student", "both"])
-def test_weights_and_gradients_are_those_of_the_formula(which: str, name: str, asked: str) -> None:
-    case = Case(LAYERS[which], name)
+@pytest.mark.parametrize("asked", ["teacher", "student", "both", "mean", "both, mean"])
+def test_weights_and_gradients_are_those_of_the_formula(
+    which: str, name: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "BLOCK", 72)
+    mean = "mean" in asked
+    case = Case(LAYERS[which], name, mean=mean)
+    asked = {"mean": "student"}.get(asked, asked.split(",")[0])
     wants = [
         w
         for w, of in zip(case.naive(), ("teacher", "student"), strict=True)
@@ -53,7 +59,8 @@ def test_weights_and_gradients_are_those_of_the_formula(which: str, name: str, a
 @pytest.mark.parametrize("which", ["conv1d", "transposed", "depthwise", "linear"])
 def test_gradients_have_gradients(which: str) -> None:
     layer = {"conv1d": Layer(1, 2, 2, (3,), "conv"), "depthwise": Layer(2, 1, 1, (3,), "conv")}
-    case = Case(layer.get(which, LAYERS[which]), "lowrank" if which == "linear" else "orepa")
+    chosen = "lowrank" if which == "linear" else "orepa"
+    case = Case(layer.get(which, LAYERS[which]), chosen, mean=which == "linear")
 
     def call(*leaves: Tensor) -> tuple[Tensor, ...]:
         rest = iter(leaves)
@@ -227,12 +234,25 @@ def test_what_is_frozen_takes_no_gradient() -> None:
     assert teacher.point.weight.grad is None
 
 
-def test_extraction_by_the_mean_folds_all_copies() -> None:
-    model, teacher, _ = plain_teacher("orepa", extract="mean")
-    assert all(
-        site.cut is None for chunk in folding(teacher).fused for site in chunk.sites.values()
-    )
+@pytest.mark.parametrize("ratio", [1.5, 2, 3])
+@pytest.mark.parametrize("branches", [None, "orepa"])
+def test_the_mean_of_copies_is_in_the_fold(ratio: float, branches: Any) -> None:
+    model, teacher, _ = plain_teacher(branches, extract="mean", ratio=ratio)
+    sites = {name: site for chunk in folding(teacher).fused for name, site in chunk.sites.items()}
+    assert sites
+    assert all(site.mean for site in sites.values())
     assert tensors_equal(gpdfx.collapse(teacher).state_dict(), model.state_dict())
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        whole = folding(teacher)()
+        for fold in teacher.folds():
+            fold.reset()
+        own = dict(teacher.student_parameters())
+    for name in sites:
+        mean = teacher._means[name](teacher.get_parameter(name), teacher._tensor)
+        torch.testing.assert_close(own[name], mean)
+    assert whole.keys() >= {students(name) for name in sites}
 
 
 def test_channels_last_weights_stay_so() -> None:

@@ -7,6 +7,7 @@ import csv
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpdfx.branches.kinds import LowRank
 from gpdfx.branches.layer import Layer
+from gpdfx.branches.term import Term
 from gpdfx.distill.gpd import GPD
-from gpdfx.kernels.fold import key_of, reference
-from gpdfx.kernels.fold.op import backward_op, fold_op, refusal
+from gpdfx.kernels.fold import fold, function, key_of, op, reference, refusal
+from gpdfx.kernels.fold.site import viewed
 
 from .layers import LAYERS, Case, plain_teacher
 
@@ -27,7 +30,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, below")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
-# Layouts, groups, odd sizes, inputs and rows in several blocks of the test's small blocks.
+# Layouts, groups, odd sizes, inputs and rows in several blocks of the test's small blocks; rows
+# that begin at multiples of 16 bytes, whose tensors are read as they lie.
 ODD = (
     (Layer(1, 3, 5, (3,), "conv"), "orepa"),
     (Layer(2, 2, 3, (2,), "transposed"), "orepa"),
@@ -37,6 +41,14 @@ ODD = (
     (Layer(1, 2, 3, (), "matrix"), "lowrank"),
     (Layer(2, 2, 3, (2,), "transposed"), "none"),
     (Layer(1, 3, 6, (), "linear"), "none"),
+    (Layer(1, 3, 3, (3, 3), "conv"), "repvgg"),
+    (Layer(1, 3, 3, (2, 3), "conv"), "acnet"),
+)
+EVEN = (
+    (Layer(1, 3, 16, (3,), "conv"), "orepa"),
+    (Layer(1, 2, 16, (3, 3), "conv"), "acnet"),
+    (Layer(1, 16, 16, (), "linear"), "lowrank"),
+    (Layer(1, 2, 16, (3,), "conv"), "none"),
 )
 
 
@@ -58,35 +70,37 @@ def test_the_interpreter_agrees_with_the_reference() -> None:
     process(["-m", "pytest", __file__, "-k", "kernels_are"], TRITON_INTERPRET="1")
 
 
-def test_nothing_spills_on_any_architecture(tmp_path: Path) -> None:
+def test_the_code_of_every_form_reads_16_bytes_and_spills_nothing(tmp_path: Path) -> None:
     path = tmp_path / "kernels.csv"
-    process(["-m", "benchmarks.kernels", str(path)])
+    process(["-m", "benchmarks.kernels", "--arch", "90", "--brief", "--out", str(path)])
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["kernel"] for row in rows} == {"prepare", "combine", "scatter", "finish", "reduce"}
-    assert {row["arch"] for row in rows} == {"sm_80", "sm_90"}
     for row in rows:
         assert row["stack"] == row["spills"] == "0", row
         assert int(row["registers"]) <= 255, row
+        if row["kernel"] in ("combine", "scatter") and row["aligned"] == "True":
+            assert int(row["loads_16_bytes"]) >= 2, row
+    (plain,) = (r for r in rows if r["kernel"] == "combine" and r["aligned"] == "False")
+    assert plain["loads_16_bytes"] == "0"
 
 
 # --------------------------------------------------------------------------- against the reference
-def exactly(case: Case, grads: Any) -> list[Tensor]:
-    """Weights and gradients in float64, of the same numbers."""
-    tensors = [t.detach().double() if t.is_floating_point() else t for t in case.tensors]
-    return plainly(case, tensors, [None if g is None else g.double() for g in grads])
+def flat(cases: list[Case]) -> tuple[str, list[Tensor]]:
+    return key_of(tuple(c.site for c in cases)), [t.detach() for c in cases for t in c.tensors]
 
 
-def plainly(case: Case, tensors: list[Tensor], grads: Any) -> list[Tensor]:
-    weights = reference.forward(case.site, tensors, True, True)
-    found = [*weights, *reference.backward(case.site, tensors, *grads)]
+def plainly(
+    cases: list[Case], asked: Any, grads: Any, change: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Weights and gradients in plain torch, of the same numbers, changed."""
+    found: list[Tensor | None] = []
+    for case, pair in zip(cases, grads, strict=True):
+        own = [change(t.detach()) if t.is_floating_point() else t for t in case.tensors]
+        found += reference.forward(case.site, own, *asked)
+        given = [None if g is None else change(g) for g in pair]
+        found += reference.backward(case.site, own, *given)
     return [x for x in found if x is not None]
-
-
-def summands(case: Case, grads: Any) -> list[Tensor]:
-    """The same with absolute values everywhere: nothing cancels."""
-    tensors = [t.detach().double().abs() if t.is_floating_point() else t for t in case.tensors]
-    return plainly(case, tensors, [None if g is None else g.double().abs() for g in grads])
 
 
 def order(x: Tensor) -> list[int]:
@@ -98,33 +112,39 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).square().mean().sqrt())
 
 
-def compare(cases: list[Case], made: torch.dtype, seen: str = "both") -> None:
-    """All layers in one launch. The error of each tensor is at most 1.5 times that of plain torch
-    in the same type, or a unit in the last place of the sum of its summands' absolute values.
-    ``seen``: ``"one each"`` leaves the first layer without the student's gradient, the second
-    without the teacher's."""
-    from gpdfx.kernels.fold import launch
-
-    sites = [case.site for case in cases]
-    owned = [[t.detach() for t in case.tensors] for case in cases]
-    weights = launch.forward(sites, owned, True, made)
-    grads: list[Any] = [[torch.randn_like(wide), torch.randn_like(own)] for wide, own in weights]
-    if seen == "one each":
-        grads[0][1] = grads[1][0] = None
-    back = launch.backward(sites, owned, grads, made)
-    for case, pair, given, found, tensors in zip(cases, weights, grads, back, owned, strict=True):
-        got = [x for x in (*pair, *found) if x is not None]
-        exact = exactly(case, given)
-        with torch.autocast(got[0].device.type, made, enabled=made != case.dtype):
-            own = plainly(case, tensors, given)
-        sizes = summands(case, given)
-        for k, (mine, theirs, true) in enumerate(zip(got, own, exact, strict=True)):
-            assert mine.shape == theirs.shape
-            assert k > 1 or order(mine) == order(theirs)
-            assert mine.isfinite().all(), (case.layer, k)
-            a_unit = torch.finfo(case.dtype).eps * float(sizes[k].square().mean().sqrt())
-            limit = max(1.5 * error(theirs, true), a_unit)
-            assert error(mine, true) <= limit, (case.layer, k, error(mine, true), limit)
+def compare(
+    cases: list[Case],
+    half: torch.dtype | None = None,
+    asked: tuple[bool, bool] = (True, True),
+    lost: Sequence[tuple[int, int]] = (),
+) -> None:
+    """All layers in one fold. The error of each tensor is at most 1.5 times that of plain torch in
+    the same type, or a unit in the last place of the sum of its summands' absolute values.
+    ``lost``: (layer, weight) of gradients that there are none of."""
+    key, tensors = flat(cases)
+    weights = op.run(None, tensors, key, *asked, half)
+    grads = [None if w is None else torch.empty_like(w).copy_(torch.randn_like(w)) for w in weights]
+    for layer, weight in lost:
+        grads[2 * layer + weight] = None
+    back = iter(op.run(grads, tensors, key, *asked, half))
+    pairs = list(zip(grads[::2], grads[1::2], strict=True))
+    got: list[Tensor | None] = []
+    for k, case in enumerate(cases):
+        own = [next(back) for _ in range(case.site.size)]
+        seen = pairs[k] != (None, None)
+        got += [*weights[2 * k : 2 * k + 2], *(own if seen else [None] * len(own))]
+    mine = [x for x in got if x is not None]
+    exact = plainly(cases, asked, pairs, Tensor.double)
+    sizes = plainly(cases, asked, pairs, lambda x: x.double().abs())
+    with torch.autocast(mine[0].device.type, half, enabled=half is not None):
+        theirs = plainly(cases, asked, pairs, lambda x: x)
+    for k, (x, y, true, size) in enumerate(zip(mine, theirs, exact, sizes, strict=True)):
+        assert x.shape == y.shape
+        assert order(x) == order(y) or k > 1
+        assert x.isfinite().all(), k
+        a_unit = torch.finfo(x.dtype).eps * float(size.square().mean().sqrt())
+        limit = max(1.5 * error(y, true), a_unit)
+        assert error(x, true) <= limit, (k, x.shape, error(x, true), limit)
 
 
 @pytest.fixture
@@ -135,84 +155,121 @@ def poisoned() -> Any:
     torch.use_deterministic_algorithms(False)
 
 
-@interpreted
-@pytest.mark.parametrize("types", ["float32", "float16", "autocast"])
-def test_kernels_are_as_exact_as_torch(
-    types: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks smaller than the layers of the tests, and no plan of an earlier one."""
     from gpdfx.kernels.fold import launch
 
-    monkeypatch.setattr(launch, "BLOCK", 4)
-    monkeypatch.setattr(launch, "ROWS", 4)
-    monkeypatch.setattr(launch, "SPLITS", 2)
+    sizes = {"TILE": 8, "DEPTH_TILE": 8, "ROWS": 2, "DEPTH_ROWS": 2, "BLOCK": 16}
+    for name, value in sizes.items():
+        monkeypatch.setattr(launch, name, value)
+    for cache in (launch.PLANS, launch.LAST):
+        cache.clear()
+
+
+def last(case: Case) -> Case:
+    """The same with inputs last in memory."""
+    dims = [0, *range(2, case.origin.ndim), 1]
+    moved = case.origin.detach().permute(dims).contiguous()
+    case.origin = moved.permute([dims.index(d) for d in range(len(dims))]).requires_grad_()
+    return case
+
+
+@interpreted
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("asked", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("layers", [ODD, EVEN])
+def test_kernels_are_as_exact_as_torch(
+    layers: Any, asked: tuple[bool, bool], mean: bool, poisoned: None, small: None
+) -> None:
+    cases = [Case(layer, chosen, torch.float32, mean) for layer, chosen in layers]
+    lost = [(0, 1), (1, 0)] if asked == (True, True) else []
+    compare(cases if mean or asked[0] else cases[:1], None, asked, lost)
+
+
+@interpreted
+@pytest.mark.parametrize("layers", [ODD[:1], EVEN[:2]])
+def test_kernels_are_as_exact_where_inputs_are_last(
+    layers: Any, poisoned: None, small: None
+) -> None:
+    compare([last(Case(layer, chosen, torch.float32)) for layer, chosen in layers])
+
+
+@interpreted
+@pytest.mark.parametrize("types", ["float16", "autocast"])
+def test_kernels_are_as_exact_in_half(types: str, poisoned: None, small: None) -> None:
     own = torch.float16 if types == "float16" else torch.float32
-    made = torch.float32 if types == "float32" else torch.float16
-    layers = ODD if types == "float32" else ODD[:1]
-    cases = [Case(layer, chosen, own) for layer, chosen in layers]
-    compare(cases, made, "one each" if types == "float32" else "both")
+    half = torch.float16 if types == "autocast" else None
+    compare([Case(*one, own) for one in (ODD[0], EVEN[2])], half)
+
+
+@interpreted
+def test_tensors_in_any_order_are_read(poisoned: None, small: None) -> None:
+    """A weight that no convolution has, a branch's tensor that is not contiguous, and addresses
+    that are no multiples of 16 bytes."""
+    case = Case(Layer(1, 2, 16, (3,), "conv"), "acnet", torch.float32)
+    whole = torch.randn(3, 16, 2).permute(2, 1, 0)
+    case.origin = whole.requires_grad_()
+    compare([case])
+    case = Case(Layer(1, 2, 16, (3,), "conv"), "orepa", torch.float32)
+    case.own[3]["weight"] = torch.randn(3, 16, 2, 1).permute(3, 2, 1, 0).requires_grad_()
+    case.scales[0] = torch.randn(case.scales[0].numel() + 1)[1:].view_as(case.scales[0])
+    compare([case])
+
+
+@interpreted
+def test_the_node_of_autograd_is_the_same_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several layers, of which one has no kernel; what moves is found again."""
+    monkeypatch.setattr(function, "KERNELS", {"cpu"})
+    cases = [Case(*one, torch.float32) for one in (ODD[4], ODD[7])]
+    own = replace(cases[0].site.terms[0], letters="goh", others="hi", factor="down")
+    cases.append(Case(ODD[4][0], "lowrank", torch.float32))
+    cases[2].site = replace(cases[2].site, terms=(own,))
+    cases[2].own[0]["down"] = cases[2].own[0]["down"][0].detach().requires_grad_()
+    sites = tuple(case.site for case in cases)
+    assert [bool(refusal(site)) for site in sites] == [False, False, True]
+    for _ in range(2):
+        tensors = [
+            t.detach().clone().requires_grad_(t.requires_grad) for c in cases for t in c.tensors
+        ]
+        leaves = [t for t in tensors if t.requires_grad]
+        found = []
+        for kernels in ({"cpu"}, set()):
+            monkeypatch.setattr(function, "KERNELS", kernels)
+            index = tuple(range(len(tensors)))
+            pairs = fold(sites, key_of(sites), index, tensors, teacher=True, student=True)
+            made = [w for pair in pairs for w in pair]
+            grads = torch.autograd.grad([w.square().sum() for w in made], leaves)
+            found.append([*made, *grads])
+        torch.testing.assert_close(*found)
 
 
 @interpreted
 def test_kernels_are_given_new_addresses() -> None:
     """A parameter that moves is found again, and so are new shares in the old place."""
-    from gpdfx.kernels.fold import launch
-
     case = Case(Layer(1, 2, 2, (), "linear"), "lowrank", torch.float32)
+    key = key_of((case.site,))
     for _ in range(2):
         owned = [t.detach().clone() for t in case.tensors]
         for _ in range(2):
-            (pair,) = launch.forward([case.site], [owned], True, torch.float32)
-            want = reference.forward(case.site, owned, True, True)
-            torch.testing.assert_close(pair, want)
+            pair = op.run(None, owned, key, True, True, None)
+            torch.testing.assert_close(pair, list(reference.forward(case.site, owned, True, True)))
             owned[2].mul_(2)
 
 
 @interpreted
-def test_matrices_of_shares_end_with_their_tables() -> None:
-    from gpdfx.kernels.fold import launch
-
-    before = len(launch.TABLES.shares)
-    case = Case(Layer(1, 2, 2, (), "linear"), "lowrank", torch.float32)
-    owned = [t.detach().clone() for t in case.tensors]
-    for _ in range(2):
-        launch.forward([case.site], [owned], True, torch.float32)
-        assert len(launch.TABLES.shares) == before + 1
-    del owned
-    assert len(launch.TABLES.shares) == before
-
-
-@interpreted
-def test_a_graph_under_capture_leaves_nothing_but_what_it_reads(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What is made meanwhile is the graph's; shares that were there stay as long as the graph."""
+def test_what_does_not_change_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from gpdfx.kernels.fold import launch
 
     case = Case(Layer(1, 2, 2, (), "linear"), "lowrank", torch.float32)
-    owned = [t.detach().clone() for t in case.tensors]
-    monkeypatch.setattr(launch, "TABLES", launch.Tables())
-    launch.forward([case.site], [owned], True, torch.float32)
-    before = dict(launch.TABLES.made)
-    (matrix,) = launch.TABLES.shares.values()
-    monkeypatch.setattr(launch, "capturing", lambda device: True)
-    monkeypatch.setattr(Tensor, "pin_memory", lambda x: x)
-    for k in range(2):
-        (pair,) = launch.forward([case.site], [owned], True, torch.float32)
-        torch.testing.assert_close(pair, reference.forward(case.site, owned, True, True))
-        assert before.keys() == launch.TABLES.made.keys()
-        assert [id(x) for x in launch.TABLES.shares.values()] == [id(matrix)]
-        kept = launch.TABLES.captured.values()
-        assert any(x is matrix for x in kept) == (k == 0)
-        owned[2].mul_(2)  # other shares, which are made in the graph
-        launch.TABLES.captured.clear()
-
-
-@interpreted
-def test_kernels_are_there_for_channels_last() -> None:
-    layer = Layer(1, 2, 3, (2, 2), "conv")
-    case = Case(layer, "orepa", torch.float32)
-    case.origin = case.origin.detach().to(memory_format=torch.channels_last).requires_grad_()
-    compare([case], torch.float32)
+    key, sent = key_of((case.site,)), []
+    monkeypatch.setattr(launch, "upload", lambda n, d: sent.append(n) or torch.tensor(n))
+    launch.PLANS.clear(), launch.LAST.clear()
+    tensors = [[t.detach().clone() for t in case.tensors] for _ in range(2)]
+    for k in (0, 0, 1, 0, 1):  # two teachers of one structure, as a mean of a network's is
+        op.run(None, tensors[k], key, True, True, None)
+    assert len(sent) == 2
+    assert len(launch.PLANS) == 1
 
 
 # --------------------------------------------------------------------------- the operator
@@ -226,26 +283,44 @@ def test_the_operator_is_registered_well(which: str, chosen: str, whole: bool) -
     case = Case(LAYERS[which], chosen, torch.float32)
     if whole:
         case.site = replace(case.site, cut=None)
-    key, index = key_of((case.site,)), list(range(len(case.tensors)))
+    key, tensors = flat([case])
     for asked in ((True, True), (False, True), (True, False)):
-        torch.library.opcheck(fold_op, (case.tensors, index, key, *asked, None))
-    made = fold_op(case.tensors, index, key, True, True, None)
-    grads = [torch.randn_like(w) for w in made]
-    detached = [t.detach() for t in case.tensors]
-    torch.library.opcheck(backward_op, (grads, detached, index, key, True, True, None))
-    torch.library.opcheck(backward_op, (grads[1:], detached, index, key, False, True, None))
-    torch.autograd.backward(made, grads)
-    operator = [t.grad for t in case.leaves]
-    function = torch.autograd.grad(case.fused(), case.leaves, grads)
-    torch.testing.assert_close(operator, list(function))
+        torch.library.opcheck(op.fold_op, (tensors, key, *asked, None))
+        weights = viewed(
+            op.fold_op(tensors, key, *asked, None), op.layout_of(tensors, key, *asked)[0][1]
+        )
+        grads = [None if w is None else torch.randn_like(w) for w in weights]
+        torch.library.opcheck(op.backward_op, (grads, tensors, key, *asked, None))
+        want = reference.forward(case.site, tensors, *asked)
+        torch.testing.assert_close(weights, list(want))
+
+
+def test_compilers_are_given_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, teacher, x = plain_teacher("auto")
+    teacher.eval()
+    leaves = [p for p in teacher.parameters() if p.requires_grad]
+    compiled = torch.compile(teacher, backend="aot_eager", fullgraph=True, dynamic=False)
+    found = []
+    for kernels, call in ((set(), teacher), ({"cpu"}, compiled)):
+        monkeypatch.setattr(function, "KERNELS", kernels)
+        y = call(x)
+        grads = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
+        found.append([y, *(g for g in grads if g is not None)])
+    torch.testing.assert_close(*found)
 
 
 def test_what_has_no_kernel_is_named() -> None:
-    _, teacher, _ = plain_teacher({"*": "orepa", "twice": "acnet", "head": "lowrank"})
+    class Own(LowRank):
+        """As data, but of letters that no kernel knows."""
+
+        def term(self, layer: Layer) -> Term:
+            return replace(super().term(layer), taps=layer.line())
+
+    _, teacher, _ = plain_teacher({"*": "orepa", "twice": "acnet", "head": [Own()]})
     report = teacher.report()
-    assert report.unfused == {"twice.weight": "there is no kernel for Line"}
+    assert report.unfused == {"head.weight": "there is no kernel for goh ghi"}
     assert "1 fold in plain torch on a GPU" in str(report)
-    assert all(not refusal(site) for site in (Case(*one).site for one in ODD))
+    assert all(not refusal(site) for site in (Case(*one).site for one in (*ODD, *EVEN)))
 
 
 # --------------------------------------------------------------------------- on a GPU
@@ -260,7 +335,7 @@ def test_kernels_on_a_gpu(which: str, dtype: torch.dtype, poisoned: None) -> Non
         setattr(case, name, getattr(case, name).detach().cuda())
     case.scales = [t.detach().cuda() for t in case.scales]
     case.own = [{name: t.detach().cuda() for name, t in own.items()} for own in case.own]
-    compare([case], dtype)
+    compare([case])
 
 
 @gpu[0]

@@ -238,7 +238,7 @@ def test_a_key_says_all_of_its_layers() -> None:
         example_inputs=(torch.randn(2, 3, 8, 8),),
     )
     chunks = teacher._folding.fused
-    assert any(site.branches for chunk in chunks for site in chunk.sites.values())
+    assert any(site.terms for chunk in chunks for site in chunk.sites.values())
     for chunk in chunks:
         sites = tuple(chunk.sites.values())
         assert sites_of(chunk.key) == sites

@@ -13,3 +13,4 @@ from .kinds import Separable as Separable
 from .layer import Layer as Layer
 from .sets import SETS as SETS
 from .sets import BranchSet as BranchSet
+from .term import Term as Term

@@ -11,7 +11,7 @@ normalized on its own, over the batch, while the teacher trains (RepVGG, arXiv 2
 Diverse Branch Block, arXiv 2103.13425; MobileOne, arXiv 2206.04040).
 
 Every weight is seen as ``(groups, out, in, *kernel)``, sizes per group. A branch of your own is a
-frozen dataclass that derives from ``Branch``.
+frozen dataclass that derives from ``Branch`` and says its ``term``, or computes its ``kernel``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .layer import Layer
+from .term import Term
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -36,8 +36,6 @@ class Branch:
 
     norm: bool = field(default=False, kw_only=True)
     live: float = field(default=1.0, kw_only=True)
-    carrier: ClassVar[str] = "weight"
-    """A parameter that the kernel is linear in, and that no other op on the way scales."""
 
     def fits(self, layer: Layer) -> bool:
         """True if this branch adds something to such a layer."""
@@ -51,9 +49,20 @@ class Branch:
         """What it needs beside parameters, by name: handed to ``kernel`` with them."""
         return {}
 
+    def term(self, layer: Layer) -> Term | None:
+        """Its kernel as a formula of its parameters, which the fused fold computes; none, and
+        ``kernel`` is called."""
+        return None
+
     def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
         """The weight it makes of them, broadcastable to ``layer.shape``; differentiable."""
-        raise NotImplementedError
+        term = self.term(layer)
+        assert term is not None, f"{type(self).__name__} has neither a term nor a kernel"
+        return term.kernel(layer, params)
+
+    def fused(self, layer: Layer) -> Term | None:
+        """Its term, unless its kernel is something else."""
+        return self.term(layer) if type(self).kernel is Branch.kernel else None
 
     def init(self, layer: Layer, draw: torch.Generator) -> dict[str, Tensor]:
         """Fresh parameters: uniform with variance 2 / fan-in (He et al., 2015)."""
@@ -64,16 +73,6 @@ class Branch:
         return found
 
 
-def center(layer: Layer, weight: Tensor) -> Tensor:
-    """A pointwise weight (groups, out, in) at the middle of a kernel of zeros."""
-    pad = [p for k in reversed(layer.kernel) for p in (k // 2, k - 1 - k // 2)]
-    return torch.nn.functional.pad(_pointwise(layer, weight), pad)
-
-
-def _pointwise(layer: Layer, weight: Tensor) -> Tensor:
-    return weight.reshape(*weight.shape, *[1] * len(layer.kernel))
-
-
 # --------------------------------------------------------------------------- the branches
 @dataclass(frozen=True)
 class Full(Branch):
@@ -82,29 +81,32 @@ class Full(Branch):
     def shapes(self, layer: Layer) -> Shapes:
         return {"weight": layer.shape}
 
-    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
-        return params["weight"]
+    def term(self, layer: Layer) -> Term:
+        return Term("weight", "goix")
 
 
 @dataclass(frozen=True)
-class Pointwise(Branch):
-    """``K[o, i, c] = w[o, i]`` at the centre c, else 0: a 1x1 convolution. RepVGG."""
+class _Spatial(Branch):
+    """A kind for kernels with more than one element."""
 
     def fits(self, layer: Layer) -> bool:
         return layer.spatial
 
+
+@dataclass(frozen=True)
+class Pointwise(_Spatial):
+    """``K[o, i, c] = w[o, i]`` at the centre c, else 0: a 1x1 convolution. RepVGG."""
+
     def shapes(self, layer: Layer) -> Shapes:
         return {"weight": layer.shape[:3]}
 
-    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
-        return center(layer, params["weight"])
+    def term(self, layer: Layer) -> Term:
+        return Term("weight", "goi", taps=layer.line())
 
 
 @dataclass(frozen=True)
 class Identity(Branch):
     """``K[o, i, c] = 1`` where o = i at the centre c, else 0: a skip connection. RepVGG."""
-
-    carrier: ClassVar[str] = ""
 
     def fits(self, layer: Layer) -> bool:
         return layer.outputs == layer.inputs
@@ -112,37 +114,28 @@ class Identity(Branch):
     def shapes(self, layer: Layer) -> Shapes:
         return {}
 
-    def constants(self, layer: Layer) -> dict[str, Tensor]:
-        return {"eye": torch.eye(layer.outputs).unsqueeze(0)}
-
-    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
-        return center(layer, params["eye"])
+    def term(self, layer: Layer) -> Term:
+        return Term("", "goi", taps=layer.line())
 
 
 @dataclass(frozen=True)
-class Average(Branch):
+class Average(_Spatial):
     """``K[o, i, x] = w[o, i] / size of the kernel``: 1x1, then average pooling. DBB, OREPA."""
-
-    def fits(self, layer: Layer) -> bool:
-        return layer.spatial
 
     def shapes(self, layer: Layer) -> Shapes:
         return {"weight": layer.shape[:3]}
 
-    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
-        return _pointwise(layer, params["weight"] / math.prod(layer.kernel))
+    def term(self, layer: Layer) -> Term:
+        return Term("weight", "goi", gain=1 / layer.taps)
 
 
 @dataclass(frozen=True)
-class Frequency(Branch):
+class Frequency(_Spatial):
     """``K[o, i, x] = w[o, i] * cos(pi (x_d + 1/2) f / k_d)``: 1x1, then a cosine filter.
 
     Output channel o has the frequency f = 1 + (o // D) % (k_d - 1) along dimension d = o % D of
     those with k_d > 1. OREPA's frequency prior; frequencies of fcanet (arXiv 2012.11879).
     """
-
-    def fits(self, layer: Layer) -> bool:
-        return layer.spatial
 
     def shapes(self, layer: Layer) -> Shapes:
         return {"weight": layer.shape[:3]}
@@ -157,25 +150,21 @@ class Frequency(Branch):
             own += wave.view(-1, *[k if e == d else 1 for e in range(len(layer.kernel))])
         return {"filters": filters.unflatten(0, layer.shape[:2]).unsqueeze(2)}
 
-    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
-        return _pointwise(layer, params["weight"]) * params["filters"]
+    def term(self, layer: Layer) -> Term:
+        return Term("weight", "goi", "filters", "gox")
 
 
 @dataclass(frozen=True)
-class Product(Branch):
+class Product(_Spatial):
     """``K[o, i, x] = sum_h p[o, h, x] (delta[h, i] + q[h, i])``: a residual 1x1, then the full
-    kernel. Depthwise layers have two hidden channels per input channel. DBB, OREPA."""
+    kernel. ``hidden``: as many channels between the two at most; the paper has as many as there
+    are inputs, and two in depthwise layers. DBB, OREPA."""
 
-    carrier: ClassVar[str] = "second"
-
-    def fits(self, layer: Layer) -> bool:
-        return layer.spatial
-
-    def hidden(self, layer: Layer) -> int:
-        return layer.inputs * (2 if layer.inputs == 1 else 1)
+    hidden: int | None = None
 
     def shapes(self, layer: Layer) -> Shapes:
-        hidden = self.hidden(layer)
+        hidden = layer.inputs * (2 if layer.inputs == 1 else 1)
+        hidden = min(hidden, self.hidden or hidden)
         return {
             "first": (layer.groups, hidden, layer.inputs),
             "second": (layer.groups, layer.outputs, hidden, *layer.kernel),
@@ -184,29 +173,16 @@ class Product(Branch):
     def init(self, layer: Layer, draw: torch.Generator) -> dict[str, Tensor]:
         return super().init(layer, draw) | {"first": torch.zeros(self.shapes(layer)["first"])}
 
-    def constants(self, layer: Layer) -> dict[str, Tensor]:
-        rows = torch.arange(self.hidden(layer)) % layer.inputs
-        return {"eye": torch.nn.functional.one_hot(rows, layer.inputs).float()}
-
-    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
-        first, second = params["first"], params["second"]
-        flat = second.flatten(3).transpose(2, 3).flatten(1, 2)  # (groups, out * kernel, hidden)
-        made: Tensor = (
-            torch.bmm(flat, first + params["eye"]).unflatten(1, (layer.outputs, -1)).transpose(2, 3)
-        )
-        return made.reshape(layer.shape)
+    def term(self, layer: Layer) -> Term:
+        return Term("second", "gohx", "first", "ghi", residual=True)
 
 
 @dataclass(frozen=True)
-class Separable(Branch):
+class Separable(_Spatial):
     """``K[o, i, x] = sum_e p[o, i, e] d[i, e, x]``: a depthwise kernel with ``expand`` channels
     per input channel, then 1x1. OREPA."""
 
     expand: int = 8
-    carrier: ClassVar[str] = "pointwise"
-
-    def fits(self, layer: Layer) -> bool:
-        return layer.spatial
 
     def shapes(self, layer: Layer) -> Shapes:
         groups, outputs, inputs, *kernel = layer.shape
@@ -219,10 +195,8 @@ class Separable(Branch):
         made = super().init(layer, draw)  # the depthwise kernel has a fan-in of the kernel alone
         return made | {"depthwise": made["depthwise"] * math.sqrt(self.expand)}
 
-    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
-        depthwise = params["depthwise"].flatten(3)
-        made: Tensor = torch.einsum("goie,giex->goix", params["pointwise"], depthwise)
-        return made.reshape(layer.shape)
+    def term(self, layer: Layer) -> Term:
+        return Term("pointwise", "goie", "depthwise", "giex")
 
 
 @dataclass(frozen=True)
@@ -239,15 +213,8 @@ class Line(Branch):
     def shapes(self, layer: Layer) -> Shapes:
         return {"weight": (*layer.shape[:3], layer.kernel[self.dim])}
 
-    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
-        weight = params["weight"]
-        sizes = [k if d == self.dim else 1 for d, k in enumerate(layer.kernel)]
-        pad = [
-            p
-            for d, k in reversed([*enumerate(layer.kernel)])
-            for p in ((0, 0) if d == self.dim else (k // 2, k - 1 - k // 2))
-        ]
-        return torch.nn.functional.pad(weight.reshape(*layer.shape[:3], *sizes), pad)
+    def term(self, layer: Layer) -> Term:
+        return Term("weight", "goix", taps=layer.line(self.dim))
 
 
 @dataclass(frozen=True)
@@ -256,7 +223,6 @@ class LowRank(Branch):
     eighth of the smaller side unless given. LoRA's form (arXiv 2106.09685)."""
 
     rank: int | None = None
-    carrier: ClassVar[str] = "up"
 
     def fits(self, layer: Layer) -> bool:
         return not layer.spatial and min(layer.outputs, layer.inputs) > 1
@@ -268,8 +234,8 @@ class LowRank(Branch):
             "up": (layer.groups, layer.outputs, rank),
         }
 
-    def kernel(self, layer: Layer, params: Mapping[str, Tensor]) -> Tensor:
-        return _pointwise(layer, torch.bmm(params["up"], params["down"]))
+    def term(self, layer: Layer) -> Term:
+        return Term("up", "goh", "down", "ghi")
 
 
-# --------------------------------------------------------------------------- sets of them
+KINDS = (Full, Pointwise, Identity, Average, Frequency, Product, Separable, Line, LowRank)

@@ -24,14 +24,34 @@ class Layer:
         return (self.groups, self.outputs, self.inputs, *self.kernel)
 
     @property
+    def elements(self) -> int:
+        """Of its weight."""
+        return math.prod(self.shape)
+
+    @property
     def channels(self) -> int:
         """Output channels of all groups."""
         return self.groups * self.outputs
 
     @property
+    def taps(self) -> int:
+        """Elements of the kernel."""
+        return math.prod(self.kernel)
+
+    @property
     def spatial(self) -> bool:
         """True if the kernel has more than one element."""
-        return math.prod(self.kernel) > 1
+        return self.taps > 1
+
+    def line(self, along: int = -1) -> tuple[int, int, int]:
+        """(start, stop, step) of the taps through the centre along a dimension of the kernel, or
+        of the centre alone."""
+        strides = [math.prod(self.kernel[d + 1 :]) for d in range(len(self.kernel))]
+        steps = enumerate(zip(self.kernel, strides, strict=True))
+        start = sum(k // 2 * step for d, (k, step) in steps if d != along)
+        if along < 0:
+            return start, start + 1, 1
+        return start, start + strides[along] * self.kernel[along], strides[along]
 
     @property
     def channel_dim(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import InputError
 from .kinds import (
+    KINDS,
     Average,
     Branch,
     Frequency,
@@ -124,7 +125,7 @@ def read(spelled: Any) -> Any:
     this module does not have."""
     if not isinstance(spelled, list):
         return None if spelled == "none" else spelled
-    kinds = {k.__name__: k for k in Branch.__subclasses__() if k.__module__ == Branch.__module__}
+    kinds = {k.__name__: k for k in KINDS}
     for one in spelled:
         if one["branch"] not in kinds:
             raise InputError(

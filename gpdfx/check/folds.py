@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from ..kernels import copies
-from ..kernels.fold import Site, elements, fold, key_of, load, owned, store
+from ..kernels.fold import Site, fold, key_of, load, owned, store
 from ..passes.branch import LAYERS
 from ..passes.folded import Folded, kernel, merged, module_of, plain, read, students, teachers
 from ..passes.program import bind
@@ -77,20 +77,20 @@ def fold_errors(teacher: StreamingTeacher, seed: int) -> Errors:
 def _layers(teacher: StreamingTeacher) -> Iterator[_Layer]:
     folding = teacher._folding
     for chunk in folding.fused:
-        layers = owned(tuple(chunk.sites.values()), chunk.index, chunk.names)
+        layers = owned(tuple(chunk.sites.values()), [chunk.names[k] for k in chunk.index])
         for weight, (site, names) in zip(chunk.sites, layers, strict=True):
-            keys = [ORIGIN, *([] if site.unbranched else [SCALES])]
+            keys = [ORIGIN, *([SCALES] if site.terms else [])]
             keys += [f"{k}" for k in range(len(keys), site.size)]
             call = partial(_of_site, weight, site)
             named = dict(zip(keys, names, strict=True))
-            yield _Layer(weight, elements(site.layer), site.form, named, call, site)
+            yield _Layer(weight, site.layer.elements, site.form, named, call, site)
     for path in folding.singles:
         fold: Fold = teacher._net.get_submodule(path)  # type: ignore[assignment]
         one = fold.branched
         form = one.chosen, one.bias is None, one.layer.layout, one.layer.kernel
         named = {ORIGIN: one.weight, SCALES: f"{path}.scales"}
         call = partial(_of_single, teacher, fold)
-        yield _Layer(one.weight, elements(one.layer), form, named, call)
+        yield _Layer(one.weight, one.layer.elements, form, named, call)
 
 
 def _of_site(weight: str, site: Site, tensors: Tensors) -> Folded:

@@ -22,7 +22,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from ..algebra.gather import gather, scatter
 from ..calls.held import has_gradient, registered
 from ..kernels import copies
-from ..kernels.fold import elements
 from ..passes.folded import Folded, Lowered, Make, merged, plain, students, teachers
 from ..passes.program import Mode, copied, duplicate, mutated
 from ..teacher.captured import Section
@@ -99,7 +98,7 @@ class StreamingTeacher(Teacher):
         written = {x.target for _, n in program.each() for _, x in mutated(n) if x.op == "get_attr"}
         written |= {*compiled.python.written}
         sites = {name: one.site for name, one in program.lowered.items()}
-        by_size = sorted(sites, key=lambda name: elements(sites[name].layer), reverse=True)
+        by_size = sorted(sites, key=lambda name: sites[name].layer.elements, reverse=True)
         self.__dict__.update(
             folded=frozenset({sites[name].form: name for name in by_size}.values()),
             _lowered=program.lowered,

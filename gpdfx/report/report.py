@@ -398,7 +398,7 @@ def _capture(widened: Widened, teacher: Teacher, left: Iterable[tuple[str, str]]
 
 
 def _branching(widened: Widened, scales: str) -> Branching:
-    fused = {n: refusal(one.site) for n, one in widened.lowered.items() if one.site.branches}
+    fused = {n: refusal(one.site) for n, one in widened.lowered.items() if one.site.terms}
     return Branching(
         branches={one.weight: one.chosen.name for one in widened.branched},
         unbranched=widened.unbranched,

@@ -178,7 +178,7 @@ def merge(
     for branch, own in zip(branches, names, strict=True):
         row = rows.pop(0)
         params = {name: rest.pop(0) for name in own}
-        made = branch.kernel(layer, params) * layer.per_channel(row)
+        made = branch.kernel(layer, params).to(scales) * layer.per_channel(row)
         total = made if total is None else total + made
     assert total is not None
     return layer.store(total.expand(layer.shape))

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..kernels.fold import elements, fold, key_of
+from ..kernels.fold import fold, key_of
 from ..passes.folded import Folded, Lowered, Make, module_of, students, teachers
 from .fold import Fold
 
@@ -167,11 +167,11 @@ class Chunk:
 def _paths(name: str, lowered: Lowered, net: nn.Module) -> list[str]:
     """The tensors of a site, in its order."""
     own = module_of(name)
-    if lowered.site.unbranched:
+    if not lowered.site.terms:
         return [name, *lowered.shares]
     branches: Fold = net.get_submodule(own)  # type: ignore[assignment]
-    rest = zip(branches.linear, lowered.site.names, strict=True)
-    theirs = [f"{own}.{key}.{tensor}" for key, names in rest for tensor in names]
+    rest = zip(branches.linear, lowered.site.terms, strict=True)
+    theirs = [f"{own}.{key}.{tensor}" for key, term in rest for tensor in term.names]
     return [name, f"{own}.scales", *lowered.shares, *theirs]
 
 
@@ -180,7 +180,7 @@ def chunks(lowered: Mapping[str, Lowered], net: nn.Module, limit: float = CHUNK)
     found: list[dict[str, Lowered]] = []
     held = 0
     for name, one in lowered.items():
-        size = elements(one.site.layer)
+        size = one.site.layer.elements
         if not found or held + size > limit:
             found.append({})
             held = 0

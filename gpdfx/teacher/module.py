@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -93,9 +92,7 @@ class Teacher(nn.Module):
             if any(m.wide for m in program.maps[name]):
                 self._means[name] = Mean(program.maps[name], program.uses.get(name))
                 add_module(self, f"_extraction.{name}", self._means[name])
-        fused = dict(program.lowered)
-        for name in self._means.keys() & fused.keys():  # a mean needs all of the copies
-            fused[name] = replace(fused[name], site=replace(fused[name].site, cut=None))
+        fused = program.lowered
         singles = [path for name, path in self._folds.items() if name not in fused]
         self._folding = Folding(net, fused, singles)
         self._begin_parts()

@@ -1,16 +1,13 @@
 """The branch fold: branches, scales and shares of many layers -> their weights, and back."""
 
 from . import reference as reference
-from .formula import FORMULAS as FORMULAS
 from .function import fold as fold
-from .op import refusal as refusal
 from .site import Cut as Cut
 from .site import Share as Share
 from .site import Site as Site
 from .site import cut_of as cut_of
-from .site import each as each
-from .site import elements as elements
 from .site import key_of as key_of
 from .site import load as load
 from .site import owned as owned
+from .site import refusal as refusal
 from .site import store as store

@@ -1,214 +1,155 @@
-"""The fold as an operator of PyTorch, with Triton kernels on the GPU.
+"""The fold by Triton kernels, as functions and as operators of PyTorch that compilers call.
 
-Layers come by the key of their ``Site``s, all tensors as inputs, so that autograd, compilers and
-functionalization see what is read. On other devices it is ``reference``; what keeps a layer from
-the kernels, ``refusal`` says. The student's weight alone is cut out of the branches by
-``reference`` everywhere, and so is what is in float64.
+All weights come in one flat tensor, and so do all gradients. Tensors are those of the sites, one
+site after the other; these come by their key. What kernels do not take (types that differ) is
+folded by ``reference``.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...branches.kinds import Average, Frequency, Full, LowRank, Pointwise, Product, Separable
+from ...torch_private import constant_result
 from . import reference
-from .site import Site, each, pairs, sites_of
+from .site import View, owned, refusal, regions, sites_of, tensors_like, viewed, weights_like
 
-KINDS = {Average: 0, Frequency: 0, Pointwise: 0, Full: 1, Product: 2, LowRank: 2, Separable: 3}
-"""Kind of branch -> kind of summand, of which a layer may have as many as ``SLOTS`` says."""
-SLOTS = {0: 2, 1: 2, 2: 1, 3: 1}
+Tensors = list[Tensor]
+Views = Sequence[View | None]
 
 
-def refusal(site: Site) -> str:
-    """Why a layer's branches have no kernel; empty if they have."""
-    counts = Counter(KINDS.get(type(b), -1) for b in site.branches)
-    if -1 in counts:
-        kinds = (type(b).__name__ for b in site.branches if type(b) not in KINDS)
-        return f"there is no kernel for {next(kinds)}"
-    return (
-        "it has more branches of one kind than the kernel"
-        if any(n > SLOTS[kind] for kind, n in counts.items())
-        else ""
+def constant(function: Callable[..., Any]) -> Any:
+    """Remembered, and for compilers a constant."""
+    cached = lru_cache(maxsize=512)(function)
+    return constant_result(lambda *given: cached(*given))
+
+
+@constant
+def sizes_of(key: str) -> tuple[int, ...]:
+    """How many tensors each site has."""
+    return tuple(site.size for site in sites_of(key))
+
+
+@constant
+def taken(key: str, teacher: bool) -> tuple[bool, ...]:
+    """Which sites kernels fold. A student alone that is cut out of its own part of all tensors
+    costs less without them."""
+    return tuple(not refusal(site) and (teacher or not site.apart) for site in sites_of(key))
+
+
+@constant
+def layout(
+    key: str, shapes: tuple[Any, ...], strides: tuple[Any, ...], teacher: bool, student: bool
+) -> tuple[tuple[int, Views], tuple[int, Views]]:
+    """Of weights and gradients: the size of the flat tensor, and where they lie in it."""
+    both = zip(shapes, strides, strict=True)
+    tensors = [torch.empty_strided(*one, device="meta") for one in both]
+    each = owned(sites_of(key), tensors)
+    trained = [zip(tensors_like(*one), one[0].differentiable(), strict=True) for one in each]
+    likes = [like if trains else None for one in trained for like, trains in one]
+    return regions(weights_like(each, teacher, student)), regions(likes)
+
+
+def layout_of(
+    tensors: Tensors, key: str, teacher: bool, student: bool
+) -> tuple[tuple[int, Views], tuple[int, Views]]:
+    """``layout`` for these tensors."""
+    shapes, strides = (
+        tuple(tuple(map(int, of(t))) for t in tensors) for of in (Tensor.size, Tensor.stride)
     )
+    found: tuple[Any, Any] = layout(key, shapes, strides, teacher, student)
+    return found
 
 
-def _kernels(tensor: Tensor) -> Any:
-    """The launcher, where the kernels run; the interpreter runs them on the CPU."""
+def autocast(like: Tensor, half: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Products in a type, if there is one."""
+    return torch.autocast(like.device.type, half) if half else nullcontext()
+
+
+def packed(found: Iterable[Tensor | None], like: Tensor, size: int, views: Views) -> Tensor:
+    """Results in one flat tensor."""
+    flat = like.new_zeros(size)
+    for view, x in zip(viewed(flat, views), found, strict=True):
+        if view is not None and x is not None:
+            view.copy_(x)
+    return flat
+
+
+# --------------------------------------------------------------------------- in plain torch
+def fold_plainly(
+    tensors: Tensors, key: str, teacher: bool, student: bool, half: torch.dtype | None
+) -> Tensor:
+    """All weights that are asked for."""
+    with autocast(tensors[0], half):
+        each = owned(sites_of(key), tensors)
+        made = [x for one in each for x in reference.forward(*one, teacher, student)]
+    return packed(made, tensors[0], *layout_of(tensors, key, teacher, student)[0])
+
+
+def back_plainly(
+    grads: list[Tensor | None],
+    tensors: Tensors,
+    key: str,
+    teacher: bool,
+    student: bool,
+    half: torch.dtype | None,
+) -> Tensor:
+    """The gradients of all tensors, from those of the two weights of each site."""
+    pairs = zip(grads[::2], grads[1::2], strict=True)
+    with autocast(tensors[0], half):
+        each = zip(owned(sites_of(key), tensors), pairs, strict=True)
+        found = [grad for one, pair in each for grad in reference.backward(*one, *pair)]
+    return packed(found, tensors[0], *layout_of(tensors, key, teacher, student)[1])
+
+
+# --------------------------------------------------------------------------- by kernels
+def run(grads: Any, *given: Any) -> list[Tensor | None]:
+    """What ``fold_plainly`` makes, or from gradients ``back_plainly``, each result by itself."""
     from . import launch
 
-    return launch if tensor.dtype in launch.TYPES else None
+    (tensors, key, teacher, student, half), backward = given, grads is not None
+    rest = key, teacher, student
+    call = launch.prepared(tensors, *rest, half or tensors[0].dtype)
+    if call is None:
+        flat = back_plainly(grads, *given) if backward else fold_plainly(*given)
+        return viewed(flat, layout_of(tensors, *rest)[backward][1])
+    results = call.plan.results(backward)
+    call.plan.run(grads, call.addresses, results.flat)
+    return results.aliases()
 
 
-# --------------------------------------------------------------------------- forward
-@torch.library.custom_op("gpdfx::fold", mutates_args=(), device_types=("cpu",))
-def fold_op(
-    tensors: list[Tensor],
-    index: list[int],
-    key: str,
-    teacher: bool,
-    student: bool,
-    half: torch.dtype | None,
-) -> list[Tensor]:
-    """The weights that are asked for, site by site, the teacher's first (see ``fold``)."""
-    made: list[Tensor] = []
-    for site, own in each(key, index, tensors):
-        made += reference.listed(
-            site, *_autocast(half, own, reference.forward, site, own, teacher, student)
-        )
-    return made
+def run_flat(grads: Any, *given: Any) -> Tensor:
+    """The same, in one flat tensor that nobody else has."""
+    from . import launch
+
+    (tensors, key, teacher, student, half), backward = given, grads is not None
+    rest = key, teacher, student
+    call = launch.prepared(tensors, *rest, half or tensors[0].dtype)
+    if call is None:
+        return back_plainly(grads, *given) if backward else fold_plainly(*given)
+    out: Tensor = tensors[0].new_empty(layout_of(tensors, *rest)[backward][0])
+    call.plan.run(grads, call.addresses, out)
+    return out
 
 
-def _autocast(half: torch.dtype | None, own: list[Tensor], call: Any, *args: Any) -> Any:
-    if half is None:
-        return call(*args)
-    with torch.autocast(own[0].device.type, half):
-        return call(*args)
+# --------------------------------------------------------------------------- operators
+def operator(name: str, plainly: Any, by_kernels: Any, which: int) -> Any:
+    """Of PyTorch."""
+    op = torch.library.custom_op(name, plainly, mutates_args=(), device_types=("cpu",))
+    op.register_kernel("cuda")(by_kernels)
+
+    def like(*given: Any) -> Any:
+        tensors, key, teacher, student, _ = given[-5:]
+        return tensors[0].new_empty(layout_of(tensors, key, teacher, student)[which][0])
+
+    op.register_fake(like)
+    return op
 
 
-@fold_op.register_kernel("cuda")
-def fold_kernels(
-    tensors: list[Tensor],
-    index: list[int],
-    key: str,
-    teacher: bool,
-    student: bool,
-    half: torch.dtype | None,
-) -> list[Tensor]:
-    """``fold_op`` by kernels, for those layers that have them."""
-    layers, kernels = each(key, index, tensors), _kernels(tensors[0])
-    fused = [teacher and kernels is not None and not refusal(site) for site, _ in layers]
-    chosen = [one for one, good in zip(layers, fused, strict=True) if good]
-    found = iter(())
-    if chosen:
-        sites, owned = zip(*chosen, strict=True)
-        found = iter(kernels.forward(sites, owned, student, half or tensors[0].dtype))
-    made: list[Tensor] = []
-    for (site, own), good in zip(layers, fused, strict=True):
-        weights = (
-            next(found)
-            if good
-            else _autocast(half, own, reference.forward, site, own, teacher, student)
-        )
-        made += reference.listed(site, *weights)
-    return made
-
-
-@fold_op.register_fake
-def _(
-    tensors: list[Tensor],
-    index: list[int],
-    key: str,
-    teacher: bool,
-    student: bool,
-    half: torch.dtype | None,
-) -> list[Tensor]:
-    made: list[Tensor] = []
-    for site, own in each(key, index, tensors):
-        wide = torch.empty_like(own[0]) if teacher else None
-        made += reference.listed(site, wide, reference.room(site, own[0]) if student else None)
-    return made
-
-
-# --------------------------------------------------------------------------- backward
-@torch.library.custom_op("gpdfx::fold_backward", mutates_args=(), device_types=("cpu",))
-def backward_op(
-    grads: list[Tensor | None],
-    tensors: list[Tensor],
-    index: list[int],
-    key: str,
-    teacher: bool,
-    student: bool,
-    half: torch.dtype | None,
-) -> list[Tensor]:
-    """The gradients of all tensors; an empty one for those that have none."""
-    found = []
-    for (site, own), (wide, narrow) in zip(
-        each(key, index, tensors), pairs(sites_of(key), grads, teacher, student), strict=True
-    ):
-        found.append(_autocast(half, own, reference.backward, site, own, wide, narrow))
-    return _gathered(found, tensors, index)
-
-
-def _gathered(
-    found: Sequence[Sequence[Tensor | None]], tensors: Sequence[Tensor], index: Sequence[int]
-) -> list[Tensor]:
-    """By tensor: only constants, which have no gradient, belong to several sites."""
-    made = [t.new_empty(0) for t in tensors]
-    for place, grad in zip(index, (g for own in found for g in own), strict=True):
-        if grad is not None:
-            own = tensors[place]  # whose memory order compilers rely on
-            made[place] = (
-                grad if grad.stride() == own.stride() else torch.empty_like(own).copy_(grad)
-            )
-    return made
-
-
-@backward_op.register_kernel("cuda")
-def backward_kernels(
-    grads: list[Tensor | None],
-    tensors: list[Tensor],
-    index: list[int],
-    key: str,
-    teacher: bool,
-    student: bool,
-    half: torch.dtype | None,
-) -> list[Tensor]:
-    """``backward_op`` by kernels, for those layers that have them."""
-    layers, kernels = each(key, index, tensors), _kernels(tensors[0])
-    given = pairs(sites_of(key), grads, teacher, student)
-    fused = [
-        teacher and kernels is not None and not refusal(site) and pair != (None, None)
-        for (site, _), pair in zip(layers, given, strict=True)
-    ]
-    chosen = [(*one, g) for one, g, good in zip(layers, given, fused, strict=True) if good]
-    quick = iter(())
-    if chosen:
-        sites, owned, own_grads = zip(*chosen, strict=True)
-        quick = iter(kernels.backward(sites, owned, own_grads, half or tensors[0].dtype))
-    found = [
-        next(quick) if good else _autocast(half, own, reference.backward, site, own, wide, narrow)
-        for (site, own), (wide, narrow), good in zip(layers, given, fused, strict=True)
-    ]
-    return _gathered(found, tensors, index)
-
-
-@backward_op.register_fake
-def _(
-    grads: list[Tensor | None],
-    tensors: list[Tensor],
-    index: list[int],
-    key: str,
-    teacher: bool,
-    student: bool,
-    half: torch.dtype | None,
-) -> list[Tensor]:
-    made = [t.new_empty(0) for t in tensors]
-    given = pairs(sites_of(key), grads, teacher, student)
-    at = 0
-    for site, pair in zip(sites_of(key), given, strict=True):
-        for offset, differentiable in enumerate(reference.differentiable(site)):
-            if differentiable and any(g is not None for g in pair):
-                made[index[at + offset]] = torch.empty_like(tensors[index[at + offset]])
-        at += site.size
-    return made
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tensors, *ctx.rest = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    tensors = list(ctx.saved_tensors)
-    found = backward_op(list(grads), tensors, *ctx.rest)
-    mine = [g if g.shape == t.shape else None for g, t in zip(found, tensors, strict=True)]
-    return (mine, *[None] * len(ctx.rest))
-
-
-fold_op.register_autograd(_backward, setup_context=_setup)
+fold_op = operator("gpdfx::fold", fold_plainly, partial(run_flat, None), 0)
+backward_op = operator("gpdfx::fold_backward", back_plainly, run_flat, 1)

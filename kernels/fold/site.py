@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,22 @@ import torch
 from torch import Tensor
 
 from ...algebra.frozen import Frozen, blocks_of
-from ...branches.kinds import Branch
 from ...branches.layer import LAYOUTS, Layer
-from .formula import FORMULAS
+from ...branches.term import Term
 
 Tensors = list[Tensor]
 Blocks = tuple[int, int, int]
 """``(outer, wide, narrow)``: the first ``narrow`` of every ``wide`` indices, ``outer`` times."""
+
+
+def segments(blocks: Blocks) -> Iterator[tuple[int, int, int, int, int]]:
+    """What stands for what in one of the outer blocks: (teacher's index, student's index, length,
+    which copy, of how many), (4, 0, 2, 1, 3) of (1, 10, 4)."""
+    _, wide, narrow = blocks
+    rest = wide % narrow
+    for start, end, count in ((0, rest, wide // narrow + 1), (rest, narrow, wide // narrow)):
+        for copy in range(count if end > start else 0):
+            yield copy * narrow + start, start, end - start, copy, count
 
 
 @dataclass(frozen=True)
@@ -41,13 +50,12 @@ class Cut:
         which are taken whole. A dimension with several blocks is split in two."""
         dim = 0
         for letter in axes:
-            if letter in "goi":
-                outer, wide, narrow = getattr(self, letter)
-                if wide != narrow:
-                    if outer > 1:
-                        x = x.unflatten(dim, (outer, wide))
-                        dim += 1
-                    x = x.narrow(dim, 0, narrow)
+            outer, wide, narrow = getattr(self, letter) if letter in "goi" else (1, 1, 1)
+            if wide != narrow:
+                if outer > 1:
+                    x = x.unflatten(dim, (outer, wide))
+                    dim += 1
+                x = x.narrow(dim, 0, narrow)
             dim += 1
         return x
 
@@ -60,16 +68,10 @@ class Cut:
                 sizes[dim] = outer * narrow
         return self.view(x, axes).reshape(sizes)
 
-    def pad(self, part: Tensor, like: Tensor, axes: str) -> Tensor:
-        """The inverse of ``take`` as a gradient: zeros elsewhere."""
-        whole = torch.zeros_like(like)
-        view = self.view(whole, axes)
-        view.copy_(part.reshape(view.shape))
-        return whole
 
-
-def cut_of(layer: Layer, maps: tuple[Frozen, ...]) -> Cut | None:
-    """The student's part of a stored weight; ``None`` if it is not a product of blocks."""
+def cut_of(layer: Layer, maps: tuple[Frozen, ...], mean: bool = False) -> Cut | None:
+    """The student's part of a stored weight; ``None`` if it is not a product of blocks, or, for
+    the ``mean``, if copies do not stand in turn in these."""
     split, swapped = LAYOUTS[layer.layout]
     sizes = (layer.inputs, layer.outputs) if swapped else (layer.outputs, layer.inputs)
     if any(m.wide for m in maps[2:]):
@@ -91,7 +93,17 @@ def cut_of(layer: Layer, maps: tuple[Frozen, ...]) -> Cut | None:
     if not all(outer for outer, _, _ in found):
         return None
     g, a, b = found
+    rows = np.add.outer(_in_turn(g) * a[0] * a[2], _in_turn(a)).ravel()
+    if mean and not (
+        np.array_equal(rows, maps[0].map) and np.array_equal(_in_turn(b), maps[1].map)
+    ):
+        return None
     return Cut(g, b, a) if swapped else Cut(g, a, b)
+
+
+def _in_turn(blocks: Blocks) -> np.ndarray:
+    outer, wide, narrow = blocks
+    return np.add.outer(np.arange(outer) * narrow, np.arange(wide) % narrow).ravel()
 
 
 @dataclass(frozen=True)
@@ -106,32 +118,28 @@ class Share:
 
 @dataclass(frozen=True)
 class Site:
-    """One layer of a fold. Its tensors, in this order: the origin, the scales if it has branches,
-    table and classes of the ``share`` if there is one, then those of each branch by ``names``.
+    """One layer of a fold. Its tensors, in this order: the origin, the scales if it has terms,
+    table and classes of the ``share`` if there is one, then those of each term by its names.
 
-    ``cut``: what the student's weight is of the whole; ``None``: all of it.
+    ``cut``: what the student's weight is of the whole, ``None``: all of it; ``mean``: it is the
+    mean of the copies (see ``teacher.extract``), not the first ones.
     """
 
     layer: Layer
-    branches: tuple[Branch, ...]
-    names: tuple[tuple[str, ...], ...]
+    terms: tuple[Term, ...]
     cut: Cut | None = None
     share: Share | None = None
-
-    @property
-    def unbranched(self) -> bool:
-        """True without branches."""
-        return len(self.branches) == 0
+    mean: bool = False
 
     @property
     def first(self) -> int:
-        """Where the tensors of its branches begin."""
-        return 1 + (not self.unbranched) + 2 * (self.share is not None)
+        """Where the tensors of its terms begin."""
+        return 1 + (len(self.terms) > 0) + 2 * (self.share is not None)
 
     @property
     def size(self) -> int:
         """How many tensors it has."""
-        return self.first + sum(map(len, self.names))
+        return self.first + sum(len(term.names) for term in self.terms)
 
     @property
     def distinct(self) -> bool:
@@ -143,6 +151,23 @@ class Site:
         """The student's layer."""
         return self.layer if self.cut is None else self.cut.layer(self.layer)
 
+    @property
+    def apart(self) -> bool:
+        """True if the student's weight can be made of its own part of all tensors."""
+        cut = self.cut
+        return (
+            cut is not None
+            and not self.mean
+            and (cut.o == cut.i or all(term.carrier for term in self.terms))
+        )
+
+    @property
+    def blocks(self) -> dict[str, Blocks]:
+        """By letter: how copies stand for the student's indices."""
+        layer, cut = self.layer, self.cut
+        sizes = zip("goi", layer.shape, strict=False)
+        return {c: (1, n, n) if cut is None else getattr(cut, c) for c, n in sizes}
+
     @cached_property
     def form(self) -> Any:
         """All that it is but for its sizes."""
@@ -151,13 +176,17 @@ class Site:
             groups, outputs, inputs = (min(n, 2) for n in layer.shape[:3])
             return Layer(groups, outputs, inputs, layer.kernel, layer.layout)
 
-        blocks = () if self.cut is None else (self.cut.g, self.cut.o, self.cut.i)
-        cut = tuple((outer > 1, wide > narrow) for outer, wide, narrow in blocks)
+        cut = tuple((outer > 1, wide > narrow) for outer, wide, narrow in self.blocks.values())
         share = self.share and (self.share.at, self.share.dim, self.share.split is None)
-        return small(self.layer), small(self.narrow), self.branches, cut, share
+        return small(self.layer), small(self.narrow), self.terms, cut, share, self.mean
+
+    def differentiable(self) -> list[bool]:
+        """Which of its tensors are parameters."""
+        found = [True] * (1 + (len(self.terms) > 0)) + [False] * (2 * (self.share is not None))
+        return found + [letters != "gox" for term in self.terms for letters in term.axes]
 
 
-TYPES: dict[str, type[Any]] = {t.__name__: t for t in (Site, Cut, Share, Layer, *FORMULAS)}
+TYPES: dict[str, type[Any]] = {t.__name__: t for t in (Site, Cut, Share, Layer, Term)}
 """What a key is made of."""
 
 
@@ -186,45 +215,15 @@ def sites_of(key: str) -> tuple[Site, ...]:
     return sites
 
 
-def each(key: str, index: Sequence[int], tensors: Sequence[Tensor]) -> list[tuple[Site, Tensors]]:
-    """``owned`` of a key's sites."""
-    return owned(sites_of(key), index, tensors)
-
-
-def owned(
-    sites: Sequence[Site], index: Sequence[int], tensors: Sequence[Any]
-) -> list[tuple[Site, list[Any]]]:
-    """Every site with its tensors, or their names. ``index``: which of ``tensors`` they are, one
-    site after the other."""
-    found = []
-    at = 0
-    for site in sites:
-        found.append((site, [tensors[k] for k in index[at : at + site.size]]))
-        at += site.size
-    return found
-
-
-def pairs(
-    sites: Sequence[Site], weights: Sequence[Any], teacher: bool, student: bool
-) -> list[tuple[Any, Any]]:
-    """The teacher's and the student's by site, of what a fold gives one after the other; ``None``
-    for one that was not asked for, or that is the other one."""
-    rest = iter(weights)
-    found = []
-    for site in sites:
-        wide = next(rest) if teacher else None
-        found.append((wide, next(rest) if student and (site.distinct or not teacher) else None))
-    return found
-
-
-def elements(layer: Layer) -> int:
-    """Of a layer's weight."""
-    return math.prod(layer.shape)
+def owned(sites: Sequence[Site], tensors: Sequence[Any]) -> list[tuple[Site, list[Any]]]:
+    """Every site with its tensors, or their names, which come one site after the other."""
+    rest = iter(tensors)
+    return [(site, list(islice(rest, site.size))) for site in sites]
 
 
 def load(layer: Layer, weight: Tensor) -> Tensor:
     """A stored weight as (groups, out, in, taps)."""
-    groups, outputs, inputs, taps = *layer.shape[:3], math.prod(layer.kernel)
+    groups, outputs, inputs, taps = *layer.shape[:3], layer.taps
     if LAYOUTS[layer.layout][1]:
         return weight.reshape(groups, inputs, outputs, taps).transpose(1, 2)
     return weight.reshape(groups, outputs, inputs, taps)
@@ -232,7 +231,87 @@ def load(layer: Layer, weight: Tensor) -> Tensor:
 
 def store(layer: Layer, weight: Tensor) -> Tensor:
     """The inverse of ``load``."""
+    weight = weight.transpose(1, 2) if LAYOUTS[layer.layout][1] else weight
+    return weight.reshape(stored(layer))
+
+
+def stored(layer: Layer) -> tuple[int, ...]:
+    """The shape of a stored weight."""
     swapped = LAYOUTS[layer.layout][1]
     rows, columns = (layer.inputs, layer.outputs) if swapped else (layer.outputs, layer.inputs)
-    weight = weight.transpose(1, 2) if swapped else weight
-    return weight.reshape(layer.groups * rows, columns, *layer.kernel)
+    return layer.groups * rows, columns, *layer.kernel
+
+
+def room(layer: Layer, like: Tensor) -> Tensor:
+    """An empty stored weight in the memory order of another, whose ``load`` is a view."""
+    strides = like.stride()
+    order = sorted(range(like.ndim), key=lambda d: (-strides[d], d))
+    taps = list(range(2, like.ndim))
+    if taps and order[(at := order.index(2)) : at + len(taps)] != taps:
+        order = list(range(like.ndim))
+    size = stored(layer)
+    made = like.new_empty([size[d] for d in order])
+    return made.permute([order.index(d) for d in range(like.ndim)])
+
+
+# --------------------------------------------------------------------------- results
+REGION = 16
+"""Results of a fold lie in one flat tensor and begin at multiples of so many elements."""
+View = tuple[tuple[int, ...], tuple[int, ...], int]
+"""What ``as_strided`` takes."""
+
+
+def weights_like(
+    each: Sequence[tuple[Site, Sequence[Tensor]]], teacher: bool, student: bool
+) -> list[Tensor | None]:
+    """Like the weights, the teacher's and the student's of each site; none where none is wanted."""
+    found: list[Tensor | None] = []
+    for site, (origin, *_) in each:
+        own = student and (site.distinct or not teacher)
+        for layer, asked in ((site.layer, teacher), (site.narrow, own)):
+            found.append(room(layer, origin.to("meta")) if asked else None)
+    return found
+
+
+def tensors_like(site: Site, own: Sequence[Tensor]) -> list[Tensor]:
+    """Like the tensors of a site, in the order in which kernels read them and write gradients."""
+    origin, *rest = own
+    rest = [torch.empty(t.shape, dtype=t.dtype, device="meta") for t in rest]
+    return [room(site.layer, origin.to("meta")), *rest]
+
+
+def regions(likes: Iterable[Tensor | None]) -> tuple[int, list[View | None]]:
+    """The size of the flat tensor that they lie in, and where."""
+    views: list[View | None] = []
+    size = 0
+    for like in likes:
+        views.append(None if like is None else (tuple(like.shape), like.stride(), size))
+        size += 0 if like is None else -(-like.numel() // REGION) * REGION
+    return size, views
+
+
+def viewed(flat: Tensor, views: Iterable[View | None]) -> list[Tensor | None]:
+    """What lies in it."""
+    return [None if view is None else flat.as_strided(*view) for view in views]
+
+
+# --------------------------------------------------------------------------- kernels
+KINDS = {
+    ("goix", ""): "taps",
+    ("goi", ""): "point",
+    ("goi", "gox"): "point",
+    ("gohx", "ghi"): "made",
+    ("goh", "ghi"): "made",
+    ("goie", "giex"): "depth",
+}
+"""What the kernels take a term for, by its letters."""
+
+
+def refusal(site: Site) -> str:
+    """Why a layer's branches have no kernel; empty if they have."""
+    kinds = [KINDS.get((term.letters, term.others), "") for term in site.terms]
+    for term, kind in zip(site.terms, kinds, strict=True):
+        if not kind or (kind in ("made", "depth") and term.taps is not None):
+            return f"there is no kernel for {term.letters} {term.others}".rstrip()
+    twice = any(kinds.count(kind) > 1 for kind in ("made", "depth"))
+    return "it has two products" if twice else ""

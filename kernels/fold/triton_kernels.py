@@ -1,463 +1,588 @@
 """The fold of many layers as Triton kernels; ``launch`` fills their tables, ``reference`` says what
 they compute.
 
-A program takes one output row of one layer and walks over its inputs and taps. What it has to know
-of the layer stands in a row of a table of 64-bit integers: sizes, strides, and pointers (zero:
-there is no such tensor). Sums over a row end in that program, sums over rows (of ``Separable``'s
-depthwise kernels) take two stages, so that the result is the same every time. All sums are in
-float32.
+Layers of one ``Form`` share kernels, in which all that the form says is constant. A program takes
+some rows of the student's weight and some inputs of them, and for each copy of these one tile
+(inputs, taps): a tensor is read as it lies in memory, 16 bytes a thread where rows begin at
+multiples of 16 elements, and put in place on the chip. What differs from layer to layer stands in
+tables: sizes and offsets (``SIZES``), the addresses of all tensors, where gradients go, and where
+in a table of shares a row and an input begin. Sums over several programs are written apart and
+added up by ``reduce``, in the same order every time; all sums are in float32.
 
-Loops are ``while``: the interpreter of Triton 3.6 refuses ranges with bounds of run time.
+Loops have constant bounds or are ``while``: the interpreter of Triton 3.6 refuses others.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
-# --- columns of a layer's row, by what they hold
-OUTPUTS = tl.constexpr(0)
-INPUTS = tl.constexpr(1)
-TAPS = tl.constexpr(2)
-EXPAND = tl.constexpr(3)
-HIDDEN = tl.constexpr(4)
-CHANNELS = tl.constexpr(5)
-ORIGIN = tl.constexpr(6)
-SCALES = tl.constexpr(7)
-MAIN = tl.constexpr(8)  # strides (groups, out, in, taps) of stored weights
-SHARE = tl.constexpr(12)
-WIDE = tl.constexpr(13)  # the teacher's weight, or its gradient
-OWN = tl.constexpr(14)  # the student's
-OWN_STRIDES = tl.constexpr(15)
-CUT_G = tl.constexpr(19)  # each two numbers: wide, narrow
-CUT_O = tl.constexpr(21)
-CUT_I = tl.constexpr(23)
-FILTER = tl.constexpr(25)  # two slots of w[o, i] f[o, x]: w, f, row stride of f, scale
-FULL = tl.constexpr(33)  # two slots of w[o, i, x]: w, scale
-MADE = tl.constexpr(37)  # the product (channels, taps, in)
-MADE_SCALE = tl.constexpr(38)
-LEFT = tl.constexpr(39)  # then its strides (channels, hidden, taps)
-LEFT_STRIDES = tl.constexpr(40)
-RIGHT = tl.constexpr(43)
-FIRST = tl.constexpr(44)
-EYE = tl.constexpr(45)
-POINT = tl.constexpr(46)  # the two factors of a depthwise-separable kernel
-DEPTH = tl.constexpr(47)
-DEPTH_SCALE = tl.constexpr(48)
-D_ORIGIN = tl.constexpr(49)  # gradients, by what they are of
-D_SCALES = tl.constexpr(50)
-D_FILTER = tl.constexpr(51)
-D_FULL = tl.constexpr(53)
-D_FLAT = tl.constexpr(55)  # of the weight as (channels, taps, in), plain and times a scale
-D_SCALED = tl.constexpr(56)
-D_MOVED = tl.constexpr(57)  # (channels, taps, hidden)
-D_LEFT = tl.constexpr(58)
-D_POINT = tl.constexpr(59)
-D_PARTS = tl.constexpr(60)  # (splits, *depthwise kernel)
-D_DEPTH = tl.constexpr(61)
-SPLIT = tl.constexpr(62)
-COPY = tl.constexpr(63)  # left in the type of products
-WIDTH = tl.constexpr(64)  # how many numbers a row has
+SIZES = (
+    *("FIRST", "LAYER"),  # the number of its first tensor, and its own
+    *("CHANNELS", "OUT", "IN", "OWN_OUT", "OWN_IN"),  # in all; of a group: the teacher's, student's
+    *("NARROW_G", "WIDE_G", "NARROW_O", "WIDE_O", "NARROW_I", "WIDE_I"),  # of blocks
+    *("STEP_G", "STEP_O", "STEP_I", "STEP_X"),  # strides of the teacher's weight
+    *("OWN_STEP_G", "OWN_STEP_O", "OWN_STEP_I", "OWN_STEP_X"),  # and of the student's
+    *(
+        "WIDE",
+        "OWN",
+        "MADE",
+    ),  # where weights begin, and (channels, taps, inputs): product, gradient
+    *("ROWS", "COLUMNS", "SUMS", "PARTS"),  # what shares say; where sums of rows and kernels begin
+)
+"""Columns of a layer's table."""
+ITEMS = (
+    *("CARRIER", "FACTOR", "SCALES", "SCALE"),  # numbers of tensors; the scales' row
+    *("CHANNELS", "HIDDEN", "IN", "LEFT", "RIGHT", "MOVED", "EYE"),
+)
+"""Columns of the table of products ``left (channels taps, hidden) @ right (hidden, inputs)``."""
+_SIZES, _ITEMS = ({name: k for k, name in enumerate(names)} for names in (SIZES, ITEMS))
+WIDTH, ITEM = tl.constexpr(len(SIZES)), tl.constexpr(len(ITEMS))
+
+
+@triton.constexpr_function
+def get(form: Any, name: str) -> Any:
+    return getattr(form, name)
+
+
+@triton.constexpr_function
+def copies(form: Any, k: int) -> int:
+    """Of a group, output, input, at most."""
+    return form.copies[k]
+
+
+@triton.constexpr_function
+def term(form: Any, k: int, name: str) -> Any:
+    return getattr(form.terms[k], name)
+
+
+@triton.constexpr_function
+def count(form: Any, kind: str = "") -> int:
+    return sum(kind in ("", one.kind) for one in form.terms)
+
+
+@triton.constexpr_function
+def expand(form: Any) -> int:
+    """Of the depthwise kernel."""
+    return max([one.width for one in form.terms if one.kind == "depth"], default=1)
+
+
+@triton.constexpr_function
+def power(n: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << (n - 1).bit_length()
+
+
+@triton.constexpr_function
+def column(name: str) -> int:
+    return _SIZES[name]
+
+
+@triton.constexpr_function
+def item(name: str) -> int:
+    return _ITEMS[name]
 
 
 @triton.jit
-def _int(t, column: tl.constexpr):
-    return tl.load(t + column).to(tl.int32)
+def _size(s, name: tl.constexpr, UNIT: tl.constexpr = 1):
+    """A number of a layer, a multiple of ``UNIT``."""
+    return tl.load(s + column(name)).to(tl.int32) // UNIT * UNIT
 
 
 @triton.jit
-def _pointer(t, column: tl.constexpr, dtype: tl.constexpr):
-    return tl.load(t + column).to(tl.pointer_type(dtype))
+def _offset(s, name: tl.constexpr):
+    """All regions begin at multiples of 16 elements."""
+    return tl.load(s + column(name)) * 16
 
 
 @triton.jit
-def _there(t, column: tl.constexpr):
-    return tl.load(t + column) != 0
+def _pointer(addresses, k, dtype: tl.constexpr, UNIT: tl.constexpr):
+    """Of tensor ``k``."""
+    p = tl.load(addresses + k).to(tl.pointer_type(dtype))
+    return tl.multiple_of(p, 16) if UNIT > 1 else p
 
 
 @triton.jit
-def _scale(t, row, index, dtype: tl.constexpr):
-    """A branch's scale of a row; 1 in a layer without scales."""
-    at = _pointer(t, SCALES, dtype) + index * _int(t, CHANNELS) + row
-    return tl.load(at, mask=_there(t, SCALES), other=1.0).to(tl.float32)
+def _read(p, y, there, first, last, N: tl.constexpr, INPUTS: tl.constexpr, UNIT: tl.constexpr):
+    """(inputs, ...) of a tensor (inputs, N) at ``y`` where it is ``there``, else 0; as many inputs
+    as there are in both ``first`` and ``last``."""
+    i = tl.arange(0, INPUTS)[:, None]
+    if UNIT == 1 or power(N) == N:
+        return tl.load(p + i * N + y, mask=there & (i < first) & (i < last), other=0)
+    k = tl.arange(0, power(INPUTS * N))
+    some = (k < INPUTS * N) & (k < first * N) & (k < last * N)
+    at = tl.where(there, i * N + y, 0)
+    found = tl.gather(tl.load(p + k, mask=some, other=0), tl.ravel(at), 0)
+    return tl.where(there, tl.reshape(found, at.shape), 0)
 
 
 @triton.jit
-def _line(t, strides: tl.constexpr, g, o):
-    """By four strides: where the row (g, o) begins, the step of inputs, the step of taps."""
-    start = g * tl.load(t + strides) + o * tl.load(t + strides + 1)
-    return start, tl.load(t + strides + 2), tl.load(t + strides + 3)
-
-
-@triton.jit
-def _cut(t, column: tl.constexpr, index):
-    """The student's index of a teacher's, and whether there is one."""
-    wide, narrow = _int(t, column), _int(t, column + 1)
-    inner = index % wide
-    return index // wide * narrow + inner, inner < narrow
-
-
-@triton.jit
-def _own(t, g, o):
-    """``_line`` of the student's weight, and whether it has the row."""
-    g_own, in_g = _cut(t, CUT_G, g)
-    o_own, in_o = _cut(t, CUT_O, o)
-    start, step_i, step_x = _line(t, OWN_STRIDES, g_own, o_own)
-    return start, step_i, step_x, in_g & in_o & _there(t, OWN)
-
-
-@triton.jit
-def _full(t, slot: tl.constexpr, row, dtype: tl.constexpr):
-    """A summand w[o, i, x]: w, whether it is there, its scale."""
-    scale = _scale(t, row, _int(t, FULL + 2 * slot + 1), dtype)
-    return _pointer(t, FULL + 2 * slot, dtype), _there(t, FULL + 2 * slot), scale
-
-
-@triton.jit
-def _filter(t, slot: tl.constexpr, row, dtype: tl.constexpr):
-    """A summand w[o, i] f[o, x]: w, f of the row, whether it is there, its scale."""
-    at: tl.constexpr = FILTER + 4 * slot
-    taps = _pointer(t, at + 1, tl.float32) + row * _int(t, at + 2)
-    scale = _scale(t, row, _int(t, at + 3), dtype)
-    return _pointer(t, at, dtype), taps, _there(t, at), scale
-
-
-@triton.jit
-def _store_sum(t, row, index, sums, there, dtype: tl.constexpr):
-    """The gradient of a row's scale."""
-    to = _pointer(t, D_SCALES, dtype) + index * _int(t, CHANNELS) + row
-    tl.store(to, tl.sum(sums).to(dtype), mask=there)
-
-
-@triton.jit
-def _steps(t, row):
-    """Of ``left``: where a row begins, the steps of its hidden channels and of its taps."""
-    start = row * tl.load(t + LEFT_STRIDES)
-    return start, tl.load(t + LEFT_STRIDES + 1), tl.load(t + LEFT_STRIDES + 2)
-
-
-@triton.jit
-def _prepare(t, row, kind, dtype: tl.constexpr, made: tl.constexpr, BLOCK: tl.constexpr):
-    """Operands of a product, in its type."""
-    if kind == 1:
-        _prepare_right(t, row, dtype, made, BLOCK)
+def _write(
+    p, value, y, there, first, last, START: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr,
+    INPUTS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The inverse of ``_read``: a tile (inputs, taps), of which element n is tap START + n STEP."""
+    i = tl.arange(0, INPUTS)[:, None]
+    if UNIT == 1 or power(N) == N:
+        tl.store(p + i * N + y, value, mask=there & (i < first) & (i < last))
     else:
-        _prepare_left(t, row, dtype, made, BLOCK)
+        k = tl.arange(0, power(INPUTS * N))
+        some = (k < INPUTS * N) & (k < first * N) & (k < last * N)
+        taps: tl.constexpr = value.shape[1]
+        at = tl.minimum(k // N * taps + START + k % N * STEP, INPUTS * taps - 1)
+        tl.store(p + k, tl.gather(tl.ravel(value), at, 0), mask=some)
 
 
 @triton.jit
-def _prepare_right(t, row, dtype: tl.constexpr, made: tl.constexpr, BLOCK: tl.constexpr):
-    """A row of ``right = first + eye``."""
-    n = _int(t, INPUTS)
-    first = _pointer(t, FIRST, dtype) + row.to(tl.int64) * n
-    right = _pointer(t, RIGHT, made) + row.to(tl.int64) * n
-    one = tl.where(_int(t, EYE) != 0, row % _int(t, HIDDEN) % n, -1)
-    start = 0
-    while start < n:
-        i = start + tl.arange(0, BLOCK)
-        value = tl.load(first + i, mask=i < n, other=0).to(tl.float32)
-        value += tl.where(i == one, 1.0, 0.0)
-        tl.store(right + i, value.to(made), mask=i < n)
-        start += BLOCK
+def _weight(p, step_i, step_x, first, last, F: tl.constexpr):
+    """A tile of a weight."""
+    INPUTS: tl.constexpr = get(F, "inputs")
+    TAPS: tl.constexpr = get(F, "taps")
+    x = tl.arange(0, power(TAPS))[None, :]
+    if get(F, "order") == "ix":
+        return _read(p, x, x < TAPS, first, last, TAPS, INPUTS, get(F, "unit")).to(tl.float32)
+    i = tl.arange(0, INPUTS)[:, None]
+    some = (x < TAPS) & (i < first) & (i < last)
+    return tl.load(p + i * step_i + x * step_x, mask=some, other=0).to(tl.float32)
 
 
 @triton.jit
-def _prepare_left(t, row, dtype: tl.constexpr, made: tl.constexpr, BLOCK: tl.constexpr):
-    """A row of ``left`` as (taps, hidden)."""
-    hidden = _int(t, HIDDEN)
-    total = hidden * _int(t, TAPS)
-    first, step_h, step_x = _steps(t, row)
-    left = _pointer(t, LEFT, dtype) + first
-    copy = _pointer(t, COPY, made) + row.to(tl.int64) * total
-    start = 0
-    while start < total:
-        k = start + tl.arange(0, BLOCK)
-        mask = k < total
-        value = tl.load(left + k % hidden * step_h + k // hidden * step_x, mask=mask, other=0)
-        tl.store(copy + k, value.to(made), mask=mask)
-        start += BLOCK
+def _put(p, value, step_i, step_x, first, last, F: tl.constexpr):
+    """Into a tile of a weight."""
+    INPUTS: tl.constexpr = get(F, "inputs")
+    TAPS: tl.constexpr = get(F, "taps")
+    x = tl.arange(0, power(TAPS))[None, :]
+    value = value.to(get(F, "dtype"))
+    if get(F, "order") == "ix":
+        _write(p, value, x, x < TAPS, first, last, 0, 1, TAPS, INPUTS, get(F, "unit"))
+    else:
+        i = tl.arange(0, INPUTS)[:, None]
+        some = (x < TAPS) & (i < first) & (i < last)
+        tl.store(p + i * step_i + x * step_x, value, mask=some)
 
 
 @triton.jit
-def prepare(table, programs, dtype: tl.constexpr, made: tl.constexpr, BLOCK: tl.constexpr):
-    """Before the products of the forward."""
+def _begin(s, OWN: tl.constexpr, g, o, i, F: tl.constexpr):
+    """Where a tile of the teacher's weight or of the student's begins, its steps along inputs and
+    taps."""
+    if get(F, "order") == "any":
+        start = g * tl.load(s + column(OWN + "STEP_G")) + o * tl.load(s + column(OWN + "STEP_O"))
+        step = tl.load(s + column(OWN + "STEP_I"))
+        return start + i * step, step, tl.load(s + column(OWN + "STEP_X"))
+    inputs = _size(s, OWN + "IN", get(F, "unit"))
+    row = (g * _size(s, OWN + "OUT") + o).to(tl.int64) * inputs * get(F, "taps")
+    if get(F, "order") == "xi":
+        return row + i, 1, inputs
+    return row + i * get(F, "taps"), get(F, "taps"), 1
+
+
+@triton.jit
+def _copy(s, index, copy, NARROW: tl.constexpr, WIDE: tl.constexpr):
+    """A copy of a student's index, whether there is one, and how many there are."""
+    narrow, wide = _size(s, NARROW), _size(s, WIDE)
+    inner = index % narrow
+    found = inner + copy * narrow
+    return index // narrow * wide + found, found < wide, (wide - inner + narrow - 1) // narrow
+
+
+@triton.jit
+def _inputs(s, tile, copy, F: tl.constexpr):
+    """Of a tile of inputs: the student's first, that of a copy, and how many are left in the
+    student's block and in the copy's."""
+    narrow, wide = _size(s, "NARROW_I", get(F, "unit")), _size(s, "WIDE_I", get(F, "unit"))
+    tiles = tl.cdiv(narrow, get(F, "inputs"))
+    block, begin = tile // tiles, tile % tiles * get(F, "inputs")
+    i = block * wide + copy * narrow + begin
+    return block * narrow + begin, i, narrow - begin, wide - copy * narrow - begin
+
+
+@triton.jit
+def _share(s, addresses, index, g, channel, i, first, last, F: tl.constexpr):
+    """(inputs, 1)."""
+    k = tl.arange(0, get(F, "inputs"))[:, None]
+    some = (k < first) & (k < last)
+    if get(F, "share") == "":
+        return tl.where(some, 1.0, 0.0)
+    kind: tl.constexpr = tl.int64 if get(F, "share") == "copies" else get(F, "dtype")
+    p = _pointer(addresses, _size(s, "FIRST") + get(F, "table"), kind, 1)
+    p += tl.load(index + tl.load(s + column("ROWS")) + channel)
+    at = tl.load(s + column("COLUMNS")) + g * _size(s, "IN") + i
+    found = tl.load(p + tl.load(index + at + k, mask=some, other=0), mask=some, other=1)
+    found = found.to(tl.float32)
+    return tl.where(some, 1 / found if get(F, "share") == "copies" else found, 0.0)
+
+
+@triton.jit
+def _taps(F: tl.constexpr, n: tl.constexpr):
+    """Of a term: which element of its carrier each tap is, and whether there is one."""
+    x = tl.arange(0, power(get(F, "taps")))[None, :] - term(F, n, "start")
+    y = x // term(F, n, "step")
+    return y, (x >= 0) & (y < term(F, n, "size")) & (x % term(F, n, "step") == 0)
+
+
+@triton.jit
+def _profile(addresses, t, channel, F: tl.constexpr, n: tl.constexpr):
+    """(1, taps): what a term that is (inputs) times (taps) has along the taps."""
+    if term(F, n, "factor") < 0:
+        return tl.where(_taps(F, n)[1], 1.0, 0.0)
+    x = tl.arange(0, power(get(F, "taps")))[None, :]
+    p = _pointer(addresses, t + term(F, n, "factor"), get(F, "dtype"), 1)
+    return tl.load(p + channel * get(F, "taps") + x, mask=x < get(F, "taps"), other=0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def _points(p, first, last, F: tl.constexpr):
+    """(inputs, channels) of the pointwise factor of a depthwise-separable kernel."""
+    e = tl.arange(0, power(expand(F)))[None, :]
+    found = _read(p, e, e < expand(F), first, last, expand(F), get(F, "inputs"), get(F, "unit"))
+    return found.to(tl.float32)
+
+
+@triton.jit
+def _depths(s, addresses, g, i, first, last, F: tl.constexpr):
+    """(inputs, channels, taps) of its depthwise one."""
+    SIZE: tl.constexpr = expand(F) * get(F, "taps")
+    p = _pointer(
+        addresses, _size(s, "FIRST") + get(F, "depthwise"), get(F, "dtype"), get(F, "unit")
+    )
+    p += (g * _size(s, "IN", get(F, "unit")) + i).to(tl.int64) * SIZE
+    k = tl.arange(0, power(expand(F)) * power(get(F, "taps")))[None, :]
+    e, x = k // power(get(F, "taps")), k % power(get(F, "taps"))
+    there = (e < expand(F)) & (x < get(F, "taps"))
+    y = e * get(F, "taps") + x
+    found = _read(p, y, there, first, last, SIZE, get(F, "inputs"), get(F, "unit"))
+    shape: tl.constexpr = (get(F, "inputs"), power(expand(F)), power(get(F, "taps")))
+    return tl.reshape(found.to(tl.float32), shape)
+
+
+@triton.jit
+def _carrier(s, addresses, targets, out, g, o, i, F: tl.constexpr, n: tl.constexpr):
+    """Where the tile of a term's carrier begins, and that of its gradient."""
+    t = _size(s, "FIRST") + term(F, n, "carrier")
+    at = (g * _size(s, "OUT") + o).to(tl.int64) * _size(s, "IN", get(F, "unit")) + i
+    p = _pointer(addresses, t, get(F, "dtype"), get(F, "unit"))
+    return p + at * term(F, n, "width"), out + tl.load(targets + t) * 16 + at * term(F, n, "width")
+
+
+@triton.jit
+def _kernel(
+    s, addresses, targets, out, staging, g, o, i, first, last, F: tl.constexpr, n: tl.constexpr
+):  # fmt: skip
+    """A tile of what term ``n`` adds to a weight, without its scale."""
+    INPUTS: tl.constexpr = get(F, "inputs")
+    KIND: tl.constexpr = term(F, n, "kind")
+    channel, k = g * _size(s, "OUT") + o, tl.arange(0, INPUTS)[:, None]
+    y, there = _taps(F, n)
+    if KIND == "eye":
+        return tl.where((k + i == o) & there, 1.0, 0.0)
+    elif KIND == "made":
+        inputs = _size(s, "IN", get(F, "unit"))
+        p = staging + _offset(s, "MADE") + channel.to(tl.int64) * inputs * get(F, "taps")
+        p += i + y * inputs + k
+        return tl.load(p, mask=there & (k < first) & (k < last), other=0).to(tl.float32)
+    else:
+        p, _ = _carrier(s, addresses, targets, out, g, o, i, F, n)
+        if KIND == "depth":
+            depths = _depths(s, addresses, g, i, first, last, F)
+            return tl.sum(_points(p, first, last, F)[:, :, None] * depths, 1)
+        elif KIND == "point":
+            w = _read(p, 0, True, first, last, 1, INPUTS, get(F, "unit")).to(tl.float32)
+            return w * _profile(addresses, _size(s, "FIRST"), channel, F, n)
+        else:
+            size: tl.constexpr = term(F, n, "width")
+            return _read(p, y, there, first, last, size, INPUTS, get(F, "unit")).to(tl.float32)
+
+
+@triton.jit
+def combine(programs, sizes, addresses, targets, index, out, staging, F: tl.constexpr):
+    """After the products of the forward: the weights."""
+    COPIES: tl.constexpr = copies(F, 0) * copies(F, 2) * copies(F, 1)
+    program = programs + 4 * tl.program_id(0)
+    s = sizes + tl.load(program) * WIDTH
+    g_own, o_begin, tile = tl.load(program + 1), tl.load(program + 2), tl.load(program + 3)
+    t = _size(s, "FIRST")
+    origin = _pointer(addresses, t, get(F, "dtype"), get(F, "unit"))
+    own = tl.zeros((get(F, "inputs"), power(get(F, "taps"))), tl.float32)
+    whole = tl.zeros((get(F, "inputs"), 1), tl.float32)
+    for step in range(get(F, "rows") * COPIES):
+        o_own, copy = o_begin + step // COPIES, step % COPIES
+        copy_i = copy // copies(F, 1) % copies(F, 2)
+        g, in_g, _ = _copy(s, g_own, copy // (COPIES // copies(F, 0)), "NARROW_G", "WIDE_G")
+        o, in_o, _ = _copy(s, o_own, copy % copies(F, 1), "NARROW_O", "WIDE_O")
+        i_own, i, first, last = _inputs(s, tile, copy_i, F)
+        live = o_own < _size(s, "OWN_OUT")
+        if in_g & in_o & live:
+            start, step_i, step_x = _begin(s, "", g, o, i, F)
+            channel = g * _size(s, "OUT") + o
+            total = _weight(origin + start, step_i, step_x, first, last, F)
+            if count(F) > 0:
+                scales = _pointer(addresses, t + 1, get(F, "dtype"), 1) + channel
+                total *= tl.load(scales).to(tl.float32)
+            for n in tl.static_range(count(F)):
+                scale = tl.load(scales + (n + 1) * _size(s, "CHANNELS")).to(tl.float32)
+                kernel = _kernel(s, addresses, targets, out, staging, g, o, i, first, last, F, n)
+                total += scale * term(F, n, "gain") * kernel
+            share = _share(s, addresses, index, g, channel, i, first, last, F)
+            if get(F, "teacher"):
+                p = out + _offset(s, "WIDE") + start
+                _put(p, total * share, step_i, step_x, first, last, F)
+            if get(F, "student") == "mean":  # a running mean: exact while copies are equal
+                whole = share + tl.where(copy > 0, whole, 0.0)
+                own = tl.where(copy > 0, own, 0.0)
+                own += (total - own) * (share / tl.maximum(whole, 1e-30))
+            elif copy == 0:
+                own = total
+        if get(F, "student") != "":  # known to the compiler, unlike the next  # noqa: SIM102
+            if live & (copy == COPIES - 1):
+                start, step_i, step_x = _begin(s, "OWN_", g_own, o_own, i_own, F)
+                p = out + _offset(s, "OWN") + start
+                _put(p, own, step_i, step_x, first, first, F)
+
+
+@triton.jit
+def _gradient(
+    s, addresses, index, grads, g, o, i, g_own, o_own, i_own, first, last, copy, parts,
+    F: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradient of the weight without shares."""
+    pair = grads + 2 * _size(s, "LAYER")
+    share = _share(s, addresses, index, g, g * _size(s, "OUT") + o, i, first, last, F)
+    found = tl.zeros((get(F, "inputs"), power(get(F, "taps"))), tl.float32)
+    if tl.load(pair) != 0:
+        start, step_i, step_x = _begin(s, "", g, o, i, F)
+        p = _pointer(pair, 0, get(F, "dtype"), get(F, "unit")) + start
+        found = share * _weight(p, step_i, step_x, first, last, F)
+    if get(F, "student") == "mean":
+        narrow, wide = _size(s, "NARROW_I"), _size(s, "WIDE_I")
+        if get(F, "share") == "":
+            k = i_own % narrow + tl.arange(0, get(F, "inputs"))[:, None]
+            parts *= (wide - k + narrow - 1) // narrow
+        share /= parts
+    seen = tl.load(pair + 1) != 0
+    if get(F, "student") != "mean":
+        share, seen = 1.0, seen & (copy == 0)
+    if seen:
+        start, step_i, step_x = _begin(s, "OWN_", g_own, o_own, i_own, F)
+        p = _pointer(pair, 1, get(F, "dtype"), get(F, "unit")) + start
+        found += share * _weight(p, step_i, step_x, first, last, F)
+    return found
+
+
+@triton.jit
+def _back(
+    s, addresses, targets, out, staging, grad, scale, g, o, i, first, last, F: tl.constexpr,
+    n: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a term's carrier goes to its place; that of its scale is returned."""
+    KIND: tl.constexpr = term(F, n, "kind")
+    if KIND != "eye":
+        _, target = _carrier(s, addresses, targets, out, g, o, i, F, n)
+        y, there = _taps(F, n)
+        START: tl.constexpr = term(F, n, "start") if KIND == "taps" else 0
+        STEP: tl.constexpr = term(F, n, "step") if KIND == "taps" else 1
+        value = grad
+        if KIND == "point":
+            profile = _profile(addresses, _size(s, "FIRST"), g * _size(s, "OUT") + o, F, n)
+            value, y, there = tl.sum(grad * profile, 1, keep_dims=True), 0, True
+        elif KIND == "depth":
+            value = tl.sum(grad[:, None, :] * _depths(s, addresses, g, i, first, last, F), 2)
+            y = tl.arange(0, power(expand(F)))[None, :]
+            there = y < expand(F)
+        value = (value * scale).to(get(F, "dtype"))
+        size: tl.constexpr = term(F, n, "width")
+        _write(
+            target,
+            value,
+            y,
+            there,
+            first,
+            last,
+            START,
+            STEP,
+            size,
+            get(F, "inputs"),
+            get(F, "unit"),
+        )
+    kernel = _kernel(s, addresses, targets, out, staging, g, o, i, first, last, F, n)
+    return tl.sum(grad * kernel) * term(F, n, "gain")
+
+
+@triton.jit
+def scatter(programs, sizes, addresses, targets, grads, index, out, staging, sums, F: tl.constexpr):
+    """Before the products of the backward: from the weights' gradients those of all but products,
+    and the gradient as (channels, taps, inputs) for these. ``targets``: where gradients begin."""
+    TAPS: tl.constexpr = get(F, "taps")
+    program = programs + 4 * tl.program_id(0)
+    s = sizes + tl.load(program) * WIDTH
+    g_own, o_begin, tile = tl.load(program + 1), tl.load(program + 2), tl.load(program + 3)
+    t, channels = _size(s, "FIRST"), _size(s, "CHANNELS")
+    inputs = _size(s, "IN", get(F, "unit"))
+    origin = _pointer(addresses, t, get(F, "dtype"), get(F, "unit"))
+    d_origin = out + tl.load(targets + t) * 16
+    k, x = tl.arange(0, get(F, "inputs"))[:, None], tl.arange(0, power(TAPS))[None, :]
+    ex = tl.arange(0, power(expand(F)) * power(TAPS))[None, :]
+    for outer in range(copies(F, 0) * copies(F, 2)):
+        copy_g, copy_i = outer // copies(F, 2), outer % copies(F, 2)
+        g, in_g, count_g = _copy(s, g_own, copy_g, "NARROW_G", "WIDE_G")
+        i_own, i, first, last = _inputs(s, tile, copy_i, F)
+        rows = tile * copies(F, 2) + copy_i
+        total = sums + _offset(s, "SUMS") + rows.to(tl.int64) * channels * (count(F) + 1)
+        d_depths = tl.zeros((get(F, "inputs"), power(expand(F)), power(TAPS)), tl.float32)
+        for step in range(get(F, "rows") * copies(F, 1)):
+            o_own, copy_o = o_begin + step // copies(F, 1), step % copies(F, 1)
+            o, in_o, count_o = _copy(s, o_own, copy_o, "NARROW_O", "WIDE_O")
+            if in_g & in_o & (o_own < _size(s, "OWN_OUT")):
+                channel = g * _size(s, "OUT") + o
+                grad = _gradient(
+                    s, addresses, index, grads, g, o, i, g_own, o_own, i_own, first, last,
+                    outer + copy_o, count_g * count_o, F,
+                )  # fmt: skip
+                start, step_i, step_x = _begin(s, "", g, o, i, F)
+                if count(F) == 0:
+                    _put(d_origin + start, grad, step_i, step_x, first, last, F)
+                else:
+                    scales = _pointer(addresses, t + 1, get(F, "dtype"), 1) + channel
+                    w = _weight(origin + start, step_i, step_x, first, last, F)
+                    tl.store(total + channel, tl.sum(grad * w))
+                    w = grad * tl.load(scales).to(tl.float32)
+                    _put(d_origin + start, w, step_i, step_x, first, last, F)
+                if count(F, "made") > 0:
+                    p = staging + _offset(s, "MADE") + channel.to(tl.int64) * inputs * TAPS + i
+                    value = grad.to(staging.dtype.element_ty)
+                    some = (x < TAPS) & (k < first) & (k < last)
+                    tl.store(p + x * inputs + k, value, mask=some)
+                for n in tl.static_range(count(F)):
+                    if term(F, n, "kind") != "made":
+                        scale = tl.load(scales + (n + 1) * channels).to(tl.float32)
+                        scale *= term(F, n, "gain")
+                        found = _back(
+                            s, addresses, targets, out, staging, grad, scale, g, o, i, first, last,
+                            F, n,
+                        )  # fmt: skip
+                        tl.store(total + (n + 1) * channels + channel, found)
+                        if term(F, n, "kind") == "depth":
+                            p, _ = _carrier(s, addresses, targets, out, g, o, i, F, n)
+                            points = _points(p, first, last, F) * scale
+                            d_depths += grad[:, None, :] * points[:, :, None]
+        if count(F, "depth") > 0:
+            at = channels // _size(s, "OUT") * (o_begin // get(F, "rows")) + g
+            at = (at.to(tl.int64) * inputs + i + k) * (expand(F) * TAPS)
+            e, tap = ex // power(TAPS), ex % power(TAPS)
+            some = (e < expand(F)) & (tap < TAPS) & (k < first) & (k < last) & in_g
+            value = tl.reshape(d_depths, (get(F, "inputs"), power(expand(F)) * power(TAPS)))
+            tl.store(sums + _offset(s, "PARTS") + at + e * TAPS + tap, value, mask=some)
+
+
+@triton.jit
+def prepare(
+    programs, items, addresses, staging, dtype: tl.constexpr, TAPS: tl.constexpr,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Operands of a product, in its type: a row of ``right``, or of ``left``, which the backward
+    wants ``SCALED``."""
     at = programs + 3 * tl.program_id(0)
-    t = table + tl.load(at).to(tl.int64) * WIDTH
-    _prepare(t, tl.load(at + 1), tl.load(at + 2), dtype, made, BLOCK)
-
-
-@triton.jit
-def combine(
-    table,
-    programs,
-    dtype: tl.constexpr,
-    made: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EXPANDED: tl.constexpr,
-):
-    """After them: one row of the teacher's and of the student's weight."""
-    program = programs + 3 * tl.program_id(0)
-    t = table + tl.load(program).to(tl.int64) * WIDTH
-    row = tl.load(program + 1)
-    n, taps, expand = _int(t, INPUTS), _int(t, TAPS), _int(t, EXPAND)
-    g, o = row // _int(t, OUTPUTS), row % _int(t, OUTPUTS)
-    main_start, main_i, main_x = _line(t, MAIN, g, o)
-    origin = _pointer(t, ORIGIN, dtype) + main_start
-    wide = _pointer(t, WIDE, dtype) + main_start
-    own_start, own_i, own_x, in_own = _own(t, g, o)
-    own = _pointer(t, OWN, dtype) + own_start
-    share, has_share = _pointer(t, SHARE, tl.float32), _there(t, SHARE)
-    product, has_product = _pointer(t, MADE, made), _there(t, MADE)
-    point, depth = _pointer(t, POINT, dtype), _pointer(t, DEPTH, dtype)
-    full_0, has_full_0, s_full_0 = _full(t, 0, row, dtype)
-    full_1, has_full_1, s_full_1 = _full(t, 1, row, dtype)
-    filter_0, taps_0, has_0, s_0 = _filter(t, 0, row, dtype)
-    filter_1, taps_1, has_1, s_1 = _filter(t, 1, row, dtype)
-    s_origin = _scale(t, row, 0, dtype)
-    s_product = _scale(t, row, _int(t, MADE_SCALE), dtype)
-    s_depth = _scale(t, row, _int(t, DEPTH_SCALE), dtype)
-    e = tl.arange(0, EXPANDED)
-    start = 0
-    while start < n:
-        i = start + tl.arange(0, BLOCK)
-        mask = i < n
-        flat = row.to(tl.int64) * n + i
-        to_own, in_i = _cut(t, CUT_I, i)
-        to_own = to_own * own_i
-        shares = tl.load(share + flat, mask=mask & has_share, other=1.0)
-        pairs = mask[:, None] & (e < expand)[None, :]
-        points = tl.load(point + flat[:, None] * expand + e[None, :], mask=pairs, other=0)
-        points = points.to(tl.float32) * s_depth
-        depths = ((g * n + i)[:, None] * expand + e[None, :]) * taps
-        w_0 = tl.load(filter_0 + flat, mask=mask & has_0, other=0).to(tl.float32) * s_0
-        w_1 = tl.load(filter_1 + flat, mask=mask & has_1, other=0).to(tl.float32) * s_1
-        x = 0
-        while x < taps:
-            total = tl.load(origin + i * main_i + x * main_x, mask=mask, other=0)
-            total = total.to(tl.float32) * s_origin
-            at = flat * taps + x
-            value = tl.load(full_0 + at, mask=mask & has_full_0, other=0)
-            total += value.to(tl.float32) * s_full_0
-            value = tl.load(full_1 + at, mask=mask & has_full_1, other=0)
-            total += value.to(tl.float32) * s_full_1
-            total += w_0 * tl.load(taps_0 + x, mask=has_0, other=0)
-            total += w_1 * tl.load(taps_1 + x, mask=has_1, other=0)
-            at = (row.to(tl.int64) * taps + x) * n + i
-            value = tl.load(product + at, mask=mask & has_product, other=0)
-            total += value.to(tl.float32) * s_product
-            value = tl.load(depth + depths + x, mask=pairs, other=0)
-            total += tl.sum(value.to(tl.float32) * points, axis=1)
-            tl.store(wide + i * main_i + x * main_x, (total * shares).to(dtype), mask=mask)
-            tl.store(own + to_own + x * own_x, total.to(dtype), mask=mask & in_i & in_own)
-            x += 1
-        start += BLOCK
-
-
-@triton.jit
-def scatter(
-    table,
-    programs,
-    dtype: tl.constexpr,
-    made: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EXPANDED: tl.constexpr,
-):
-    """Before the products of the backward: from one row of the weights' gradients those of all
-    but products and depthwise kernels, and the row as (taps, in), plain and times its scale."""
-    program = programs + 3 * tl.program_id(0)
-    t = table + tl.load(program).to(tl.int64) * WIDTH
-    row, kind = tl.load(program + 1), tl.load(program + 2)
-    if kind == 0:
-        _scatter(t, row, dtype, made, BLOCK, EXPANDED)
+    m = items + tl.load(at) * ITEM
+    row = tl.load(at + 1)
+    hidden = tl.load(m + item("HIDDEN")).to(tl.int32) // UNIT * UNIT
+    made = staging.dtype.element_ty
+    begin = 0
+    if tl.load(at + 2) == 0:
+        inputs = tl.load(m + item("IN")).to(tl.int32) // UNIT * UNIT
+        source = _pointer(addresses, tl.load(m + item("FACTOR")), dtype, UNIT)
+        source += row.to(tl.int64) * inputs
+        target = staging + tl.load(m + item("RIGHT")) * 16 + row.to(tl.int64) * inputs
+        while begin < inputs:
+            i = begin + tl.arange(0, BLOCK)
+            value = tl.load(source + i, mask=i < inputs, other=0).to(tl.float32)
+            eye = tl.where(tl.load(m + item("EYE")) != 0, row % hidden % inputs, -1)
+            value += tl.where(i == eye, 1.0, 0.0)
+            tl.store(target + i, value.to(made), mask=i < inputs)
+            begin += BLOCK
     else:
-        _prepare(t, row, kind, dtype, made, BLOCK)
+        x = tl.arange(0, power(TAPS))[None, :]
+        h = tl.arange(0, BLOCK // power(TAPS))[:, None]
+        first = row.to(tl.int64) * hidden * TAPS
+        source = _pointer(addresses, tl.load(m + item("CARRIER")), dtype, UNIT) + first
+        target = staging + tl.load(m + item("LEFT")) * 16 + first
+        scale = 1.0
+        if SCALED:
+            scale = _scale_of(m, addresses, row, dtype)
+        while begin < hidden:
+            last = hidden - begin
+            value = _read(
+                source + begin * TAPS, x, x < TAPS, last, last, TAPS, BLOCK // power(TAPS), UNIT
+            )
+            value = (value.to(tl.float32) * scale).to(made)
+            tl.store(target + x * hidden + begin + h, value, mask=(x < TAPS) & (h < last))
+            begin += BLOCK // power(TAPS)
 
 
 @triton.jit
-def _scatter(
-    t, row, dtype: tl.constexpr, made: tl.constexpr, BLOCK: tl.constexpr, EXPANDED: tl.constexpr
-):
-    n, taps, expand = _int(t, INPUTS), _int(t, TAPS), _int(t, EXPAND)
-    g, o = row // _int(t, OUTPUTS), row % _int(t, OUTPUTS)
-    main_start, main_i, main_x = _line(t, MAIN, g, o)
-    origin = _pointer(t, ORIGIN, dtype) + main_start
-    d_origin = _pointer(t, D_ORIGIN, dtype) + main_start
-    wide, has_wide = _pointer(t, WIDE, dtype) + main_start, _there(t, WIDE)
-    own_start, own_i, own_x, in_own = _own(t, g, o)
-    own = _pointer(t, OWN, dtype) + own_start
-    share, has_share = _pointer(t, SHARE, tl.float32), _there(t, SHARE)
-    d_flat, has_flat = _pointer(t, D_FLAT, made), _there(t, D_FLAT)
-    d_scaled, has_scaled = _pointer(t, D_SCALED, made), _there(t, D_SCALED)
-    point, depth = _pointer(t, POINT, dtype), _pointer(t, DEPTH, dtype)
-    d_point = _pointer(t, D_POINT, dtype)
-    full_0, has_full_0, s_full_0 = _full(t, 0, row, dtype)
-    full_1, has_full_1, s_full_1 = _full(t, 1, row, dtype)
-    d_full_0, d_full_1 = _pointer(t, D_FULL, dtype), _pointer(t, D_FULL + 1, dtype)
-    filter_0, taps_0, has_0, s_0 = _filter(t, 0, row, dtype)
-    filter_1, taps_1, has_1, s_1 = _filter(t, 1, row, dtype)
-    d_filter_0, d_filter_1 = _pointer(t, D_FILTER, dtype), _pointer(t, D_FILTER + 1, dtype)
-    s_origin = _scale(t, row, 0, dtype)
-    s_product = _scale(t, row, _int(t, MADE_SCALE), dtype)
-    s_depth = _scale(t, row, _int(t, DEPTH_SCALE), dtype)
-    e = tl.arange(0, EXPANDED)
-    of_origin = tl.zeros((BLOCK,), tl.float32)
-    of_full_0 = tl.zeros((BLOCK,), tl.float32)
-    of_full_1 = tl.zeros((BLOCK,), tl.float32)
-    of_filter_0 = tl.zeros((BLOCK,), tl.float32)
-    of_filter_1 = tl.zeros((BLOCK,), tl.float32)
-    of_depth = tl.zeros((BLOCK,), tl.float32)
-    start = 0
-    while start < n:
-        i = start + tl.arange(0, BLOCK)
-        mask = i < n
-        flat = row.to(tl.int64) * n + i
-        to_own, in_i = _cut(t, CUT_I, i)
-        to_own = to_own * own_i
-        shares = tl.load(share + flat, mask=mask & has_share, other=1.0)
-        pairs = mask[:, None] & (e < expand)[None, :]
-        depths = ((g * n + i)[:, None] * expand + e[None, :]) * taps
-        sum_0 = tl.zeros((BLOCK,), tl.float32)
-        sum_1 = tl.zeros((BLOCK,), tl.float32)
-        sums = tl.zeros((BLOCK, EXPANDED), tl.float32)
-        x = 0
-        while x < taps:
-            main = i * main_i + x * main_x
-            grad = tl.load(wide + main, mask=mask & has_wide, other=0).to(tl.float32) * shares
-            value = tl.load(own + to_own + x * own_x, mask=mask & in_i & in_own, other=0)
-            grad += value.to(tl.float32)
-            value = tl.load(origin + main, mask=mask, other=0)
-            of_origin += grad * value.to(tl.float32)
-            tl.store(d_origin + main, (grad * s_origin).to(dtype), mask=mask)
-            at = flat * taps + x
-            value = tl.load(full_0 + at, mask=mask & has_full_0, other=0)
-            of_full_0 += grad * value.to(tl.float32)
-            tl.store(d_full_0 + at, (grad * s_full_0).to(dtype), mask=mask & has_full_0)
-            value = tl.load(full_1 + at, mask=mask & has_full_1, other=0)
-            of_full_1 += grad * value.to(tl.float32)
-            tl.store(d_full_1 + at, (grad * s_full_1).to(dtype), mask=mask & has_full_1)
-            sum_0 += grad * tl.load(taps_0 + x, mask=has_0, other=0)
-            sum_1 += grad * tl.load(taps_1 + x, mask=has_1, other=0)
-            value = tl.load(depth + depths + x, mask=pairs, other=0)
-            sums += grad[:, None] * value.to(tl.float32)
-            at = (row.to(tl.int64) * taps + x) * n + i
-            tl.store(d_flat + at, grad.to(made), mask=mask & has_flat)
-            tl.store(d_scaled + at, (grad * s_product).to(made), mask=mask & has_scaled)
-            x += 1
-        value = tl.load(filter_0 + flat, mask=mask & has_0, other=0)
-        of_filter_0 += sum_0 * value.to(tl.float32)
-        tl.store(d_filter_0 + flat, (sum_0 * s_0).to(dtype), mask=mask & has_0)
-        value = tl.load(filter_1 + flat, mask=mask & has_1, other=0)
-        of_filter_1 += sum_1 * value.to(tl.float32)
-        tl.store(d_filter_1 + flat, (sum_1 * s_1).to(dtype), mask=mask & has_1)
-        at = flat[:, None] * expand + e[None, :]
-        value = tl.load(point + at, mask=pairs, other=0)
-        of_depth += tl.sum(sums * value.to(tl.float32), axis=1)
-        tl.store(d_point + at, (sums * s_depth).to(dtype), mask=pairs)
-        start += BLOCK
-    _store_sum(t, row, 0, of_origin, _there(t, D_SCALES), dtype)
-    _store_sum(t, row, _int(t, FULL + 1), of_full_0, has_full_0, dtype)
-    _store_sum(t, row, _int(t, FULL + 3), of_full_1, has_full_1, dtype)
-    _store_sum(t, row, _int(t, FILTER + 3), of_filter_0, has_0, dtype)
-    _store_sum(t, row, _int(t, FILTER + 7), of_filter_1, has_1, dtype)
-    _store_sum(t, row, _int(t, DEPTH_SCALE), of_depth, _there(t, POINT), dtype)
+def _scale_of(m, addresses, row, dtype: tl.constexpr):
+    """Of a product's row."""
+    p = tl.load(addresses + tl.load(m + item("SCALES"))).to(tl.pointer_type(dtype))
+    at = tl.load(m + item("SCALE")) * tl.load(m + item("CHANNELS"))
+    return tl.load(p + at + row).to(tl.float32)
 
 
 @triton.jit
 def finish(
-    table,
-    programs,
-    dtype: tl.constexpr,
-    made: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EXPANDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """After them: a row of the gradient of ``left`` (kind 0), or a part of that of a depthwise
-    kernel, summed over ``SPLITS`` rows of the weight (kind 1)."""
-    program = programs + 3 * tl.program_id(0)
-    t = table + tl.load(program).to(tl.int64) * WIDTH
-    index, kind = tl.load(program + 1), tl.load(program + 2)
-    if kind == 0:
-        _finish_left(t, index, dtype, made, BLOCK)
-    else:
-        _finish_depth(t, index, dtype, made, EXPANDED, ROWS, SPLITS)
+    programs, items, addresses, targets, out, staging, dtype: tl.constexpr, TAPS: tl.constexpr,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """After the products of the backward: a row of the gradient of ``left``, and of its scale."""
+    at = programs + 2 * tl.program_id(0)
+    m = items + tl.load(at) * ITEM
+    row = tl.load(at + 1)
+    hidden = tl.load(m + item("HIDDEN")).to(tl.int32) // UNIT * UNIT
+    x = tl.arange(0, power(TAPS))[None, :]
+    h = tl.arange(0, BLOCK // power(TAPS))[:, None]
+    first = row.to(tl.int64) * hidden * TAPS
+    carrier = tl.load(m + item("CARRIER"))
+    left = _pointer(addresses, carrier, dtype, UNIT) + first
+    target = out + tl.load(targets + carrier) * 16 + first
+    moved = staging + tl.load(m + item("MOVED")) * 16 + first
+    scale = _scale_of(m, addresses, row, dtype)
+    total = tl.zeros((BLOCK // power(TAPS), power(TAPS)), tl.float32)
+    begin = 0
+    while begin < hidden:
+        last = hidden - begin
+        some = (x < TAPS) & (h < last)
+        grad = tl.load(moved + x * hidden + begin + h, mask=some, other=0).to(tl.float32)
+        value = _read(
+            left + begin * TAPS, x, x < TAPS, last, last, TAPS, BLOCK // power(TAPS), UNIT
+        )
+        total += grad * value.to(tl.float32)
+        _write(
+            target + begin * TAPS, (grad * scale).to(dtype), x, x < TAPS, last, last, 0, 1, TAPS,
+            BLOCK // power(TAPS), UNIT,
+        )  # fmt: skip
+        begin += BLOCK // power(TAPS)
+    at = tl.load(m + item("SCALE")) * tl.load(m + item("CHANNELS")) + row
+    tl.store(
+        out + tl.load(targets + tl.load(m + item("SCALES"))) * 16 + at, tl.sum(total).to(dtype)
+    )
 
 
 @triton.jit
-def _finish_left(t, row, dtype: tl.constexpr, made: tl.constexpr, BLOCK: tl.constexpr):
-    hidden = _int(t, HIDDEN)
-    total = hidden * _int(t, TAPS)
-    index = _int(t, MADE_SCALE)
-    scale = _scale(t, row, index, dtype)
-    first, step_h, step_x = _steps(t, row)
-    left, d_left = _pointer(t, LEFT, dtype) + first, _pointer(t, D_LEFT, dtype) + first
-    moved = _pointer(t, D_MOVED, made) + row.to(tl.int64) * total
-    sums = tl.zeros((BLOCK,), tl.float32)
-    start = 0
-    while start < total:
-        k = start + tl.arange(0, BLOCK)
-        mask = k < total
-        at = k % hidden * step_h + k // hidden * step_x
-        grad = tl.load(moved + k, mask=mask, other=0).to(tl.float32)
-        sums += grad * tl.load(left + at, mask=mask, other=0).to(tl.float32)
-        tl.store(d_left + at, (grad * scale).to(dtype), mask=mask)
-        start += BLOCK
-    _store_sum(t, row, index, sums, True, dtype)
-
-
-@triton.jit
-def _finish_depth(
-    t,
-    index,
-    dtype: tl.constexpr,
-    made: tl.constexpr,
-    EXPANDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """``index``: of (split, group, block of ``ROWS`` inputs)."""
-    n, taps, expand, outputs = _int(t, INPUTS), _int(t, TAPS), _int(t, EXPAND), _int(t, OUTPUTS)
-    channels = _int(t, CHANNELS)
-    blocks = tl.cdiv(n, ROWS)
-    i = index % blocks * ROWS + tl.arange(0, ROWS)
-    g = index // blocks % (channels // outputs)
-    split = index // blocks // (channels // outputs)
-    e = tl.arange(0, EXPANDED)
-    pairs = (i < n)[:, None] & (e < expand)[None, :]
-    scales = _pointer(t, SCALES, dtype) + _int(t, DEPTH_SCALE) * channels
-    size = (channels // outputs) * n * expand * taps
-    parts = _pointer(t, D_PARTS, tl.float32) + split.to(tl.int64) * size
-    flat, point = _pointer(t, D_FLAT, made), _pointer(t, POINT, dtype)
-    x = 0
-    while x < taps:
-        sums = tl.zeros((ROWS, EXPANDED), tl.float32)
-        o = split * SPLITS
-        while o < tl.minimum(outputs, (split + 1) * SPLITS):
-            row = (g * outputs + o).to(tl.int64)
-            grad = tl.load(flat + (row * taps + x) * n + i, mask=i < n, other=0)
-            grad = grad.to(tl.float32) * tl.load(scales + row).to(tl.float32)
-            at = (row * n + i)[:, None] * expand + e[None, :]
-            sums += grad[:, None] * tl.load(point + at, mask=pairs, other=0).to(tl.float32)
-            o += 1
-        at = ((g * n + i)[:, None] * expand + e[None, :]) * taps + x
-        tl.store(parts + at, sums, mask=pairs)
-        x += 1
-
-
-@triton.jit
-def reduce(table, programs, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    """The parts of depthwise kernels' gradients -> their sum."""
-    program = programs + 3 * tl.program_id(0)
-    t = table + tl.load(program).to(tl.int64) * WIDTH
-    at = tl.load(program + 1) * BLOCK + tl.arange(0, BLOCK)
-    groups = _int(t, CHANNELS) // _int(t, OUTPUTS)
-    size = groups * _int(t, INPUTS) * _int(t, EXPAND) * _int(t, TAPS)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    parts, splits = _pointer(t, D_PARTS, tl.float32) + at, _int(t, SPLIT)
-    split = tl.full([], 0, tl.int64)
-    while split < splits:
-        part = parts + split * size
-        sums += tl.load(part, mask=at < size, other=0)
-        split += 1
-    tl.store(_pointer(t, D_DEPTH, dtype) + at, sums.to(dtype), mask=at < size)
+def reduce(programs, table, targets, source, out, BLOCK: tl.constexpr):
+    """``out[k] = sum over p of source[p * step + k]``; of the table: where a source begins, how
+    many there are, the step between them, the number of the target and where in it, its size."""
+    at = programs + 2 * tl.program_id(0)
+    m = table + tl.load(at) * 6
+    k = tl.load(at + 1) * BLOCK + tl.arange(0, BLOCK)
+    size = tl.load(m + 5)
+    step = tl.load(m + 2)
+    p = source + tl.load(m)
+    total = tl.zeros((BLOCK,), tl.float32)
+    left = tl.load(m + 1)
+    while left > 0:
+        total += tl.load(p + k, mask=k < size, other=0).to(tl.float32)
+        p += step
+        left -= 1
+    target = out + tl.load(targets + tl.load(m + 3)) * 16 + tl.load(m + 4)
+    tl.store(target + k, total.to(out.dtype.element_ty), mask=k < size)
