@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,10 @@ class Branch:
         """Its term, unless its kernel is something else."""
         return self.term(layer) if type(self).kernel is Branch.kernel else None
 
+    def within(self, layer: Layer, most: float) -> Branch:
+        """The same with at most so many hidden channels, if it has any."""
+        return self
+
     def init(self, layer: Layer, draw: torch.Generator) -> dict[str, Tensor]:
         """Fresh parameters: uniform with variance 2 / fan-in (He et al., 2015)."""
         found = {}
@@ -71,6 +75,15 @@ class Branch:
             bound = math.sqrt(6 / math.prod(shape[2:]))
             found[name] = torch.empty(shape).uniform_(-bound, bound, generator=draw)
         return found
+
+
+def fewer(channels: int, most: float) -> int:
+    """A power of two of at most so many, and at least ``LEAST``, if there are as many channels."""
+    return min(channels, max(LEAST, 1 << int(most).bit_length() - 1 if most >= 1 else 0))
+
+
+LEAST = 8
+"""Hidden channels that ``within`` leaves in any case."""
 
 
 # --------------------------------------------------------------------------- the branches
@@ -170,6 +183,10 @@ class Product(_Spatial):
             "second": (layer.groups, layer.outputs, hidden, *layer.kernel),
         }
 
+    def within(self, layer: Layer, most: float) -> Branch:
+        hidden = self.shapes(layer)["first"][1]
+        return replace(self, hidden=fewer(hidden, most)) if most < hidden else self
+
     def init(self, layer: Layer, draw: torch.Generator) -> dict[str, Tensor]:
         return super().init(layer, draw) | {"first": torch.zeros(self.shapes(layer)["first"])}
 
@@ -233,6 +250,10 @@ class LowRank(Branch):
             "down": (layer.groups, rank, layer.inputs),
             "up": (layer.groups, layer.outputs, rank),
         }
+
+    def within(self, layer: Layer, most: float) -> Branch:
+        rank = self.shapes(layer)["down"][1]
+        return replace(self, rank=fewer(rank, most)) if most < rank else self
 
     def term(self, layer: Layer) -> Term:
         return Term("up", "goh", "down", "ghi")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import InputError
@@ -31,8 +32,8 @@ class BranchSet:
     branches: tuple[Branch, ...]
     live: float = 1.0
 
-    def on(self, layer: Layer) -> BranchSet:
-        """Those that fit a layer."""
+    def on(self, layer: Layer, positions: float = math.inf) -> BranchSet:
+        """Those that fit a layer. ``positions``: how many a sample has that it computes."""
         fitting = tuple(b for b in self.branches if b.fits(layer))
         return BranchSet(self.name, fitting, self.live if fitting else 1.0)
 
@@ -76,18 +77,26 @@ SETS = {
 
 
 NONE = BranchSet("none", ())
+PART, BATCH = 1 / 8, 64
+"""What a product may cost of its layer, and at which batch."""
 
 
 @dataclass(frozen=True)
 class Auto(BranchSet):
     """The default: the paper's set where a kernel has more than one element, a low-rank branch
-    on linear layers and 1x1 convolutions, for which the paper's branches are plain copies."""
+    on linear layers and 1x1 convolutions, for which the paper's branches are plain copies.
+
+    A product is folded once a step, whatever the batch, and takes hidden times as many
+    multiply-adds as the weight has elements; the layer takes batch times positions as many. So
+    products are as narrow as keeps them to ``PART`` of their layer at a batch of ``BATCH``."""
 
     name: str = "auto"
     branches: tuple[Branch, ...] = ()
 
-    def on(self, layer: Layer) -> BranchSet:
-        return SETS["orepa" if layer.spatial else "lowrank"].on(layer)
+    def on(self, layer: Layer, positions: float = math.inf) -> BranchSet:
+        chosen = SETS["orepa" if layer.spatial else "lowrank"].on(layer)
+        most = PART * BATCH * positions
+        return replace(chosen, branches=tuple(b.within(layer, most) for b in chosen.branches))
 
 
 def branch_set(what: str, given: Any) -> BranchSet:

@@ -118,11 +118,13 @@ class Capture:
 class Branching:
     """``branches``: weight -> its branch set, by name; ``unbranched``: weights that got none of
     those asked for -> why; ``unfused``: weights whose branches no kernel folds on a GPU, where
-    plain torch does -> why; ``scales``: of the branches."""
+    plain torch does -> why; ``hidden``: weights whose product branches are narrower than the
+    paper's -> their hidden channels; ``scales``: of the branches."""
 
     branches: dict[str, str]
     unbranched: dict[str, str]
     unfused: dict[str, str]
+    hidden: dict[str, int]
     scales: str
 
 
@@ -251,6 +253,14 @@ class Report(Footprint, Branching, Capture, Widening):
         counts = Counter(self.branches.values())
         text = ", ".join(f"{name} on {n}" for name, n in counts.items()) or "none"
         text += f"; {len(self.unbranched)} weights got none" if self.unbranched else ""
+        if self.hidden:
+            least, most = min(self.hidden.values()), max(self.hidden.values())
+            text += (
+                f"; products have {least} hidden channels"
+                if least == most
+                else (f"; products have {least} to {most} hidden channels")
+            )
+            text += ", to cost no more than an eighth of their layers at batch 64"
         if self.unfused:
             text += f"; {len(self.unfused)} fold in plain torch on a GPU, too"
         return text
@@ -403,6 +413,13 @@ def _branching(widened: Widened, scales: str) -> Branching:
         branches={one.weight: one.chosen.name for one in widened.branched},
         unbranched=widened.unbranched,
         unfused=widened.unlowered | {name: why for name, why in fused.items() if why},
+        hidden={
+            one.weight: hidden
+            for one in widened.branched
+            if one.chosen.name != "own"
+            for b in one.chosen.branches
+            if (hidden := getattr(b, "hidden", None) or getattr(b, "rank", None))
+        },
         scales=scales,
     )
 
