@@ -2,7 +2,6 @@
 
     python -m benchmarks.kernels          # benchmarks/results/kernels.csv, some minutes
     python -m benchmarks.kernels host     # benchmarks/results/kernels_host.csv
-    python -m benchmarks.kernels bytes    # benchmarks/results/kernels_bytes.csv
 
 Without an argument, kernels are compiled for GPUs that need not be there: one row for each form,
 kernel, architecture and type, with registers of a thread, bytes of shared memory and of stack,
@@ -10,10 +9,7 @@ instructions that spill (load from and store to local memory), loads and stores 
 
 ``host``: milliseconds of a fold of ResNet-50 x2 with the default branches, forward and backward,
 while nothing is launched: kernels and matrix products are counted and not called. ``launcher``:
-without the node of autograd. Each against as many calls of an empty function.
-
-``bytes``: what the elementwise part of a fold moves, counted from its tables, against the least:
-each operand read once, each result written once.
+without the ``node`` of autograd. ``empty``: as many calls of an empty function.
 
 ``TRITON_INTERPRET`` must not be set.
 """
@@ -37,10 +33,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import gpdfx
 from benchmarks.tables import RESULTS, Table, command_line
 from benchmarks.timing import Call, machine, paired, quantiles
-from gpdfx import models
+from gpdfx import Teacher, expand, models
 from gpdfx.branches.layer import Layer
 from gpdfx.branches.sets import NONE, SETS
 from gpdfx.kernels.fold import Cut, Share, Site, function, launch, op
@@ -177,10 +172,10 @@ def code_rows(architectures: list[int], brief: bool) -> Iterator[dict[str, Any]]
 
 
 # --------------------------------------------------------------------------- the host
-def resnet(network: str, branches: Any) -> gpdfx.Teacher:
+def resnet(network: str, branches: Any) -> Teacher:
     model = models.load(network, classes=1000, shape=(3, 64, 64))
     example = (torch.randn(2, 3, 64, 64),)
-    return gpdfx.expand(model, 2, example_inputs=example, branches=branches, verify=False)
+    return expand(model, 2, example_inputs=example, branches=branches, verify=False)
 
 
 class _Rest(torch.autograd.Function):
@@ -254,7 +249,6 @@ def host_rows(network: str, branches: Any, pairs: int) -> Iterator[dict[str, Any
             }
 
 
-# --------------------------------------------------------------------------- bytes
 def main() -> None:
     parser = command_line("kernels", __doc__)
     parser.add_argument("what", nargs="?", choices=("code", "host"), default="code")

@@ -38,8 +38,8 @@ from .site import (
 )
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-TILE, DEPTH_TILE, ROWS, DEPTH_ROWS, BLOCK = 1024, 512, 8, 64, 1024
-"""Elements of a tile, of one with a depthwise kernel; rows of a program; elements elsewhere."""
+TILE, DEPTH_TILE, ROWS, DEPTH_ROWS, BLOCK = 2048, 512, 8, 64, 1024
+"""Bytes of a tile, elements of one with a depthwise kernel; rows of a program; elements elsewhere."""
 UNIT = 8
 """Elements that rows begin at multiples of where they are read 16 bytes a thread."""
 
@@ -83,10 +83,11 @@ class Form:
 
     @property
     def warps(self) -> int:
-        """Of a program: eight elements of a tile a thread, or 32 of a tile of depthwise kernels."""
+        """Of a program: 16 bytes of a tile a thread, or 32 elements of depthwise kernels."""
         deep = max((power(part.width) for part in self.terms if part.kind == "depth"), default=0)
         elements = self.inputs * power(self.taps)
-        return max(1, min(8, elements * deep // 1024 if deep else elements // 256))
+        plain = elements * self.dtype.primitive_bitwidth // 4096
+        return max(1, min(4, elements * deep // 1024 if deep else plain))
 
 
 def parts_of(site: Site, tensors: Sequence[Tensor]) -> Iterator[Part]:
@@ -126,7 +127,7 @@ class Layout:
         depth = next((part for part in self.parts if part.kind == "depth"), None)
         outer, wide, inputs = self.blocks[2]
         unit = UNIT if aligned and not any(n % UNIT for n in (layer.inputs, wide, inputs)) else 1
-        tile = (DEPTH_TILE if depth else TILE) // power(layer.taps)
+        tile = (DEPTH_TILE if depth else TILE // own[0].itemsize) // power(layer.taps)
         floating = site.share is not None and own[site.first - 2].is_floating_point()
         self.form = Form(
             taps=layer.taps,

@@ -167,15 +167,16 @@ def _put(p, value, step_i, step_x, first, last, F: tl.constexpr):
 def _begin(s, OWN: tl.constexpr, g, o, i, F: tl.constexpr):
     """Where a tile of the teacher's weight or of the student's begins, its steps along inputs and
     taps."""
-    if get(F, "order") == "any":
-        start = g * tl.load(s + column(OWN + "STEP_G")) + o * tl.load(s + column(OWN + "STEP_O"))
-        step = tl.load(s + column(OWN + "STEP_I"))
-        return start + i * step, step, tl.load(s + column(OWN + "STEP_X"))
     inputs = _size(s, OWN + "IN", get(F, "unit"))
     row = (g * _size(s, OWN + "OUT") + o).to(tl.int64) * inputs * get(F, "taps")
     if get(F, "order") == "xi":
         return row + i, 1, inputs
-    return row + i * get(F, "taps"), get(F, "taps"), 1
+    elif get(F, "order") == "ix":
+        return row + i * get(F, "taps"), get(F, "taps"), 1
+    else:
+        start = g * tl.load(s + column(OWN + "STEP_G")) + o * tl.load(s + column(OWN + "STEP_O"))
+        step = tl.load(s + column(OWN + "STEP_I"))
+        return start + i * step, step, tl.load(s + column(OWN + "STEP_X"))
 
 
 @triton.jit
