@@ -129,7 +129,8 @@ def build(
         },
     )
     target = GPUTarget("cuda", arch, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    options = {"num_warps": warps, "maxnreg": launch.REGISTERS}
+    return triton.compile(source, target=target, options=options)
 
 
 def inspect(compiled: Any) -> dict[str, int]:

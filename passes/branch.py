@@ -70,7 +70,7 @@ def _branched(program: Widened, uses: Uses, name: str, chosen: BranchSet) -> Bra
     layer = layer_of(program, uses, name)
     if isinstance(layer, str):
         return layer
-    chosen = chosen.on(layer, positions(program, name))
+    chosen = chosen.on(layer, positions(program, uses, name))
     if layer.layout == "matrix":  # a plain product has no place for what these add
         chosen = replace(chosen, branches=tuple(b for b in chosen.branches if not b.norm))
     if not chosen.branches:
@@ -115,22 +115,19 @@ def layer_of(program: Widened, uses: Uses, name: str) -> Layer | str:
     return layer if prod(layer.shape) else "it is empty"
 
 
-def positions(program: Widened, name: str) -> float:
+def positions(program: Widened, uses: Uses, name: str) -> float:
     """How many a sample of the example has that the layers of a weight compute, in the mode with
     most of them: pixels of the output, or of a transposed convolution's input; tokens."""
-    found = [0.0]
-    for mode in program.modes.values():
-        batch = next((x.shape[0] for x in mode.site.tensors if x.ndim), 1)
-        uses = [u for n in mode.nodes if n.op == "get_attr" and n.target == name for u in n.users]
-        total = 0
-        for user in (user for user in uses if user.target in LAYERS):
-            layout, weight, _ = LAYERS[user.target]
-            source = bind(user)["input"] if layout == "transposed" else user
-            sizes = [size_hint(n) for n in shape(source)]
-            kernel = len(shape(bind(user)[weight])) - 2
-            total += prod(sizes) // max(1, sizes[-1 - kernel])
-        found.append(total / max(batch, 1))
-    return max(found)
+    found: dict[fx.Graph, int] = defaultdict(int)
+    for node, user in uses[name]:
+        source = bind(user)["input"] if LAYERS[user.target][0] == "transposed" else user
+        sizes = [size_hint(n) for n in shape(source)]
+        found[node.graph] += prod(sizes) // max(1, sizes[1 - len(shape(node))])
+    batch = {
+        mode.graph: next((x.shape[0] for x in mode.site.tensors if x.ndim), 1)
+        for mode in program.modes.values()
+    }
+    return max(total / max(1, batch[graph]) for graph, total in found.items())
 
 
 def _bias(program: Widened, uses: Uses, name: str) -> str | None:

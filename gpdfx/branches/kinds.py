@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class Branch:
 
     norm: bool = field(default=False, kw_only=True)
     live: float = field(default=1.0, kw_only=True)
+    carrier: ClassVar[str] = "weight"
+    """Without a term: a parameter that the kernel is linear in, and that no other op scales."""
 
     def fits(self, layer: Layer) -> bool:
         """True if this branch adds something to such a layer."""

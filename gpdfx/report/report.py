@@ -255,12 +255,8 @@ class Report(Footprint, Branching, Capture, Widening):
         text += f"; {len(self.unbranched)} weights got none" if self.unbranched else ""
         if self.hidden:
             least, most = min(self.hidden.values()), max(self.hidden.values())
-            text += (
-                f"; products have {least} hidden channels"
-                if least == most
-                else (f"; products have {least} to {most} hidden channels")
-            )
-            text += ", to cost no more than an eighth of their layers at batch 64"
+            text += f"; products have {least}" + (f" to {most}" if most > least else "")
+            text += " hidden channels, to cost no more than an eighth of their layers at batch 64"
         if self.unfused:
             text += f"; {len(self.unfused)} fold in plain torch on a GPU, too"
         return text

@@ -93,6 +93,7 @@ def _copies(teacher: Teacher) -> dict[str, int]:
     for fold in teacher.folds():
         one = fold.branched
         for name, branch in one.chosen.named().items():
-            if (term := branch.term(one.layer)) and term.carrier and not branch.norm:
-                found[f"{PREFIX}.{one.weight}.{name}.{term.carrier}"] = found.get(one.weight, 1)
+            carrier = (branch.fused(one.layer) or branch).carrier
+            if carrier and not branch.norm:
+                found[f"{PREFIX}.{one.weight}.{name}.{carrier}"] = found.get(one.weight, 1)
     return found

@@ -92,9 +92,8 @@ class Teacher(nn.Module):
             if any(m.wide for m in program.maps[name]):
                 self._means[name] = Mean(program.maps[name], program.uses.get(name))
                 add_module(self, f"_extraction.{name}", self._means[name])
-        fused = program.lowered
-        singles = [path for name, path in self._folds.items() if name not in fused]
-        self._folding = Folding(net, fused, singles)
+        singles = [path for name, path in self._folds.items() if name not in program.lowered]
+        self._folding = Folding(net, program.lowered, singles)
         self._begin_parts()
         self._enter(self._modes.mode or TRAIN)
         self._report = describe(self) if describe else None

@@ -8,13 +8,14 @@ tensors with those of the call before, uploads those of incoming gradients, and 
 from __future__ import annotations
 
 import math
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from .site import (
     load,
     regions,
     room,
+    rounded,
     sites_of,
     tensors_like,
     viewed,
@@ -39,7 +41,10 @@ from .site import (
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 TILE, DEPTH_TILE, ROWS, DEPTH_ROWS, BLOCK = 2048, 512, 8, 64, 1024
-"""Bytes of a tile, elements of one with a depthwise kernel; rows of a program; elements elsewhere."""
+"""Bytes of a tile, elements of one with a depthwise kernel; rows of a program; elements of other
+blocks."""
+REGISTERS = 255
+"""Of a thread, all that there are: left alone, the assembler spills to fit more programs."""
 UNIT = 8
 """Elements that rows begin at multiples of where they are read 16 bytes a thread."""
 
@@ -84,10 +89,11 @@ class Form:
     @property
     def warps(self) -> int:
         """Of a program: 16 bytes of a tile a thread, or 32 elements of depthwise kernels."""
-        deep = max((power(part.width) for part in self.terms if part.kind == "depth"), default=0)
-        elements = self.inputs * power(self.taps)
+        deep = max((k.power(part.width) for part in self.terms if part.kind == "depth"), default=0)
+        elements = self.inputs * k.power(self.taps)
         plain = elements * self.dtype.primitive_bitwidth // 4096
-        return max(1, min(4, elements * deep // 1024 if deep else plain))
+        found: int = max(1, min(4, elements * deep // 1024 if deep else plain))
+        return found
 
 
 def parts_of(site: Site, tensors: Sequence[Tensor]) -> Iterator[Part]:
@@ -101,11 +107,6 @@ def parts_of(site: Site, tensors: Sequence[Tensor]) -> Iterator[Part]:
         factor = at + 1 if term.factor else -1
         yield Part(kind, at, factor, width, start, step, size, term.gain)
         at += len(term.names)
-
-
-def power(n: int) -> int:
-    """The least power of two that is not smaller."""
-    return 1 << (n - 1).bit_length()
 
 
 class Layout:
@@ -127,7 +128,7 @@ class Layout:
         depth = next((part for part in self.parts if part.kind == "depth"), None)
         outer, wide, inputs = self.blocks[2]
         unit = UNIT if aligned and not any(n % UNIT for n in (layer.inputs, wide, inputs)) else 1
-        tile = (DEPTH_TILE if depth else TILE // own[0].itemsize) // power(layer.taps)
+        tile = (DEPTH_TILE if depth else TILE // own[0].itemsize) // k.power(layer.taps)
         floating = site.share is not None and own[site.first - 2].is_floating_point()
         self.form = Form(
             taps=layer.taps,
@@ -141,8 +142,8 @@ class Layout:
             student=("mean" if site.mean else "first") if student else "",
             copies=tuple(-(-wide // narrow) for _, wide, narrow in self.blocks),
             unit=unit,
-            rows=min(DEPTH_ROWS if depth else ROWS, power(narrow.outputs)),
-            inputs=max(unit, min(tile, power(inputs))),
+            rows=min(DEPTH_ROWS if depth else ROWS, k.power(narrow.outputs)),
+            inputs=max(unit, min(tile, k.power(inputs))),
         )
         self.tiles = outer * -(-inputs // self.form.inputs)
         self.row_blocks = -(-narrow.outputs // self.form.rows)
@@ -190,11 +191,7 @@ class Table:
     def on(self, device: torch.device) -> tuple[int, Tensor, Tensor]:
         """How many programs, these, and the rows."""
         programs = np.concatenate(self.programs)
-        numbers = torch.tensor(self.rows, dtype=torch.int64)
-        return len(programs), torch.from_numpy(programs).int().to(device), numbers.to(device)
-
-
-Tables = dict[Any, tuple[int, Tensor, Tensor]]
+        return len(programs), upload(programs, device, torch.int32), upload(self.rows, device)
 
 
 class Plan:
@@ -221,11 +218,11 @@ class Plan:
         trained = [trains for site in sites for trains in site.differentiable()]
         self.weights = weights_like(list(zip(sites, owned, strict=True)), teacher, student)
         self.size, self.views = regions(self.weights)
-        self.orders = [() if view is None else view[1] for view in self.views]
+        self.orders = [view and view[1] for view in self.views]
         self.d_size, self.d_views = regions(
             like if trains else None for like, trains in zip(likes, trained, strict=True)
         )
-        self.staged = self.summed = 0
+        self.staging, self.sums = Scratch(made), Scratch(torch.float32)
         self.jobs: list[tuple[int, ...]] = []
         tables: dict[str, dict[Any, Table]] = defaultdict(lambda: defaultdict(Table))
         self._layers(owned, self._products(tables, aligned), tables)
@@ -236,32 +233,18 @@ class Plan:
         self.forms, self.items, self.rows, self.reduced = (
             on.get(name, {}) for name in ("forms", "items", "rows", "reduced")
         )
-        self.staging = Scratch(self.staged, made, self.device)
-        self.sums = Scratch(self.summed, torch.float32, self.device)
+        for scratch in (self.staging, self.sums):
+            scratch.make(self.device)
         self.matrices = [self._matrices(*job) for job in self.jobs]
         for scratch in (self.staging, self.sums):
             scratch.storage.resize_(0)
-        self.held: dict[int, Results] = {}
         targets = [view[2] // REGION if view else 0 for view in self.d_views]
-        self.targets = torch.tensor(targets).to(self.device)
-        self.addresses: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        self.targets = upload(targets, self.device)
 
     def _matrices(self, batch: int, m: int, h: int, n: int, *begins: int) -> list[Tensor]:
         """Left, right, product or gradient, gradient of the left one and of the right one."""
         shapes = (m, h), (h, n), (m, n), (m, h), (h, n)
         return [self.staging.matrix(a, batch, *b) for a, b in zip(begins, shapes, strict=True)]
-
-    def _stage(self, elements: int) -> int:
-        """Where a region of operands and results of products begins."""
-        start = self.staged
-        self.staged += -(-elements // REGION) * REGION
-        return start
-
-    def _sum(self, elements: int) -> int:
-        """Where one of sums begins."""
-        start = self.summed
-        self.summed += -(-elements // REGION) * REGION
-        return start
 
     def _products(self, tables: Any, aligned: bool) -> dict[int, int]:
         """Products of equal sizes are one batch, if all begin where regions may. By layer: where
@@ -277,7 +260,7 @@ class Plan:
         for (m, hidden, inputs, *_), members in found.items():
             batch = sum(self.layers[n].site.layer.groups for n in members)
             sizes = m * hidden, hidden * inputs, m * inputs, m * hidden, hidden * inputs
-            begins = [self._stage(batch * size) for size in sizes]
+            begins = [self.staging.take(batch * size) for size in sizes]
             self.jobs.append((batch, m, hidden, inputs, *begins))
             done = 0
             for n in members:
@@ -311,8 +294,8 @@ class Plan:
         index: list[Tensor] = []
         for n, (one, own) in enumerate(zip(self.layers, owned, strict=True)):
             layer, first, several = one.site.layer, self.firsts[n], len(one.parts) + 1
-            sums = self._sum(one.lines * several * layer.channels)
-            depths = self._sum(one.depths * one.row_blocks)
+            sums = self.sums.take(one.lines * several * layer.channels)
+            depths = self.sums.take(one.depths * one.row_blocks)
             row = [first, n, layer.channels, layer.outputs, layer.inputs, one.narrow.outputs]
             row += [
                 one.narrow.inputs,
@@ -347,21 +330,6 @@ class Plan:
         self.index = torch.cat(index)
 
     # ---- calls
-    def results(self, backward: bool = False) -> Results:
-        """Where weights or gradients go. What nobody holds any more is used again, or given back
-        until it is wanted."""
-        if not backward and 1 in self.held and not self.held[1].busy:
-            self.held[1].storage.resize_(0)
-        found = self.held.get(backward)
-        if found is None or found.busy or capturing(self.device):
-            size, views = (self.d_size, self.d_views) if backward else (self.size, self.views)
-            found = Results(size, views, self.dtype, self.device)
-            if not capturing(self.device):
-                self.held[backward] = found
-        if not found.storage.nbytes():
-            found.storage.resize_(found.bytes)
-        return found
-
     def run(self, grads: Sequence[Tensor | None] | None, addresses: Tensor, out: Tensor) -> None:
         """Forward, or with gradients backward."""
         if grads is None:
@@ -413,7 +381,7 @@ class Plan:
 
 def launch(kernel: Any, count: int, *tensors: Tensor, **constants: Any) -> None:
     """So many programs of a kernel."""
-    kernel[(count,)](*tensors, **constants)
+    kernel[(count,)](*tensors, **constants, maxnreg=REGISTERS)
 
 
 def multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
@@ -422,7 +390,7 @@ def multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
 
 
 # --------------------------------------------------------------------------- addresses
-KEPT: list[Tensor] = []
+KEPT: list[Any] = []
 """What a CUDA graph reads whenever it is replayed, as long as the process."""
 
 
@@ -431,10 +399,10 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def upload(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """A graph under capture owns what is made meanwhile, and copies again at every replay: the
-    host's memory stays."""
-    host = torch.tensor(numbers, dtype=torch.int64)
+def upload(numbers: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers on the device. A graph under capture copies again at every replay: the host's memory
+    stays."""
+    host = torch.as_tensor(numbers, dtype=dtype)
     if capturing(device):
         host = host.pin_memory()
         KEPT.append(host)
@@ -466,19 +434,29 @@ class Results:
 
 
 class Scratch:
-    """Memory for the time of a call, and matrices in it that are made once: it is the storage that
-    comes and goes."""
+    """Memory for the time of a call, in regions, and matrices in it that are made once: it is the
+    storage that comes and goes."""
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.flat = torch.empty(size, dtype=dtype, device=device)
-        self.storage, self.bytes = self.flat.untyped_storage(), size * dtype.itemsize
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.size = dtype, 0
+
+    def take(self, elements: int) -> int:
+        """Where a new region begins."""
+        start = self.size
+        self.size += rounded(elements)
+        return start
+
+    def make(self, device: torch.device) -> None:
+        """When all regions are known."""
+        self.flat = torch.empty(self.size, dtype=self.dtype, device=device)
+        self.storage = self.flat.untyped_storage()
 
     def matrix(self, start: int, batch: int, rows: int, columns: int) -> Tensor:
         """One of (batch, rows, columns)."""
         return self.flat.as_strided((batch, rows, columns), (rows * columns, columns, 1), start)
 
     def __enter__(self) -> Tensor:
-        self.storage.resize_(self.bytes)
+        self.storage.resize_(self.size * self.dtype.itemsize)
         return self.flat
 
     def __exit__(self, *error: object) -> None:
@@ -490,53 +468,96 @@ def copied(x: Tensor, like: Tensor) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
-class Call(NamedTuple):
-    """A plan, the addresses of tensors on the device, and what has to live until the launch."""
+class Call:
+    """A plan with the tensors of a call: their ``addresses`` on the device, and where its results
+    go. ``held``: what has to live until the launch."""
 
-    plan: Plan
-    addresses: Tensor
-    held: Sequence[Tensor] = ()
+    def __init__(self, plan: Plan, addresses: Tensor, held: Sequence[Tensor]) -> None:
+        self.plan, self.addresses, self.held = plan, addresses, held
+        self.made: dict[bool, Results] = {}
+
+    def results(self, backward: bool) -> Results:
+        """Where weights or gradients go. What nobody holds any more is used again; memory of
+        gradients is given back until they are wanted."""
+        plan, gradients = self.plan, self.made.get(True)
+        if not backward and gradients is not None and not gradients.busy:
+            gradients.storage.resize_(0)
+        found = self.made.get(backward)
+        if found is None or found.busy or capturing(plan.device):
+            size, views = (plan.d_size, plan.d_views) if backward else (plan.size, plan.views)
+            found = Results(size, views, plan.dtype, plan.device)
+            if not capturing(plan.device):
+                self.made[backward] = found
+        if not found.storage.nbytes():
+            found.storage.resize_(found.bytes)
+        return found
 
 
 PLANS: OrderedDict[Any, Plan | None] = OrderedDict()
+"""By all that a plan depends on; none if kernels cannot read tensors of these types."""
+CALLS: dict[Any, Call] = {}
+"""By fold and addresses, as long as the storage of the first tensor."""
 LAST: dict[Any, tuple[list[int], list[tuple[int, ...]], Call]] = {}
-"""By fold: addresses and strides of the last call, with what they led to."""
+"""By fold: addresses and strides of the last call of ``CALLS``."""
 
 
 def prepared(
     tensors: Sequence[Tensor], key: str, teacher: bool, student: bool, made: torch.dtype
 ) -> Call | None:
-    """None if kernels cannot read tensors of these types."""
+    """None if kernels cannot read tensors of these types. What is made while a CUDA graph is
+    captured is the graph's, which makes it again at every replay: nothing of it stays but in
+    ``KEPT``, where everything stays that the graph reads."""
     origin = tensors[0]
     name = key, teacher, student, made, origin.dtype, origin.device
     pointers, strides = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))
     last = LAST.get(name)
     if last is not None and last[0] == pointers and last[1] == strides:
-        return last[2]
+        return kept(last[2])
     aligned = not any(pointer % 16 for pointer in pointers)
-    full = *name, tuple(strides), aligned
-    if full not in PLANS or capturing(origin.device):
-        mixed = any(t.is_floating_point() and t.dtype != origin.dtype for t in tensors)
+    whole = *name, tuple(strides), tuple(pointers)
+    call = CALLS.get(whole)
+    if call is None:
         make = partial(Plan, sites_of(key), tensors, teacher, student, made, aligned)
-        good = origin.dtype in TYPES and not mixed
-        PLANS[full] = beside(origin.device, make) if good else None
+        plan = planned((*name, tuple(strides), aligned), tensors, make)
+        if plan is None:
+            return None
+        held = {n: copied(tensors[n], like) for n, like in plan.copied.items()}
+        read = [held[n].data_ptr() if n in held else p for n, p in enumerate(pointers)]
+        addresses = beside(origin.device, partial(upload, read, origin.device))
+        call = Call(plan, addresses, list(held.values()))
+        if held or capturing(origin.device):
+            return kept(call)
+        CALLS[whole] = call
+        weakref.finalize(origin.untyped_storage(), forget, whole, name)
+    LAST[name] = pointers, strides, call
+    return kept(call)
+
+
+def planned(full: Any, tensors: Sequence[Tensor], make: Callable[[], Plan]) -> Plan | None:
+    """One of ``PLANS``, or a new one."""
+    if full in PLANS:
+        return PLANS[full]
+    origin = tensors[0]
+    mixed = any(t.is_floating_point() and t.dtype != origin.dtype for t in tensors)
+    plan = None if mixed or origin.dtype not in TYPES else beside(origin.device, make)
+    if not capturing(origin.device):
+        PLANS[full] = plan
         while len(PLANS) > 64:
             PLANS.popitem(last=False)
-    plan = PLANS[full]
-    if plan is None:
-        return None
-    held = {n: copied(tensors[n], like) for n, like in plan.copied.items()}
-    for n, x in held.items():
-        pointers[n] = x.data_ptr()
-    addresses = plan.addresses.get(tuple(pointers))
-    if addresses is None:
-        addresses = beside(origin.device, partial(upload, pointers, origin.device))
-        plan.addresses[tuple(pointers)] = addresses
-        while len(plan.addresses) > 16:
-            plan.addresses.popitem(last=False)
-    call = Call(plan, addresses, list(held.values()))
-    if not held:
-        LAST[name] = pointers, strides, call
+    return plan
+
+
+def forget(whole: Any, name: Any) -> None:
+    """A call whose tensors are no more."""
+    call = CALLS.pop(whole, None)
+    if name in LAST and LAST[name][2] is call:
+        del LAST[name]
+
+
+def kept(call: Call) -> Call:
+    """A call that a graph under capture reads stays."""
+    if capturing(call.plan.device) and call not in KEPT:
+        KEPT.append(call)
     return call
 
 

@@ -108,40 +108,31 @@ def back_plainly(
 
 
 # --------------------------------------------------------------------------- by kernels
-def run(grads: Any, *given: Any) -> list[Tensor | None]:
-    """What ``fold_plainly`` makes, or from gradients ``back_plainly``, each result by itself."""
+def run(grads: Any, *given: Any, flat: bool = False) -> Any:
+    """What ``fold_plainly`` makes, or from gradients ``back_plainly``: each result by itself, or in
+    one ``flat`` tensor that nobody else has."""
     from . import launch
 
     (tensors, key, teacher, student, half), backward = given, grads is not None
-    rest = key, teacher, student
-    call = launch.prepared(tensors, *rest, half or tensors[0].dtype)
-    if call is None:
-        flat = back_plainly(grads, *given) if backward else fold_plainly(*given)
-        return viewed(flat, layout_of(tensors, *rest)[backward][1])
-    results = call.plan.results(backward)
-    call.plan.run(grads, call.addresses, results.flat)
-    return results.aliases()
-
-
-def run_flat(grads: Any, *given: Any) -> Tensor:
-    """The same, in one flat tensor that nobody else has."""
-    from . import launch
-
-    (tensors, key, teacher, student, half), backward = given, grads is not None
-    rest = key, teacher, student
-    call = launch.prepared(tensors, *rest, half or tensors[0].dtype)
-    if call is None:
-        return back_plainly(grads, *given) if backward else fold_plainly(*given)
-    out: Tensor = tensors[0].new_empty(layout_of(tensors, *rest)[backward][0])
-    call.plan.run(grads, call.addresses, out)
-    return out
+    call = launch.prepared(tensors, key, teacher, student, half or tensors[0].dtype)
+    if call is not None and not flat:
+        results = call.results(backward)
+        call.plan.run(grads, call.addresses, results.flat)
+        return results.aliases()
+    size, views = layout_of(tensors, key, teacher, student)[backward]
+    if call is not None:
+        out = tensors[0].new_empty(size)
+        call.plan.run(grads, call.addresses, out)
+    else:
+        out = back_plainly(grads, *given) if backward else fold_plainly(*given)
+    return out if flat else viewed(out, views)
 
 
 # --------------------------------------------------------------------------- operators
 def operator(name: str, plainly: Any, by_kernels: Any, which: int) -> Any:
     """Of PyTorch."""
     op = torch.library.custom_op(name, plainly, mutates_args=(), device_types=("cpu",))
-    op.register_kernel("cuda")(by_kernels)
+    op.register_kernel("cuda")(partial(by_kernels, flat=True))
 
     def like(*given: Any) -> Any:
         tensors, key, teacher, student, _ = given[-5:]
@@ -151,5 +142,5 @@ def operator(name: str, plainly: Any, by_kernels: Any, which: int) -> Any:
     return op
 
 
-fold_op = operator("gpdfx::fold", fold_plainly, partial(run_flat, None), 0)
-backward_op = operator("gpdfx::fold_backward", back_plainly, run_flat, 1)
+fold_op = operator("gpdfx::fold", fold_plainly, partial(run, None), 0)
+backward_op = operator("gpdfx::fold_backward", back_plainly, run, 1)

@@ -75,7 +75,8 @@ def backward(
     found = [t.new_empty(t.shape) if trains else None for t, trains in rest]
     targets = _paired(site, found)
     for _, d_factor in targets:
-        _ = None if d_factor is None else d_factor.zero_()
+        if d_factor is not None:
+            d_factor.zero_()
     for rows, mine, copy, count in _blocks(site):
         grad = load(layer, d_origin)[:, rows]
         if teacher is None:
@@ -108,11 +109,9 @@ def plain(site: Site, tensors: Tensors, teacher: bool, student: bool) -> Weights
         total = total + kernel.reshape(total.shape).to(total) * scale
     wide = own = None
     if teacher:
-        wide, how = store(layer, total), site.share
-        if how is not None:
-            table, classes = tensors[site.first - 2 : site.first]
-            split = list(how.split) if how.split else None
-            wide = copies.share(wide, table, classes, how.at, how.dim, split)
+        wide = store(layer, total)
+        if site.share is not None:
+            wide = _shared(site, wide, *tensors[site.first - 2 : site.first])
     if student and (site.distinct or not teacher):
         shares = _share_matrix(site, tensors) if site.mean else None
         own = store(site.narrow, _merged(site, total, shares, slice(0, layer.outputs)))
@@ -147,11 +146,9 @@ def _back(
         moved = torch.einsum(f"{letters},{term.others}->{term.letters}", given, own)
     else:
         moved = part if letters == "goix" else part.sum(3)
-    carrier, size = (
-        carrier[:, rows],
-        scale.view(*scale.shape[:2], *[1] * (moved.ndim - 2)) * term.gain,
-    )
     assert d_carrier is not None
+    carrier = carrier[:, rows]
+    size = scale.view(*scale.shape[:2], *[1] * (moved.ndim - 2)) * term.gain
     target = d_carrier[:, rows].copy_(moved)
     sums = _dot(target, carrier) * term.gain
     target.mul_(size)
@@ -191,9 +188,8 @@ def _blocks(site: Site) -> Iterator[tuple[slice, slice, int, int]]:
 
 def _merged(site: Site, total: Tensor, shares: Tensor | None, rows: slice) -> Tensor:
     """The student's part of some rows, (groups, outputs, inputs, taps)."""
-    part = _merge(
-        total, 2, site.blocks["i"], site.mean, None if shares is None else shares[:, rows]
-    )
+    own = None if shares is None else shares[:, rows]
+    part = _merge(total, 2, site.blocks["i"], site.mean, own)
     if rows == slice(0, site.layer.outputs):  # all copies are in them
         for dim, letter in enumerate("go"):
             part = _merge(part, dim, site.blocks[letter], site.mean, None)
@@ -234,9 +230,8 @@ def _spread(site: Site, part: Tensor, grad: Tensor, shares: Tensor | None, rows:
                 )
                 _unmerge(part, whole, dim, site.blocks[letter], site.mean, None)
                 part = whole
-    _unmerge(
-        part, grad, 2, site.blocks["i"], site.mean, None if shares is None else shares[:, rows]
-    )
+    own = None if shares is None else shares[:, rows]
+    _unmerge(part, grad, 2, site.blocks["i"], site.mean, own)
 
 
 def _unmerge(
@@ -272,20 +267,27 @@ def _times_shares(site: Site, tensors: Tensors, x: Tensor, out: Tensor, rows: sl
     at = dim and len(how.split or (1,))  # of rows
     if layer.groups == 1 and table.shape[at] > 1:
         table = table.narrow(at, rows.start, rows.stop - rows.start)
-    split = list(how.split) if how.split else None
-    copies.share(x, table, classes, how.at, how.dim, split, out=out)
+    _shared(site, x, table, classes, out)
 
 
 def _share_matrix(site: Site, tensors: Tensors) -> Tensor | None:
     """(groups, outputs, inputs, 1)."""
     if site.share is None or site.blocks["i"][1] == site.blocks["i"][2]:
         return None
-    how, origin = site.share, tensors[0]
+    origin = tensors[0]
     ones = origin.new_ones(()).expand(*origin.shape[:2], *[1] * (origin.ndim - 2))
-    table, classes = tensors[site.first - 2 : site.first]
-    split = list(how.split) if how.split else None
-    shares = copies.share(ones, table, classes, how.at, how.dim, split)
+    shares = _shared(site, ones, *tensors[site.first - 2 : site.first])
     return load(replace(site.layer, kernel=()), shares)
+
+
+def _shared(
+    site: Site, x: Tensor, table: Tensor, classes: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """A stored tensor times the shares of a site that has some."""
+    how = site.share
+    assert how is not None
+    split = list(how.split) if how.split else None
+    return copies.share(x, table, classes, how.at, how.dim, split, out=out)
 
 
 # --------------------------------------------------------------------------- tensors of a site

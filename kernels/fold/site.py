@@ -280,13 +280,18 @@ def tensors_like(site: Site, own: Sequence[Tensor]) -> list[Tensor]:
     return [room(site.layer, origin.to("meta")), *rest]
 
 
+def rounded(elements: int) -> int:
+    """The size of a region."""
+    return -(-elements // REGION) * REGION
+
+
 def regions(likes: Iterable[Tensor | None]) -> tuple[int, list[View | None]]:
     """The size of the flat tensor that they lie in, and where."""
     views: list[View | None] = []
     size = 0
     for like in likes:
         views.append(None if like is None else (tuple(like.shape), like.stride(), size))
-        size += 0 if like is None else -(-like.numel() // REGION) * REGION
+        size += 0 if like is None else rounded(like.numel())
     return size, views
 
 

@@ -4,7 +4,7 @@ they compute.
 Layers of one ``Form`` share kernels, in which all that the form says is constant. A program takes
 some rows of the student's weight and some inputs of them, and for each copy of these one tile
 (inputs, taps): a tensor is read as it lies in memory, 16 bytes a thread where rows begin at
-multiples of 16 elements, and put in place on the chip. What differs from layer to layer stands in
+multiples of 8 elements, and put in place on the chip. What differs from layer to layer stands in
 tables: sizes and offsets (``SIZES``), the addresses of all tensors, where gradients go, and where
 in a table of shares a row and an input begin. Sums over several programs are written apart and
 added up by ``reduce``, in the same order every time; all sums are in float32.
@@ -25,11 +25,8 @@ SIZES = (
     *("NARROW_G", "WIDE_G", "NARROW_O", "WIDE_O", "NARROW_I", "WIDE_I"),  # of blocks
     *("STEP_G", "STEP_O", "STEP_I", "STEP_X"),  # strides of the teacher's weight
     *("OWN_STEP_G", "OWN_STEP_O", "OWN_STEP_I", "OWN_STEP_X"),  # and of the student's
-    *(
-        "WIDE",
-        "OWN",
-        "MADE",
-    ),  # where weights begin, and (channels, taps, inputs): product, gradient
+    *("WIDE", "OWN"),  # where weights begin
+    "MADE",  # and (channels, taps, inputs): the product, or the gradient
     *("ROWS", "COLUMNS", "SUMS", "PARTS"),  # what shares say; where sums of rows and kernels begin
 )
 """Columns of a layer's table."""
@@ -40,6 +37,7 @@ ITEMS = (
 """Columns of the table of products ``left (channels taps, hidden) @ right (hidden, inputs)``."""
 _SIZES, _ITEMS = ({name: k for k, name in enumerate(names)} for names in (SIZES, ITEMS))
 WIDTH, ITEM = tl.constexpr(len(SIZES)), tl.constexpr(len(ITEMS))
+power = triton.next_power_of_2
 
 
 @triton.constexpr_function
@@ -67,12 +65,6 @@ def count(form: Any, kind: str = "") -> int:
 def expand(form: Any) -> int:
     """Of the depthwise kernel."""
     return max([one.width for one in form.terms if one.kind == "depth"], default=1)
-
-
-@triton.constexpr_function
-def power(n: int) -> int:
-    """The least power of two that is not smaller."""
-    return 1 << (n - 1).bit_length()
 
 
 @triton.constexpr_function
