@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 import gpdfx
 from benchmarks.accuracy_tasks import BATCH, HEAD, SHAPES, Part, Task, batches, load, network
+from gpdfx.branches.layer import Layer
+from gpdfx.branches.sets import Auto, BranchSet
 from gpdfx.distill.gpd import GPD
 from gpdfx.distill.losses import KD
 from gpdfx.train.recipes import TrainingRecipe, make_optimizer, set_learning_rate
@@ -70,6 +72,13 @@ class Method:
     steps: float | None = 1.0
 
 
+class Narrow(Auto):
+    """The default set with the narrowest products that it ever has."""
+
+    def on(self, layer: Layer, positions: float = 1) -> BranchSet:
+        return super().on(layer, 1)
+
+
 METHODS = (
     Method("plain", "plain", Plain(), True),
     Method("wide", "plain, twice as wide (the static teacher)", Plain(2)),
@@ -84,6 +93,7 @@ METHODS = (
     Method("gpd-uniform", "GPD, uniform shares", Gap(options={"shares": "uniform"})),
     Method("gpd-mean", "GPD, student = mean of the copies", Gap(options={"extract": "mean"})),
     Method("gpd-lam1", "GPD, lambda 1, no smoothing", Gap(lam=1.0, smoothing=0.0)),
+    Method("gpd-narrow", "GPD, products of 8 channels", Gap(options={"branches": Narrow()})),
     Method("gpd-bare", "GPD, no branches", Gap(options={"branches": None})),
     Method("gpd-head", "GPD, all but the last layer shared", Gap(unshared=HEAD)),
     Method("gpd-apart", "GPD, nothing shared", Gap(unshared="*")),

@@ -213,13 +213,13 @@ def host_rows(network: str, branches: Any, pairs: int) -> Iterator[dict[str, Any
 
     @torch.no_grad()
     def launcher(grads: Any = None) -> None:
-        op.run(grads, own, *asked)
+        op.by_kernels(grads, own, *asked)
 
     with (
         mock.patch.multiple(launch, launch=empty, multiply=empty),
         mock.patch.object(function, "KERNELS", {"cpu"}),
     ):
-        weights = op.run(None, own, *asked)
+        weights = op.by_kernels(None, own, *asked)
         grads = [None if w is None else torch.randn_like(w) for w in weights]
         made = [w for w in chunk(True, True).values() if w.requires_grad]
         loss = _Rest.apply([torch.randn_like(w) for w in made], *made)

@@ -463,11 +463,6 @@ def version(x: Tensor) -> int:
     return x._version
 
 
-def storage_uses(storage: torch.UntypedStorage) -> int:
-    """How many tensors and other objects hold a storage."""
-    return torch._C._storage_Use_Count(storage._cdata)
-
-
 # --------------------------------------------------------------------------- hooks
 def gradient_hooks(p: Tensor) -> list[Callable[..., Any]]:
     """What ``register_hook`` was given."""

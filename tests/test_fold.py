@@ -127,7 +127,7 @@ def test_the_students_part_alone_is_cut_out_of_the_whole(name: str, branches: st
     for key, weight in both.items():
         close(alone.get(key, weight), weight)
         close(wide.get(key, weight), weight)
-    sites = {name: site for chunk in folding(teacher).fused for name, site in chunk.sites.items()}
+    sites = {name: site for chunk in folding(teacher).whole for name, site in chunk.sites.items()}
     assert sum(site.cut is not None for site in sites.values()) > len(sites) / 2
     for weight, site in sites.items():
         if site.cut is not None:
@@ -167,7 +167,7 @@ def test_a_layer_without_a_fused_fold_takes_its_own_way() -> None:
             return params["weight"].square()
 
     _, teacher, x = plain_teacher({"*": "orepa", "twice": [Own()], "point": None})
-    (chunk,) = folding(teacher).fused
+    (chunk,) = folding(teacher).whole
     assert list(chunk.sites) == ["first.weight", "point.weight", "head.weight"]
     with torch.no_grad():
         for fold in teacher.folds():
@@ -184,12 +184,6 @@ def test_nothing_but_parameters_is_kept_for_the_backward() -> None:
         folding(teacher)()
     own = {t.data_ptr() for t in (*teacher.parameters(), *teacher.buffers())}
     assert {t.data_ptr() for t in kept} <= own
-
-
-def test_the_fold_of_small_layers_is_one_node() -> None:
-    _, teacher, _ = plain_teacher("auto")
-    nodes = {weight.grad_fn for weight in folding(teacher)().values()}
-    assert len(nodes) == 1
 
 
 def test_gradients_by_function_transforms() -> None:
@@ -238,7 +232,7 @@ def test_what_is_frozen_takes_no_gradient() -> None:
 @pytest.mark.parametrize("branches", [None, "orepa"])
 def test_the_mean_of_copies_is_in_the_fold(ratio: float, branches: Any) -> None:
     model, teacher, _ = plain_teacher(branches, extract="mean", ratio=ratio)
-    sites = {name: site for chunk in folding(teacher).fused for name, site in chunk.sites.items()}
+    sites = {name: site for chunk in folding(teacher).whole for name, site in chunk.sites.items()}
     assert sites
     assert all(site.mean for site in sites.values())
     assert tensors_equal(gpdfx.collapse(teacher).state_dict(), model.state_dict())

@@ -123,11 +123,11 @@ def compare(
     the same type, or a unit in the last place of the sum of its summands' absolute values.
     ``lost``: (layer, weight) of gradients that there are none of."""
     key, tensors = flat(cases)
-    weights = op.run(None, tensors, key, *asked, half)
+    weights = op.by_kernels(None, tensors, key, *asked, half)
     grads = [None if w is None else torch.empty_like(w).copy_(torch.randn_like(w)) for w in weights]
     for layer, weight in lost:
         grads[2 * layer + weight] = None
-    back = iter(op.run(grads, tensors, key, *asked, half))
+    back = iter(op.by_kernels(grads, tensors, key, *asked, half))
     pairs = list(zip(grads[::2], grads[1::2], strict=True))
     got: list[Tensor | None] = []
     for k, case in enumerate(cases):
@@ -164,7 +164,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"TILE": 32, "DEPTH_TILE": 8, "ROWS": 2, "DEPTH_ROWS": 2, "BLOCK": 16}
     for name, value in sizes.items():
         monkeypatch.setattr(launch, name, value)
-    for cache in (launch.PLANS, launch.CALLS, launch.LAST):
+    for cache in (launch.PLANS, launch.CALLS):
         cache.clear()
 
 
@@ -253,7 +253,7 @@ def test_kernels_are_given_new_addresses() -> None:
     for _ in range(2):
         owned = [t.detach().clone() for t in case.tensors]
         for _ in range(2):
-            pair = op.run(None, owned, key, True, True, None)
+            pair = op.by_kernels(None, owned, key, True, True, None)
             torch.testing.assert_close(pair, list(reference.forward(case.site, owned, True, True)))
             owned[2].mul_(2)
 
@@ -265,35 +265,27 @@ def test_what_does_not_change_is_made_once(monkeypatch: pytest.MonkeyPatch) -> N
     case = Case(Layer(1, 2, 2, (), "linear"), "lowrank", torch.float32)
     key, sent = key_of((case.site,)), []
     monkeypatch.setattr(launch, "upload", lambda n, d: sent.append(n) or torch.tensor(n))
-    for cache in (launch.PLANS, launch.CALLS, launch.LAST):
+    for cache in (launch.PLANS, launch.CALLS):
         cache.clear()
     tensors = [[t.detach().clone() for t in case.tensors] for _ in range(2)]
     for k in (0, 0, 1, 0, 1):  # two teachers of one structure, as a mean of a network's is
-        op.run(None, tensors[k], key, True, True, None)
+        op.by_kernels(None, tensors[k], key, True, True, None)
     assert len(sent) == 2
     assert len(launch.PLANS) == 1
 
 
 @interpreted
 def test_a_call_ends_with_its_tensors() -> None:
-    """And results that nobody holds are written to again, others never."""
     from gpdfx.kernels.fold import launch
 
     case = Case(Layer(1, 2, 2, (), "linear"), "lowrank", torch.float32)
-    key, before = key_of((case.site,)), (len(launch.CALLS), len(launch.LAST))
+    key, before = key_of((case.site,)), len(launch.CALLS)
     tensors = [t.detach().clone() for t in case.tensors]
-    wide, _ = op.run(None, tensors, key, True, True, None)
-    want, places = wide.clone(), set()
-    for _ in range(3):
-        again = op.run(None, tensors, key, True, True, None)
-        assert again[0].data_ptr() != wide.data_ptr()
-        places.add(again[0].data_ptr())
-        del again
-    assert len(places) == 1
-    assert (len(launch.CALLS), len(launch.LAST)) == tuple(n + 1 for n in before)
+    for _ in range(2):
+        op.by_kernels(None, tensors, key, True, True, None)
+        assert len(launch.CALLS) == before + 1
     del tensors
-    assert (len(launch.CALLS), len(launch.LAST)) == before
-    torch.testing.assert_close(wide, want)
+    assert len(launch.CALLS) == before
 
 
 @interpreted
@@ -307,24 +299,22 @@ def test_a_graph_under_capture_leaves_nothing_but_what_it_reads(
     key = key_of((case.site,))
     known, fresh = ([t.detach().clone() for t in case.tensors] for _ in range(2))
     monkeypatch.setattr(launch, "KEPT", [])
-    op.run(None, known, key, True, True, None)
-    before = dict(launch.PLANS), dict(launch.CALLS), dict(launch.LAST)
-    made = [dict(call.made) for call in launch.CALLS.values()]
+    op.by_kernels(None, known, key, True, True, None)
+    before = dict(launch.PLANS), dict(launch.CALLS)
     monkeypatch.setattr(launch, "capturing", lambda device: True)
     monkeypatch.setattr(Tensor, "pin_memory", lambda x: x)
     for own in (known, fresh, known):
-        pair = op.run(None, own, key, True, True, None)
+        pair = op.by_kernels(None, own, key, True, True, None)
         torch.testing.assert_close(pair, list(reference.forward(case.site, own, True, True)))
         assert launch.PLANS.keys() == before[0].keys()
         assert before[1] == launch.CALLS
-        assert launch.LAST.keys() == before[2].keys()
-        assert [call.made for call in launch.CALLS.values()] == made
     calls = [x for x in launch.KEPT if isinstance(x, launch.Call)]
     assert len(calls) == 2
     assert sum(call in launch.CALLS.values() for call in calls) == 1
 
 
 # --------------------------------------------------------------------------- the operator
+@interpreted
 @pytest.mark.parametrize(
     ("which", "chosen"),
     [("grouped", "orepa"), ("transposed", "orepa"), ("linear", "lowrank"), ("grouped", "none")],
@@ -347,6 +337,7 @@ def test_the_operator_is_registered_well(which: str, chosen: str, whole: bool) -
         torch.testing.assert_close(weights, list(want))
 
 
+@interpreted
 def test_compilers_are_given_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     _, teacher, x = plain_teacher("auto")
     teacher.eval()

@@ -603,14 +603,3 @@ def test_a_composite_is_the_calls_that_it_makes() -> None:
     assert node.target not in calls
     x, y = torch.randn(3, 4), torch.randn(5, 4)
     torch.testing.assert_close(torch.fx.GraphModule({}, made)(x, y), x @ y.T)
-
-
-# --------------------------------------------------------------------------- storage_uses
-def test_tensors_that_hold_a_storage_are_counted() -> None:
-    x = torch.zeros(4)
-    storage = x.untyped_storage()
-    alone = torch_private.storage_uses(storage)
-    views = [x[:2], x[2:].detach()]
-    assert torch_private.storage_uses(storage) == alone + 2
-    del views
-    assert torch_private.storage_uses(storage) == alone

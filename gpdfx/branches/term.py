@@ -53,6 +53,10 @@ class Term:
         """The letter that it sums over, if there is one."""
         return next((letter for letter in self.letters if letter not in "goix"), "")
 
+    def gained(self, x: Tensor) -> Tensor:
+        """Times the gain."""
+        return x if self.gain == 1 else x * self.gain
+
     def part(self, x: Tensor) -> Tensor:
         """Of (groups, out, in, taps), a view of its taps."""
         return x if self.taps is None else x[..., slice(*self.taps)]
@@ -86,7 +90,7 @@ class Term:
         factor = flat(params[self.factor], self.others) if self.factor else None
         made = self.product(carrier, None if factor is None else self.second(factor, layer.inputs))
         whole = made.new_zeros(*layer.shape[:3], layer.taps)
-        self.part(whole).copy_(made * self.gain)
+        self.part(whole).copy_(self.gained(made))
         return whole.reshape(layer.shape)
 
 

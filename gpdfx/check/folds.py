@@ -76,7 +76,7 @@ def fold_errors(teacher: StreamingTeacher, seed: int) -> Errors:
 
 def _layers(teacher: StreamingTeacher) -> Iterator[_Layer]:
     folding = teacher._folding
-    for chunk in folding.fused:
+    for chunk in folding.alone:
         layers = owned(tuple(chunk.sites.values()), [chunk.names[k] for k in chunk.index])
         for weight, (site, names) in zip(chunk.sites, layers, strict=True):
             keys = [ORIGIN, *([SCALES] if site.terms else [])]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -149,36 +148,20 @@ class Fold(nn.Module):
     def _merge(
         self, origin: Tensor | None, scales: Tensor, branches: Mapping[str, Branch]
     ) -> Tensor:
-        """``merge``, keeping nothing for the backward but the parameters themselves."""
-        owners = [self.get_submodule(name) for name in branches]
+        """``sum_b scales[b] * kernel_b(params_b)``, as the layer stores it; the origin, if there is
+        one, comes first. Nothing is kept for the backward but the parameters themselves."""
+        layer, owners = self.branched.layer, map(self.get_submodule, branches)
         tensors = [{**own._parameters, **own._buffers} for own in owners]
-        names = tuple(tuple(own) for own in tensors)
-        flat = [t for own in tensors for t in own.values()]
-        call = partial(merge, self.branched.layer, tuple(branches.values()), names)
+
+        def call() -> Tensor:
+            made = [] if origin is None else [layer.view(origin)]
+            for branch, own in zip(branches.values(), tensors, strict=True):
+                made.append(branch.kernel(layer, own).to(scales))  # type: ignore[arg-type]
+            rows = map(layer.per_channel, scales)
+            total = sum(x * row for x, row in zip(made, rows, strict=True))
+            return layer.store(total.expand(layer.shape))  # type: ignore[union-attr]
+
         if not torch.is_grad_enabled():
-            return call(origin, scales, *flat)  # type: ignore[arg-type]
-        result: Tensor = checkpoint(
-            call, origin, scales, *flat, use_reentrant=False, preserve_rng_state=False
-        )
+            return call()
+        result: Tensor = checkpoint(call, use_reentrant=False, preserve_rng_state=False)
         return result
-
-
-def merge(
-    layer: Layer,
-    branches: tuple[Branch, ...],
-    names: tuple[tuple[str, ...], ...],
-    origin: Tensor | None,
-    scales: Tensor,
-    *flat: Tensor,
-) -> Tensor:
-    """``sum_b scales[b] * kernel_b(params_b)``, as the layer stores it; the origin, if there is
-    one, comes first. ``names``: of the tensors of each branch in ``flat``."""
-    rows, rest = list(scales), list(flat)
-    total = None if origin is None else layer.view(origin) * layer.per_channel(rows.pop(0))
-    for branch, own in zip(branches, names, strict=True):
-        row = rows.pop(0)
-        params = {name: rest.pop(0) for name in own}
-        made = branch.kernel(layer, params).to(scales) * layer.per_channel(row)
-        total = made if total is None else total + made
-    assert total is not None
-    return layer.store(total.expand(layer.shape))

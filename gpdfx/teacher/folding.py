@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -42,9 +41,8 @@ class Folding:
         self, net: nn.Module, lowered: Mapping[str, Lowered], singles: Sequence[str]
     ) -> None:
         self.net, self.singles = net, tuple(singles)
-        self.fused = chunks(lowered, net)
-        self.whole = chunks(lowered, net, math.inf)
-        self.alone = chunks(lowered, net, 0)
+        self.alone = [Chunk({name: one}, net) for name, one in lowered.items()]
+        self.whole = [Chunk(lowered, net)] if lowered else []
         self.cut = frozenset(name for name, one in lowered.items() if one.site.cut is not None)
         self.kept: Folded | None = None
         self.read = partial(operator_get, net)
@@ -52,7 +50,7 @@ class Folding:
     def read_with(self, read: Callable[[str], Tensor]) -> None:
         """Take tensors from ``read``, by name, and not out of the network."""
         self.read = read  # type: ignore[assignment]
-        for chunk in (*self.fused, *self.whole, *self.alone):
+        for chunk in (*self.whole, *self.alone):
             chunk.read = read
 
     def __call__(self, *, teacher: bool = True, student: bool = True) -> Folded:
@@ -60,7 +58,7 @@ class Folding:
         if self.kept is not None:
             return self.kept
         folded: dict[str, Tensor] = {}
-        for chunk in self.whole if self._on_gpu() else self.fused:
+        for chunk in self.whole if self._on_gpu() else self.alone:
             folded |= chunk(teacher, student)
         for path in self.singles:
             folded |= self._single(path)
@@ -98,7 +96,7 @@ class Folding:
             self.kept = None
 
     def _on_gpu(self) -> bool:
-        return len(self.fused) > 0 and self.fused[0].on_gpu
+        return any(chunk.on_gpu for chunk in self.whole)
 
     def _single(self, path: str) -> Folded:
         """The weights of one layer that is not in the fused fold."""
@@ -120,14 +118,10 @@ def _one_of(chunk: Chunk, name: str) -> Tensor:
     return chunk(name == teachers(weight), name == students(weight))[name]
 
 
-CHUNK = 2**20
-"""Elements of weights in one fold on the CPU. A chunk's backward begins when the gradients of all
-its weights are known, and they wait in memory until then; on a GPU launches count for more."""
-
-
 class Chunk:
-    """Neighbouring layers that are folded together; ``sites`` by weight; ``names`` and ``places``
-    (module and name) of their tensors; ``index``: whose place each site's tensors have."""
+    """Layers that are folded together: on a GPU all, for launches count; on a CPU each, so that its
+    backward begins when the gradient of its weight is known. ``sites`` by weight; ``names`` and
+    ``places`` (module and name) of their tensors; ``index``: whose place each site's have."""
 
     def __init__(self, lowered: Mapping[str, Lowered], net: nn.Module) -> None:
         self.sites = {name: one.site for name, one in lowered.items()}
@@ -173,20 +167,6 @@ def _paths(name: str, lowered: Lowered, net: nn.Module) -> list[str]:
     rest = zip(branches.linear, lowered.site.terms, strict=True)
     theirs = [f"{own}.{key}.{tensor}" for key, term in rest for tensor in term.names]
     return [name, f"{own}.scales", *lowered.shares, *theirs]
-
-
-def chunks(lowered: Mapping[str, Lowered], net: nn.Module, limit: float = CHUNK) -> list[Chunk]:
-    """All layers of the fused fold, in order, in chunks of about ``limit`` elements."""
-    found: list[dict[str, Lowered]] = []
-    held = 0
-    for name, one in lowered.items():
-        size = one.site.layer.elements
-        if not found or held + size > limit:
-            found.append({})
-            held = 0
-        found[-1][name] = one
-        held += size
-    return [Chunk(those, net) for those in found]
 
 
 def find(module: nn.Module, leaf: str) -> Tensor:

@@ -23,20 +23,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ...branches.layer import Layer
-from ...torch_private import storage_uses
 from . import triton_kernels as k
 from .site import (
     KINDS,
     REGION,
     Site,
+    View,
     load,
-    regions,
+    places,
     room,
     rounded,
     sites_of,
     tensors_like,
-    viewed,
-    weights_like,
 )
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -215,13 +213,8 @@ class Plan:
         likes = [like for one in self.layers for like in one.likes]
         pairs = enumerate(zip(tensors, likes, strict=True))
         self.copied = {n: like for n, (t, like) in pairs if not alike(t, like)}
-        trained = [trains for site in sites for trains in site.differentiable()]
-        self.weights = weights_like(list(zip(sites, owned, strict=True)), teacher, student)
-        self.size, self.views = regions(self.weights)
-        self.orders = [view and view[1] for view in self.views]
-        self.d_size, self.d_views = regions(
-            like if trains else None for like, trains in zip(likes, trained, strict=True)
-        )
+        self.places = places(list(zip(sites, owned, strict=True)), teacher, student)
+        (_, self.views), (_, d_views) = self.places
         self.staging, self.sums = Scratch(made), Scratch(torch.float32)
         self.jobs: list[tuple[int, ...]] = []
         tables: dict[str, dict[Any, Table]] = defaultdict(lambda: defaultdict(Table))
@@ -238,7 +231,7 @@ class Plan:
         self.matrices = [self._matrices(*job) for job in self.jobs]
         for scratch in (self.staging, self.sums):
             scratch.storage.resize_(0)
-        targets = [view[2] // REGION if view else 0 for view in self.d_views]
+        targets = [view[2] // REGION if view else 0 for view in d_views]
         self.targets = upload(targets, self.device)
 
     def _matrices(self, batch: int, m: int, h: int, n: int, *begins: int) -> list[Tensor]:
@@ -330,13 +323,6 @@ class Plan:
         self.index = torch.cat(index)
 
     # ---- calls
-    def run(self, grads: Sequence[Tensor | None] | None, addresses: Tensor, out: Tensor) -> None:
-        """Forward, or with gradients backward."""
-        if grads is None:
-            self.forward(addresses, out)
-        else:
-            self.backward(grads, addresses, out)
-
     def forward(self, addresses: Tensor, out: Tensor) -> None:
         """All weights, in one flat tensor."""
         with self.staging as staging:
@@ -350,12 +336,11 @@ class Plan:
     def backward(self, grads: Sequence[Tensor | None], addresses: Tensor, out: Tensor) -> None:
         """The gradients of all tensors, in one flat tensor, from those of the weights."""
         held, pointers = [], []
-        for grad, like, steps in zip(grads, self.weights, self.orders, strict=True):
-            pointer = 0 if grad is None else grad.data_ptr()
-            if grad is not None and like is not None and (grad.stride() != steps or pointer % 16):
-                held.append(copied(grad, like))
-                pointer = held[-1].data_ptr()
-            pointers.append(pointer)
+        for grad, view in zip(grads, self.views, strict=True):
+            if grad is not None and view and (grad.stride() != view[1] or grad.data_ptr() % 16):
+                grad = copied(grad, *view[:2])
+                held.append(grad)
+            pointers.append(0 if grad is None else grad.data_ptr())
         given = upload(pointers, self.device)
         types = {"dtype": TYPES[self.dtype], "BLOCK": BLOCK}
         with self.staging as staging, self.sums as sums:
@@ -415,24 +400,6 @@ def alike(x: Tensor, like: Tensor) -> bool:
     return all(a == b or n == 1 for a, b, n in steps)
 
 
-class Results:
-    """A flat tensor and views of it, which are made once. To others they are given as aliases."""
-
-    def __init__(self, size: int, views: Any, dtype: torch.dtype, device: torch.device) -> None:
-        self.flat = torch.empty(size, dtype=dtype, device=device)
-        self.storage, self.bytes = self.flat.untyped_storage(), size * dtype.itemsize
-        self.views = viewed(self.flat, views)
-        self.alone = storage_uses(self.storage)
-
-    @property
-    def busy(self) -> bool:
-        """Whether somebody holds one."""
-        return storage_uses(self.storage) != self.alone
-
-    def aliases(self) -> list[Tensor | None]:
-        return [view if view is None else view.detach() for view in self.views]
-
-
 class Scratch:
     """Memory for the time of a call, in regions, and matrices in it that are made once: it is the
     storage that comes and goes."""
@@ -463,102 +430,71 @@ class Scratch:
         self.storage.resize_(0)
 
 
-def copied(x: Tensor, like: Tensor) -> Tensor:
+def copied(x: Tensor, shape: Sequence[int], steps: Sequence[int]) -> Tensor:
     """A copy in another order."""
-    return torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    return torch.empty_strided(shape, steps, dtype=x.dtype, device=x.device).copy_(x)
 
 
+@dataclass(frozen=True, eq=False)
 class Call:
-    """A plan with the tensors of a call: their ``addresses`` on the device, and where its results
-    go. ``held``: what has to live until the launch."""
+    """A plan with the tensors of a call: their ``addresses`` on the device; ``held``: what has to
+    live until the launch."""
 
-    def __init__(self, plan: Plan, addresses: Tensor, held: Sequence[Tensor]) -> None:
-        self.plan, self.addresses, self.held = plan, addresses, held
-        self.made: dict[bool, Results] = {}
-
-    def results(self, backward: bool) -> Results:
-        """Where weights or gradients go. What nobody holds any more is used again; memory of
-        gradients is given back until they are wanted."""
-        plan, gradients = self.plan, self.made.get(True)
-        if not backward and gradients is not None and not gradients.busy:
-            gradients.storage.resize_(0)
-        found = self.made.get(backward)
-        if found is None or found.busy or capturing(plan.device):
-            size, views = (plan.d_size, plan.d_views) if backward else (plan.size, plan.views)
-            found = Results(size, views, plan.dtype, plan.device)
-            if not capturing(plan.device):
-                self.made[backward] = found
-        if not found.storage.nbytes():
-            found.storage.resize_(found.bytes)
-        return found
+    plan: Plan
+    addresses: Tensor
+    held: Sequence[Tensor]
 
 
-PLANS: OrderedDict[Any, Plan | None] = OrderedDict()
-"""By all that a plan depends on; none if kernels cannot read tensors of these types."""
+PLANS: OrderedDict[Any, Plan] = OrderedDict()
+"""By all that a plan depends on."""
 CALLS: dict[Any, Call] = {}
-"""By fold and addresses, as long as the storage of the first tensor."""
-LAST: dict[Any, tuple[list[int], list[tuple[int, ...]], Call]] = {}
-"""By fold: addresses and strides of the last call of ``CALLS``."""
+"""By fold, strides and addresses, as long as the storage of the first tensor."""
 
 
 def prepared(
-    tensors: Sequence[Tensor], key: str, teacher: bool, student: bool, made: torch.dtype
-) -> Call | None:
-    """None if kernels cannot read tensors of these types. What is made while a CUDA graph is
-    captured is the graph's, which makes it again at every replay: nothing of it stays but in
-    ``KEPT``, where everything stays that the graph reads."""
+    tensors: Sequence[Tensor], key: str, teacher: bool, student: bool, half: torch.dtype | None
+) -> Call:
+    """The plan and the addresses of a call. What is made while a CUDA graph is captured is the
+    graph's, which makes it again at every replay: nothing of it stays but in ``KEPT``, where
+    everything stays that the graph reads."""
     origin = tensors[0]
-    name = key, teacher, student, made, origin.dtype, origin.device
-    pointers, strides = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))
-    last = LAST.get(name)
-    if last is not None and last[0] == pointers and last[1] == strides:
-        return kept(last[2])
-    aligned = not any(pointer % 16 for pointer in pointers)
-    whole = *name, tuple(strides), tuple(pointers)
-    call = CALLS.get(whole)
+    device, made = origin.device, half or origin.dtype
+    pointers, strides = tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.stride, tensors))
+    name = key, teacher, student, made, origin.dtype, device, strides
+    call = CALLS.get((name, pointers))
     if call is None:
+        aligned = not any(pointer % 16 for pointer in pointers)
         make = partial(Plan, sites_of(key), tensors, teacher, student, made, aligned)
-        plan = planned((*name, tuple(strides), aligned), tensors, make)
-        if plan is None:
-            return None
-        held = {n: copied(tensors[n], like) for n, like in plan.copied.items()}
+        plan = PLANS.get((name, aligned)) or beside(device, make)
+        held = {n: copied(tensors[n], like.shape, like.stride()) for n, like in plan.copied.items()}
         read = [held[n].data_ptr() if n in held else p for n, p in enumerate(pointers)]
-        addresses = beside(origin.device, partial(upload, read, origin.device))
-        call = Call(plan, addresses, list(held.values()))
-        if held or capturing(origin.device):
-            return kept(call)
-        CALLS[whole] = call
-        weakref.finalize(origin.untyped_storage(), forget, whole, name)
-    LAST[name] = pointers, strides, call
-    return kept(call)
-
-
-def planned(full: Any, tensors: Sequence[Tensor], make: Callable[[], Plan]) -> Plan | None:
-    """One of ``PLANS``, or a new one."""
-    if full in PLANS:
-        return PLANS[full]
-    origin = tensors[0]
-    mixed = any(t.is_floating_point() and t.dtype != origin.dtype for t in tensors)
-    plan = None if mixed or origin.dtype not in TYPES else beside(origin.device, make)
-    if not capturing(origin.device):
-        PLANS[full] = plan
-        while len(PLANS) > 64:
-            PLANS.popitem(last=False)
-    return plan
-
-
-def forget(whole: Any, name: Any) -> None:
-    """A call whose tensors are no more."""
-    call = CALLS.pop(whole, None)
-    if name in LAST and LAST[name][2] is call:
-        del LAST[name]
-
-
-def kept(call: Call) -> Call:
-    """A call that a graph under capture reads stays."""
-    if capturing(call.plan.device) and call not in KEPT:
+        call = Call(plan, beside(device, partial(upload, read, device)), list(held.values()))
+        if not capturing(device):
+            PLANS[name, aligned] = plan
+            while len(PLANS) > 64:
+                PLANS.popitem(last=False)
+            if not held:
+                CALLS[name, pointers] = call
+                weakref.finalize(origin.untyped_storage(), CALLS.pop, (name, pointers), None)
+    if capturing(device) and call not in KEPT:
         KEPT.append(call)
     return call
+
+
+def run(
+    grads: Sequence[Tensor | None] | None, tensors: Sequence[Tensor], *asked: Any
+) -> tuple[Tensor, list[View | None]]:
+    """All weights that are asked for; or, from their gradients, those of all tensors: in one flat
+    tensor, and where."""
+    call = prepared(tensors, *asked)
+    plan = call.plan
+    size, views = plan.places[grads is not None]
+    out = tensors[0].new_empty(size)
+    if grads is None:
+        plan.forward(call.addresses, out)
+    else:
+        plan.backward(grads, call.addresses, out)
+    return out, views
 
 
 @lru_cache

@@ -1,26 +1,20 @@
-"""The fold by Triton kernels, as functions and as operators of PyTorch that compilers call.
+"""The fold by Triton kernels, as operators of PyTorch that compilers call.
 
 All weights come in one flat tensor, and so do all gradients. Tensors are those of the sites, one
-site after the other; these come by their key. What kernels do not take (types that differ) is
-folded by ``reference``.
+site after the other; these come by their key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...torch_private import constant_result
-from . import reference
-from .site import View, owned, refusal, regions, sites_of, tensors_like, viewed, weights_like
-
-Tensors = list[Tensor]
-Views = Sequence[View | None]
+from ...torch_private import constant_result, is_fake
+from .site import Tensors, owned, places, refusal, sites_of, viewed
 
 
 def constant(function: Callable[..., Any]) -> Any:
@@ -43,104 +37,62 @@ def taken(key: str, teacher: bool) -> tuple[bool, ...]:
 
 
 @constant
-def layout(
-    key: str, shapes: tuple[Any, ...], strides: tuple[Any, ...], teacher: bool, student: bool
-) -> tuple[tuple[int, Views], tuple[int, Views]]:
-    """Of weights and gradients: the size of the flat tensor, and where they lie in it."""
+def layout(key: str, shapes: Any, strides: Any, teacher: bool, student: bool) -> Any:
+    """``places``, of such tensors."""
     both = zip(shapes, strides, strict=True)
     tensors = [torch.empty_strided(*one, device="meta") for one in both]
-    each = owned(sites_of(key), tensors)
-    trained = [zip(tensors_like(*one), one[0].differentiable(), strict=True) for one in each]
-    likes = [like if trains else None for one in trained for like, trains in one]
-    return regions(weights_like(each, teacher, student)), regions(likes)
+    return places(owned(sites_of(key), tensors), teacher, student)
 
 
-def layout_of(
-    tensors: Tensors, key: str, teacher: bool, student: bool
-) -> tuple[tuple[int, Views], tuple[int, Views]]:
-    """``layout`` for these tensors."""
+def layout_of(tensors: Tensors, key: str, teacher: bool, student: bool) -> Any:
+    """``places``, for compilers."""
     shapes, strides = (
         tuple(tuple(map(int, of(t))) for t in tensors) for of in (Tensor.size, Tensor.stride)
     )
-    found: tuple[Any, Any] = layout(key, shapes, strides, teacher, student)
-    return found
+    return layout(key, shapes, strides, teacher, student)
 
 
-def autocast(like: Tensor, half: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Products in a type, if there is one."""
-    return torch.autocast(like.device.type, half) if half else nullcontext()
+def by_kernels(grads: Sequence[Tensor | None] | None, *given: Any) -> list[Tensor | None]:
+    """All weights that are asked for; or, from their gradients, those of all tensors."""
+    from . import launch
+
+    tensors, key, teacher, student, _ = given
+    if torch.compiler.is_compiling() or is_fake(tensors[0]):
+        flat = fold_op(*given) if grads is None else backward_op(list(grads), *given)
+        return viewed(flat, layout_of(tensors, key, teacher, student)[grads is not None][1])
+    return viewed(*launch.run(grads, *given))
 
 
-def packed(found: Iterable[Tensor | None], like: Tensor, size: int, views: Views) -> Tensor:
-    """Results in one flat tensor."""
-    flat = like.new_zeros(size)
-    for view, x in zip(viewed(flat, views), found, strict=True):
-        if view is not None and x is not None:
-            view.copy_(x)
-    return flat
-
-
-# --------------------------------------------------------------------------- in plain torch
-def fold_plainly(
-    tensors: Tensors, key: str, teacher: bool, student: bool, half: torch.dtype | None
+def fold_flat(
+    tensors: list[Tensor], key: str, teacher: bool, student: bool, half: torch.dtype | None
 ) -> Tensor:
-    """All weights that are asked for."""
-    with autocast(tensors[0], half):
-        each = owned(sites_of(key), tensors)
-        made = [x for one in each for x in reference.forward(*one, teacher, student)]
-    return packed(made, tensors[0], *layout_of(tensors, key, teacher, student)[0])
+    from . import launch
+
+    return launch.run(None, tensors, key, teacher, student, half)[0]
 
 
-def back_plainly(
+def backward_flat(
     grads: list[Tensor | None],
-    tensors: Tensors,
+    tensors: list[Tensor],
     key: str,
     teacher: bool,
     student: bool,
     half: torch.dtype | None,
 ) -> Tensor:
-    """The gradients of all tensors, from those of the two weights of each site."""
-    pairs = zip(grads[::2], grads[1::2], strict=True)
-    with autocast(tensors[0], half):
-        each = zip(owned(sites_of(key), tensors), pairs, strict=True)
-        found = [grad for one, pair in each for grad in reference.backward(*one, *pair)]
-    return packed(found, tensors[0], *layout_of(tensors, key, teacher, student)[1])
-
-
-# --------------------------------------------------------------------------- by kernels
-def run(grads: Any, *given: Any, flat: bool = False) -> Any:
-    """What ``fold_plainly`` makes, or from gradients ``back_plainly``: each result by itself, or in
-    one ``flat`` tensor that nobody else has."""
     from . import launch
 
-    (tensors, key, teacher, student, half), backward = given, grads is not None
-    call = launch.prepared(tensors, key, teacher, student, half or tensors[0].dtype)
-    if call is not None and not flat:
-        results = call.results(backward)
-        call.plan.run(grads, call.addresses, results.flat)
-        return results.aliases()
-    size, views = layout_of(tensors, key, teacher, student)[backward]
-    if call is not None:
-        out = tensors[0].new_empty(size)
-        call.plan.run(grads, call.addresses, out)
-    else:
-        out = back_plainly(grads, *given) if backward else fold_plainly(*given)
-    return out if flat else viewed(out, views)
+    return launch.run(grads, tensors, key, teacher, student, half)[0]
 
 
-# --------------------------------------------------------------------------- operators
-def operator(name: str, plainly: Any, by_kernels: Any, which: int) -> Any:
-    """Of PyTorch."""
-    op = torch.library.custom_op(name, plainly, mutates_args=(), device_types=("cpu",))
-    op.register_kernel("cuda")(partial(by_kernels, flat=True))
-
-    def like(*given: Any) -> Any:
-        tensors, key, teacher, student, _ = given[-5:]
-        return tensors[0].new_empty(layout_of(tensors, key, teacher, student)[which][0])
-
-    op.register_fake(like)
-    return op
+fold_op = torch.library.custom_op("gpdfx::fold", fold_flat, mutates_args=())
+backward_op = torch.library.custom_op("gpdfx::fold_backward", backward_flat, mutates_args=())
 
 
-fold_op = operator("gpdfx::fold", fold_plainly, partial(run, None), 0)
-backward_op = operator("gpdfx::fold_backward", back_plainly, run, 1)
+@fold_op.register_fake
+def _(tensors: Tensors, key: str, teacher: bool, student: bool, half: Any) -> Tensor:
+    return tensors[0].new_empty(layout_of(tensors, key, teacher, student)[0][0])
+
+
+@backward_op.register_fake
+def _(grads: Any, tensors: Tensors, key: str, teacher: bool, student: bool, half: Any) -> Tensor:
+    return tensors[0].new_empty(layout_of(tensors, key, teacher, student)[1][0])

@@ -280,6 +280,15 @@ def tensors_like(site: Site, own: Sequence[Tensor]) -> list[Tensor]:
     return [room(site.layer, origin.to("meta")), *rest]
 
 
+def places(
+    each: Sequence[tuple[Site, Sequence[Tensor]]], teacher: bool, student: bool
+) -> tuple[tuple[int, list[View | None]], tuple[int, list[View | None]]]:
+    """Of weights and of gradients: the size of the flat tensor, and where they lie in it."""
+    both = [zip(tensors_like(*one), one[0].differentiable(), strict=True) for one in each]
+    grads = [like if trains else None for one in both for like, trains in one]
+    return regions(weights_like(each, teacher, student)), regions(grads)
+
+
 def rounded(elements: int) -> int:
     """The size of a region."""
     return -(-elements // REGION) * REGION
