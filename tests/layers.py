@@ -37,7 +37,7 @@ LAYERS = {
 
 
 def stored_shape(layer: Layer) -> tuple[int, ...]:
-    return tuple(layer.store(torch.zeros(layer.shape)).shape)
+    return layer.stored
 
 
 def a_teacher(name: str, branches: Any = "auto", ratio: float = 2, **options: Any) -> Any:

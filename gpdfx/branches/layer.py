@@ -58,17 +58,28 @@ class Layer:
         """The dimension of the layer's output that its channels are."""
         return 1 if LAYOUTS[self.layout][0] else -1
 
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape of a stored weight."""
+        swapped = LAYOUTS[self.layout][1]
+        rows, columns = (self.inputs, self.outputs) if swapped else (self.outputs, self.inputs)
+        return self.groups * rows, columns, *self.kernel
+
+    def by_taps(self, weight: Tensor) -> Tensor:
+        """A stored weight as (groups, out, in, taps)."""
+        if LAYOUTS[self.layout][1]:
+            shape = self.groups, self.inputs, self.outputs, self.taps
+            return weight.reshape(shape).transpose(1, 2)
+        return weight.reshape(self.groups, self.outputs, self.inputs, self.taps)
+
     def view(self, weight: Tensor) -> Tensor:
         """A stored weight as (groups, out, in, *kernel)."""
-        split, swapped = LAYOUTS[self.layout]
-        weight = weight.unflatten(0, (self.groups, -1)) if split else weight.unsqueeze(0)
-        return weight.transpose(1, 2) if swapped else weight
+        return self.by_taps(weight).reshape(self.shape)
 
     def store(self, weight: Tensor) -> Tensor:
-        """The inverse of ``view``."""
-        split, swapped = LAYOUTS[self.layout]
-        weight = weight.transpose(1, 2) if swapped else weight
-        return weight.flatten(0, 1) if split else weight.squeeze(0)
+        """The inverse of both."""
+        weight = weight.transpose(1, 2) if LAYOUTS[self.layout][1] else weight
+        return weight.reshape(self.stored)
 
     def per_channel(self, row: Tensor) -> Tensor:
         """(channels,) -> (groups, out, 1, ...): broadcasts against a weight."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from ..kernels import copies
-from ..kernels.fold import Site, fold, key_of, load, owned, store
+from ..kernels.fold import Site, fold, key_of, owned
 from ..passes.branch import LAYERS
 from ..passes.folded import Folded, kernel, merged, module_of, plain, read, students, teachers
 from ..passes.program import bind
@@ -55,8 +55,8 @@ class _Layer:
         if scales is not None:
             right &= bool((scales[0] == 1).all() and not scales[1:].any())
         if self.site is not None and self.site.cut is not None:
-            part = self.site.cut.take(load(self.site.layer, origin), "goi")
-            right &= torch.equal(store(self.site.narrow, part), narrow)
+            part = self.site.cut.take(self.site.layer.by_taps(origin), "goi")
+            right &= torch.equal(self.site.narrow.store(part), narrow)
         return 0.0 if right else math.inf
 
 

@@ -7,7 +7,5 @@ from .site import Share as Share
 from .site import Site as Site
 from .site import cut_of as cut_of
 from .site import key_of as key_of
-from .site import load as load
 from .site import owned as owned
 from .site import refusal as refusal
-from .site import store as store

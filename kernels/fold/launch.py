@@ -29,7 +29,6 @@ from .site import (
     REGION,
     Site,
     View,
-    load,
     places,
     room,
     rounded,
@@ -117,8 +116,8 @@ class Layout:
         self.site, self.likes = site, tensors_like(site, own)
         student = student and (site.distinct or not teacher)
         narrow = self.narrow = site.narrow if student else layer
-        self.steps = load(layer, self.likes[0]).stride()
-        self.own_steps = load(narrow, room(narrow, self.likes[0])).stride()
+        self.steps = layer.by_taps(self.likes[0]).stride()
+        self.own_steps = narrow.by_taps(room(narrow, self.likes[0])).stride()
         orders = {order_of(self.steps, layer), order_of(self.own_steps, narrow)}
         sizes = [(1, n, n) for n in layer.shape[:3]]
         self.blocks = list(site.blocks.values()) if student else sizes
@@ -159,7 +158,7 @@ class Layout:
         zeros = numbers.new_zeros(sizes)
         zeros = zeros if how.split is None else zeros.unflatten(how.dim, how.split)
         found = (zeros + numbers.index_select(how.at, classes)).reshape(sizes)
-        found = load(replace(layer, kernel=()), found)[..., 0]
+        found = replace(layer, kernel=()).by_taps(found)[..., 0]
         rows = found[:, :, 0]
         return [x.reshape(-1).int() for x in (rows, found[:, 0] - rows[:, :1])]
 

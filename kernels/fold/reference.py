@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...branches.term import Term, aligned, flat
 from .. import copies
-from .site import Site, Tensors, load, room, segments, store
+from .site import Site, Tensors, room, segments
 
 BLOCK = 2**21
 """Elements of a weight that are folded at once."""
@@ -95,7 +95,7 @@ def backward(
 def plain(site: Site, tensors: Tensors, teacher: bool, student: bool) -> Weights:
     """``forward`` by functions that autograd and compilers know."""
     one, rest = _Layer(site, tensors), iter(tensors[site.first :])
-    total = load(site.layer, tensors[0])
+    total = site.layer.by_taps(tensors[0])
     if site.terms:
         total = total * one.scales[0]
     for term, scale in zip(site.terms, one.scales[1:], strict=True):
@@ -103,7 +103,7 @@ def plain(site: Site, tensors: Tensors, teacher: bool, student: bool) -> Weights
         total = total + kernel.reshape(total.shape).to(total) * scale
     wide = own = None
     if teacher:
-        wide = store(site.layer, total if one.shares is None else total * one.shares)
+        wide = site.layer.store(total if one.shares is None else total * one.shares)
     if student and (site.distinct or not teacher):
         own = room(site.narrow, tensors[0])
         one.merge(total, own, one.all_rows)
@@ -142,7 +142,7 @@ def alone(site: Site, tensors: Tensors) -> tuple[Site, Tensors]:
     ``apart``."""
     cut, layer, rest = site.cut, site.layer, iter(tensors[site.first :])
     assert cut is not None
-    found = [store(site.narrow, cut.take(load(layer, tensors[0]), "goi"))]
+    found = [site.narrow.store(cut.take(layer.by_taps(tensors[0]), "goi"))]
     if site.terms:
         found.append(cut.take(tensors[1].unflatten(1, layer.shape[:2]), ".go").flatten(1))
     for term in site.terms:
@@ -232,13 +232,13 @@ class _Layer:
             ones = origin.new_ones(sizes)
             shares = copies.share(ones, table, classes, how.at, how.dim, split or None)
             shares = shares.expand(*origin.shape[:2], *shares.shape[2:])
-            self.shares = load(replace(layer, kernel=()), shares)
+            self.shares = replace(layer, kernel=()).by_taps(shares)
             if site.mean:
                 self.sums = shares.new_zeros((*site.narrow.shape[:3], 1))
 
     def of(self, stored: Tensor, rows: Rows) -> Tensor:
         """Some rows of the teacher's weight, (groups, outputs, inputs, taps)."""
-        return load(self.site.layer, stored)[:, rows[0]]
+        return self.site.layer.by_taps(stored)[:, rows[0]]
 
     def blocks(self) -> Iterator[Rows]:
         """Rows that are folded at once. A layer with groups, or with copies that do not stand side
@@ -290,7 +290,7 @@ class _Layer:
 
     def merge(self, total: Tensor, own: Tensor, rows: Rows) -> None:
         """First copies of some rows, or their running mean: exact while they are equal."""
-        own = load(self.site.narrow, own)
+        own = self.site.narrow.by_taps(own)
         for number, _, ((part, target), (share, total_share)) in self._with_sums(rows, total, own):
             if total_share is not None:
                 total_share.add_(share)
@@ -308,7 +308,7 @@ class _Layer:
 
     def spread(self, own: Tensor, grad: Tensor, rows: Rows) -> None:
         """The gradient of ``merge``, added to that of the rows."""
-        own = load(self.site.narrow, own)
+        own = self.site.narrow.by_taps(own)
         for _, count, ((target, part), (share, total)) in self._with_sums(rows, grad, own):
             if share is None:
                 target.add_(part, alpha=1 / count)

@@ -221,35 +221,14 @@ def owned(sites: Sequence[Site], tensors: Sequence[Any]) -> list[tuple[Site, lis
     return [(site, list(islice(rest, site.size))) for site in sites]
 
 
-def load(layer: Layer, weight: Tensor) -> Tensor:
-    """A stored weight as (groups, out, in, taps)."""
-    groups, outputs, inputs, taps = *layer.shape[:3], layer.taps
-    if LAYOUTS[layer.layout][1]:
-        return weight.reshape(groups, inputs, outputs, taps).transpose(1, 2)
-    return weight.reshape(groups, outputs, inputs, taps)
-
-
-def store(layer: Layer, weight: Tensor) -> Tensor:
-    """The inverse of ``load``."""
-    weight = weight.transpose(1, 2) if LAYOUTS[layer.layout][1] else weight
-    return weight.reshape(stored(layer))
-
-
-def stored(layer: Layer) -> tuple[int, ...]:
-    """The shape of a stored weight."""
-    swapped = LAYOUTS[layer.layout][1]
-    rows, columns = (layer.inputs, layer.outputs) if swapped else (layer.outputs, layer.inputs)
-    return layer.groups * rows, columns, *layer.kernel
-
-
 def room(layer: Layer, like: Tensor) -> Tensor:
-    """An empty stored weight in the memory order of another, whose ``load`` is a view."""
+    """An empty stored weight in the memory order of another, whose view by taps is one."""
     strides = like.stride()
     order = sorted(range(like.ndim), key=lambda d: (-strides[d], d))
     taps = list(range(2, like.ndim))
     if taps and order[(at := order.index(2)) : at + len(taps)] != taps:
         order = list(range(like.ndim))
-    size = stored(layer)
+    size = layer.stored
     made = like.new_empty([size[d] for d in order])
     return made.permute([order.index(d) for d in range(like.ndim)])
 
