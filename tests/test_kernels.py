@@ -189,6 +189,73 @@ def test_tensors_in_any_order_are_read(poisoned: None, small: None) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("mean", [False, True])
+def test_kernels_are_counted_as_they_load_and_store(
+    mean: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``benchmarks.kernels_bytes`` against every load and store that the interpreter does, but for
+    those of tables."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    from benchmarks import kernels_bytes
+    from gpdfx.kernels.fold import launch
+
+    tables = {"programs", "sizes", "addresses", "targets", "grads", "items", "table"}
+    found: dict[str, list[int]] = {}
+    skipped: list[tuple[int, int]] = []
+    seen: set[tuple[str, int]] = set()
+    kernel_name, launched = [""], launch.launch
+
+    def launching(kernel: Any, count: int, *given: Tensor, **constants: Any) -> None:
+        seen.clear()
+        kernel_name[0] = kernel.fn.__name__
+        for name, t in zip(kernel.arg_names, given, strict=False):
+            if name in tables:
+                skipped.append((t.data_ptr(), t.data_ptr() + t.nbytes))
+        launched(kernel, count, *given, **constants)
+
+    def counting(call: Any, kind: str) -> Any:
+        def counted(*given: Any) -> Any:
+            pointers, mask = given[0], given[1 if kind == "load" else 2]
+            at = pointers.data[mask.data.astype(bool)].ravel().tolist()
+            at = [n for n in at if not any(a <= n < b for a, b in skipped)]
+            item = pointers.get_element_ty().primitive_bitwidth // 8
+            fresh = {(kind, n) for n in at} - seen
+            seen.update(fresh)
+            total = found.setdefault(kernel_name[0], [0, 0])
+            total[:] = total[0] + item * len(at), total[1] + item * len(fresh)
+            return call(*given)
+
+        return counted
+
+    cases = [
+        Case(Layer(1, 3, 4, (3,), "conv"), "orepa", torch.float32, mean),
+        Case(Layer(1, 3, 4, (), "linear"), "lowrank", torch.float32, mean),
+        Case(Layer(1, 3, 3, (3, 3), "conv"), "repvgg", torch.float32, mean),
+        Case(Layer(2, 2, 3, (2,), "transposed"), "none", torch.float32, mean),
+    ]
+    key, tensors = flat(cases)
+    asked = key, True, True, torch.float16
+    weights = op.run(None, tensors, *asked)
+    call = launch.prepared(tensors, *asked)
+    assert call is not None
+    sizes = kernels_bytes.sizes_of(call.plan, tensors)
+    grads = [torch.empty_like(w).copy_(torch.randn_like(w)) for w in weights]
+    monkeypatch.setattr(launch, "launch", launching)
+    for kind in ("load", "store"):
+        name = f"create_masked_{kind}"
+        monkeypatch.setattr(
+            interpreter_builder, name, counting(getattr(interpreter_builder, name), kind)
+        )
+    for given in (None, grads):
+        found.clear()
+        skipped.clear()
+        op.run(given, tensors, *asked)
+        counted = kernels_bytes.count(sizes, given is not None)
+        assert {name: tuple(both) for name, both in found.items()} == counted
+
+
+@interpreted
 def test_the_node_of_autograd_is_the_same_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several layers, of which one has no kernel; what moves is found again."""
     monkeypatch.setattr(function, "KERNELS", {"cpu"})
