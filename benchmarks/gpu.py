@@ -32,6 +32,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from benchmarks import gpu_goals, gpu_kernels, speed, speed_summary, timing
 from benchmarks.peer import load_peer
 from benchmarks.speed_steps import Setting
@@ -239,6 +241,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--phase", choices=("kernels", "steps"), help=argparse.SUPPRESS)
     add("--until", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU here: --device cpu rehearses")
     usual = (5, 5) if given.device == "cuda" else (1, 1)
     given.pairs, given.steps = given.pairs or usual[0], given.steps or usual[1]
     given.out = given.out.resolve()

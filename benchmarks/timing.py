@@ -6,6 +6,7 @@ meanwhile hits both alike. Quantiles are over the pairs' ratios.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -154,7 +155,11 @@ def machine(device: str = "cpu") -> Row:
     }
 
 
+@functools.cache
 def _driver() -> str:
-    """Of the first GPU."""
+    """Of the first GPU; empty where nothing tells it."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError):
+        return ""

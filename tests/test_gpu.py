@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import gpdfx
 from benchmarks import gpu, gpu_goals, gpu_kernels
@@ -138,3 +139,10 @@ def test_goals_take_the_first_network_and_the_better_way() -> None:
     assert found["reference step / GPD step, eager"]["value"] == "1.6"
     assert found["reference step / GPD step, eager"]["reached"] == "no"
     assert found["launches of a fold's direction beside products"]["value"] == "5"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path)])
+    assert "--device cpu rehearses" in capsys.readouterr().err
