@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 CODE = gpdfx passes kernels benchmarks tests setup.py
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test lint slow bench
+.PHONY: help demo test lint slow bench gpu
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ bench: $(VENV)/installed ## benchmarks of a few minutes: lines, import, steps (f
 	$(RUN) -m benchmarks.import_time
 	$(RUN) -m benchmarks.speed --device cpu --only noise teacher gpd --branches none auto \
 		--pairs 3 --out build/speed_cpu.csv
+
+gpu: $(VENV)/installed ## what a GPU can tell in 400 seconds, the most worth knowing first
+	$(RUN) -m benchmarks.gpu --seconds 400 --out build/gpu
 
 $(VENV)/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)

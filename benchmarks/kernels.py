@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels          # benchmarks/results/kernels.csv, some minutes
     python -m benchmarks.kernels host     # benchmarks/results/kernels_host.csv
+    python -m benchmarks.kernels bytes    # benchmarks/results/kernels_bytes.csv
 
 Without an argument, kernels are compiled for GPUs that need not be there: one row for each form,
 kernel, architecture and type, with registers of a thread, bytes of shared memory and of stack,
@@ -10,6 +11,8 @@ instructions that spill (load from and store to local memory), loads and stores 
 ``host``: milliseconds of a fold of ResNet-50 x2 with the default branches, forward and backward,
 while nothing is launched: kernels and matrix products are counted and not called. ``launcher``:
 without the ``node`` of autograd. ``empty``: as many calls of an empty function.
+
+``bytes``: what the elementwise kernels move, relative to the least: ``benchmarks.kernels_bytes``.
 
 ``TRITON_INTERPRET`` must not be set.
 """
@@ -23,6 +26,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +37,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import kernels_bytes
 from benchmarks.tables import RESULTS, Table, command_line
 from benchmarks.timing import Call, machine, paired, quantiles
 from gpdfx import Teacher, expand, models
@@ -173,9 +178,9 @@ def code_rows(architectures: list[int], brief: bool) -> Iterator[dict[str, Any]]
 
 
 # --------------------------------------------------------------------------- the host
-def resnet(network: str, branches: Any) -> Teacher:
-    model = models.load(network, classes=1000, shape=(3, 64, 64))
-    example = (torch.randn(2, 3, 64, 64),)
+def resnet(network: str, branches: Any, size: int = 64) -> Teacher:
+    model = models.load(network, classes=1000, shape=(3, size, size))
+    example = (torch.randn(2, 3, size, size),)
     return expand(model, 2, example_inputs=example, branches=branches, verify=False)
 
 
@@ -252,7 +257,7 @@ def host_rows(network: str, branches: Any, pairs: int) -> Iterator[dict[str, Any
 
 def main() -> None:
     parser = command_line("kernels", __doc__)
-    parser.add_argument("what", nargs="?", choices=("code", "host"), default="code")
+    parser.add_argument("what", nargs="?", choices=("code", "host", "bytes"), default="code")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--brief", action="store_true", help="some forms, in float32")
@@ -264,6 +269,12 @@ def main() -> None:
         sys.exit("unset TRITON_INTERPRET: interpreted kernels are not compiled")
     if given.what == "code":
         path, rows = "kernels.csv", list(code_rows(given.arch, given.brief))
+    elif given.what == "bytes":
+        path, rows = "kernels_bytes.csv", []
+        for network, branches in product(kernels_bytes.NETWORKS, kernels_bytes.SETS):
+            chosen = None if branches == "none" else branches
+            teacher = resnet(network, chosen, kernels_bytes.SIZE)
+            rows += kernels_bytes.rows(network, branches, teacher)
     else:
         path = "kernels_host.csv"
         rows = list(host_rows(given.network, given.branches, given.pairs))

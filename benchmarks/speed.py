@@ -20,7 +20,8 @@ channels last, cudnn.benchmark, fused optimizer. On CPUs: an allocator that keep
     peer     reference implementation / GPD: how much faster ours is (--peer)
 
 ``macs`` is the same ratio of multiply-adds, as the dispatcher saw them; of a fold, relative to a
-step of the plain wide network; empty where gpdfx's own kernels compute. Rows appear in
+step of the plain wide network; empty where gpdfx's own kernels compute. ``products``: how many of
+the launches are those of matrix products. Rows appear in
 ``results/speed_DEVICE.csv`` one by one, in place of earlier ones of the same setting.
 """
 
@@ -51,7 +52,15 @@ KEY = ("what", "against", "branches", "way", *SETTING)
 FIELDS = (
     *KEY,
     *("median", "low", "high", "pairs", "steps", "seconds", "against_seconds", "macs", "ops"),
-    *("against_ops", "launches", "against_launches", "peak_mib", "against_peak_mib", "compile_s"),
+    *(
+        "against_ops",
+        "launches",
+        "products",
+        "against_launches",
+        "peak_mib",
+        "against_peak_mib",
+        "compile_s",
+    ),
     *("against_compile_s", "gb_s", "against_gb_s", "error"),
     *("torch", "triton", "cuda", "driver", "threads"),
     "machine",
@@ -119,6 +128,15 @@ class Bench:
                 jobs.append(functools.partial(self.reference, way))
         return jobs
 
+    @functools.cached_property
+    def about(self) -> Row:
+        """What all rows tell."""
+        setting = self.setting
+        about: Row = {"network": setting.network, "width": f"{setting.ratio:g}"}
+        about |= {"dtype": setting.dtype, "size": setting.size, "batch": setting.batch}
+        about |= {"steps": self.steps, "allocator": setting.allocator}
+        return about | timing.machine(setting.device)
+
     # ---- subjects
     def begin(self, way: str) -> Iterator[Row]:
         """Build the plain networks."""
@@ -165,9 +183,9 @@ class Bench:
             step = self.subject("GPD step", Gap(gpd), way)
             yield self.compare(step, self.kept["plain wide + plain student"], name, way)
             del step
-        if "fold" in kinds and way == "eager" and name != "none":
+        if "fold" in kinds and way in ("eager", GRAPH) and name != "none":
             whole = self.kept["plain wide"].counts.macs
-            for row in fold_rows(gpd.teacher, self.setting, name, self.pairs, self.steps):
+            for row in fold_rows(gpd.teacher, self.setting, name, way, self.pairs, self.steps):
                 yield row | {"macs": row["macs"] and f"{row['macs'] / max(whole, 1):.3f}"}
 
     def reference(self, way: str) -> Iterator[Row]:
@@ -183,29 +201,46 @@ class Bench:
             del ours  # before the next one is built
 
 
+def attempt(bench: Bench, job: Callable[[], Iterator[Row]], table: Table) -> Iterator[Row]:
+    """The rows of a job, each of them written; what fails says so in a row."""
+    try:
+        for row in job():
+            table.replace([row | bench.about])
+            yield row
+    except (Exception, SystemExit) as error:  # of a compiler, a kernel, a graph: all are figures
+        name = title(job)
+        row = {"what": name, "way": name.split()[-1], "error": told(error)}
+        table.replace([row | bench.about])
+        yield row
+
+
+def told(error: BaseException) -> str:
+    """On one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def title(job: Any) -> str:
+    """The name of a job: a method and the words that it is given."""
+    return " ".join([job.func.__name__, *(x for x in job.args if isinstance(x, str))])
+
+
 def run(bench: Bench, jobs: Sequence[Callable[[], Iterator[Row]]], out: Path) -> None:
     """Do the jobs; what fails says so in a row, and the others go on."""
-    setting, console = bench.setting, Console(stderr=True, highlight=False)
-    about: Row = {"network": setting.network, "width": f"{setting.ratio:g}", "steps": bench.steps}
-    about |= {"dtype": setting.dtype, "size": setting.size, "batch": setting.batch}
-    about |= timing.machine(setting.device) | {"allocator": setting.allocator}
-    table = Table(out, FIELDS, KEY)
+    console, table = Console(stderr=True, highlight=False), Table(out, FIELDS, KEY)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(jobs))
         for job in jobs:
-            words = [str(x) for x in job.args if isinstance(x, str)]  # type: ignore[attr-defined]
-            name = " ".join([job.func.__name__, *words])  # type: ignore[attr-defined]
-            progress.update(task, description=name)
-            try:
-                for row in job():
-                    table.replace([row | about])
-                    progress.print(speed_summary.sentence(row))
-            except Exception as error:  # of a compiler, a kernel, a graph: all are figures
-                said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                table.replace([{"what": name, "way": words[-1], "error": said} | about])
-                progress.print(f"{name} failed: {said}")
+            progress.update(task, description=title(job))
+            for row in attempt(bench, job, table):
+                progress.print(speed_summary.sentence(row))
             progress.advance(task)
+
+
+def configure() -> None:
+    """PyTorch as all steps want it."""
+    torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.recompile_limit = 64  # a network counts; beyond it runs eagerly
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -249,8 +284,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     given = parse(argv)
     if given.command == "run":
-        torch.backends.cudnn.benchmark = True
-        torch._dynamo.config.recompile_limit = 64  # a network counts; beyond it runs eagerly
+        configure()
         peer = load_peer(given.peer) if given.peer else None
         setting = Setting(
             given.network,

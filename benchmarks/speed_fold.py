@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 import gpdfx
-from benchmarks.speed_steps import DTYPES, Setting
-from benchmarks.timing import Call, Row, counted, launches, paired, quantiles
+from benchmarks.speed_steps import DTYPES, GRAPH, Setting, capture
+from benchmarks.timing import Call, Row, counted, launches, paired, products, quantiles
+from gpdfx.passes.folded import teachers
 
 
 def fold_rows(
-    teacher: gpdfx.Teacher, setting: Setting, name: str, pairs: int, steps: int
+    teacher: gpdfx.Teacher, setting: Setting, name: str, way: str, pairs: int, steps: int
 ) -> Iterator[Row]:
     """Forward, and forward and backward. Bytes are those that any implementation has to move:
     parameters p and folded weights w once each way, so p + w forward (read p, write w), and
@@ -23,7 +24,7 @@ def fold_rows(
     with torch.no_grad():
         folded = teacher._fold()
     owned = {id(p): p for fold in teacher.folds() for p in fold.parameters()}
-    owned |= {id(p): p for name, p in teacher.named_parameters() if name in folded}
+    owned |= {id(p): p for n, p in teacher.named_parameters() if teachers(n) in folded}
     params = [p for p in owned.values() if p.requires_grad]
     read, written = _bytes(params), _bytes(folded.values())
     grads = {key: torch.randn_like(x) for key, x in folded.items()}
@@ -51,15 +52,24 @@ def fold_rows(
         def copy(source: Tensor = source, target: Tensor = target) -> None:
             target.copy_(source)
 
-        yield _row(what, call, copy, moved, setting, pairs, steps) | {"branches": name}
+        row = _row(what, call, copy, moved, setting, way, pairs, steps)
+        yield row | {"branches": name, "way": way}
 
 
 def _row(
-    what: str, call: Call, copy: Call, moved: int, setting: Setting, pairs: int, steps: int
+    what: str,
+    call: Call,
+    copy: Call,
+    moved: int,
+    setting: Setting,
+    way: str,
+    pairs: int,
+    steps: int,
 ) -> Row:
-    both = paired(copy, call, pairs, steps, setting.device)
+    run = capture(call) if way == GRAPH else call
+    both = paired(copy, run, pairs, steps, setting.device)
     copies, folds = zip(*both, strict=True)
-    row: Row = {"what": what, "against": "copy of its bytes", "way": "eager"}
+    row: Row = {"what": what, "against": "copy of its bytes"}
     row |= quantiles([a / b for a, b in both])
     for prefix, seconds in (("", folds), ("against_", copies)):
         row[f"{prefix}seconds"] = quantiles(seconds)["median"]
@@ -67,7 +77,7 @@ def _row(
     counts = counted(call)
     row |= {"ops": counts.ops, "macs": "" if counts.opaque else counts.macs}
     if setting.device == "cuda":
-        row["launches"] = launches(call)
+        row["launches"], row["products"] = launches(run), products(call)
     return row
 
 

@@ -64,7 +64,8 @@ class Setting:
 # --------------------------------------------------------------------------- networks
 def plain_wide(student: nn.Module, teacher: gpdfx.Teacher) -> nn.Module:
     """The student's own class with every layer at the teacher's widths: what a user would build
-    without gpdfx. Convolutions, batch norms and linear layers are made anew."""
+    without gpdfx. Convolutions, norms, linear layers and parameters of the network's own modules
+    are made anew."""
     wide = copy.deepcopy(student)
     shapes = {name: p.shape for name, p in teacher.named_parameters()}
     for path, old in student.named_modules():
@@ -81,10 +82,22 @@ def plain_wide(student: nn.Module, teacher: gpdfx.Teacher) -> nn.Module:
             new = nn.BatchNorm2d(shape[0], old.eps, old.momentum)
         elif isinstance(old, nn.Linear):
             new = nn.Linear(shape[1], shape[0], old.bias is not None)
+        elif isinstance(old, nn.LayerNorm):
+            new = nn.LayerNorm(shape, old.eps)
+        elif not type(old).__module__.startswith("torch.nn"):
+            for name, _ in old.named_parameters(path, recurse=False):
+                drawn = nn.Parameter(0.02 * torch.randn(shapes[name]))
+                setattr(wide.get_submodule(path), name.rpartition(".")[2], drawn)
+            continue
         else:
             raise SystemExit(f"no plain wide network: {path or 'it'} is {type(old).__name__}")
         parent, _, leaf = path.rpartition(".")
         setattr(wide.get_submodule(parent), leaf, new)
+    for path, module in wide.named_modules():  # attention: more heads, each as wide as before
+        for name in {"num_heads", "attn_dim"} & vars(module).keys():
+            own = next(name for name, _ in module.named_parameters(path))
+            times = shapes[own][1] // student.get_parameter(own).shape[1]
+            setattr(module, name, getattr(module, name) * times)
     found = {name: p.shape for name, p in wide.named_parameters()}
     wrong = [name for name, shape in found.items() if shape != shapes[name]]
     if wrong or len(found) != len(list(student.parameters())):

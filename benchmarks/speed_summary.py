@@ -34,6 +34,8 @@ def cells(row: Row) -> list[str]:
 def sentence(row: Row) -> str:
     """A row on one line."""
     what, branches, way, median, low, high, macs, seconds, _ = cells(row)
+    if row.get("error"):
+        return f"{what} failed: {row['error']}"
     told = f"{what} [{branches or '-'}, {way}]".replace("[", "(").replace("]", ")")
     return f"{told}: {median} ({low} to {high}), multiply-adds {macs or '-'}, {seconds} s"
 

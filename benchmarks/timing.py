@@ -6,8 +6,10 @@ meanwhile hits both alike. Quantiles are over the pairs' ratios.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -101,8 +103,8 @@ def counted(call: Call) -> Counter:
     return counter
 
 
-def launches(call: Call) -> int:
-    """What the host asks a GPU for in one call: kernels, graphs, copies, by ``torch.profiler``."""
+def profiled(call: Call) -> dict[str, int]:
+    """What the host and a GPU do in one call, how often, by ``torch.profiler``."""
     from torch.profiler import ProfilerActivity, profile
 
     call()
@@ -110,7 +112,18 @@ def launches(call: Call) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         call()
         torch.cuda.synchronize()
-    return sum(event.count for event in found.key_averages() if event.key in LAUNCHES)
+    return {event.key: event.count for event in found.key_averages()}
+
+
+def launches(call: Call) -> int:
+    """What the host asks a GPU for in one call: kernels, graphs, copies."""
+    return sum(count for name, count in profiled(call).items() if name in LAUNCHES)
+
+
+def products(call: Call) -> int:
+    """Kernels of matrix products in one call, by the names that cuBLAS gives them."""
+    known = re.compile(r"gemm|gemv|cutlass|nvjet|splitK", re.IGNORECASE)
+    return sum(count for name, count in profiled(call).items() if known.search(name))
 
 
 def peak(call: Call, held: Sequence[Tensor]) -> float:
@@ -142,7 +155,11 @@ def machine(device: str = "cpu") -> Row:
     }
 
 
+@functools.cache
 def _driver() -> str:
-    """Of the first GPU."""
+    """Of the first GPU; empty where nothing tells it."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError):
+        return ""

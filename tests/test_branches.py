@@ -21,7 +21,7 @@ from gpdfx.teacher.fold import Fold
 from gpdfx.teacher.folding import Chunk
 
 from .helpers import facts, program_of, thinned, verify, with_branches
-from .layers import LAYERS, Plain, a_teacher, leaf, plain_teacher, stored_shape
+from .layers import LAYERS, Plain, a_teacher, leaf, plain_teacher
 from .networks import NETWORKS, WRITTEN, tensors_equal
 
 DENSE = ("orepa", "acnet", "repvgg", "lowrank")
@@ -40,7 +40,7 @@ def made(branch: Branch, layer: Layer, seed: int = 0) -> tuple[Tensor, dict[str,
 @pytest.mark.parametrize("which", LAYERS)
 def test_view_and_store_are_inverse(which: str) -> None:
     layer = LAYERS[which]
-    weight = torch.randn(stored_shape(layer))
+    weight = torch.randn(layer.stored)
     assert layer.view(weight).shape == layer.shape
     assert torch.equal(layer.store(layer.view(weight)), weight)
 
@@ -50,7 +50,7 @@ def test_view_is_how_a_layer_reads_its_weight() -> None:
     x = torch.randn(2, 8, 7, dtype=torch.float64)
     for layout, run in (("conv", F.conv1d), ("transposed", F.conv_transpose1d)):
         layer = Layer(2, 3, 4, (1,), layout)
-        weight = torch.randn(stored_shape(layer), dtype=torch.float64)
+        weight = torch.randn(layer.stored, dtype=torch.float64)
         want = torch.einsum("goi,bgix->bgox", layer.view(weight)[..., 0], x.unflatten(1, (2, 4)))
         torch.testing.assert_close(run(x, weight, groups=2), want.flatten(1, 2))
 
@@ -138,7 +138,7 @@ def test_frequency_filters_are_cosines_without_mean() -> None:
 @pytest.mark.parametrize("name", SETS)
 def test_the_fold_begins_as_the_origin_bit_for_bit(which: str, name: str) -> None:
     layer = LAYERS[which]
-    origin = torch.randn(stored_shape(layer))
+    origin = torch.randn(layer.stored)
     fold = Fold(Branched("w", "b", layer, SETS[name].on(layer)), origin, seed=1)
     bias = torch.randn(layer.channels)
     folded = fold(origin, bias)
@@ -150,7 +150,7 @@ def test_the_fold_begins_as_the_origin_bit_for_bit(which: str, name: str) -> Non
 @pytest.mark.parametrize("name", DENSE)
 def test_the_fold_is_the_sum_of_scaled_kernels_with_its_gradients(which: str, name: str) -> None:
     layer = LAYERS[which]
-    origin = torch.randn(stored_shape(layer), dtype=torch.float64, requires_grad=True)
+    origin = torch.randn(layer.stored, dtype=torch.float64, requires_grad=True)
     chosen = SETS[name].on(layer)
     fold = Fold(Branched("w", None, layer, chosen), origin.detach(), seed=1)
     with torch.no_grad():

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import gpdfx
+from benchmarks.layers import LAYERS, Case
 from gpdfx.branches.kinds import Full
 from gpdfx.branches.layer import Layer
 from gpdfx.kernels.fold import reference
 from gpdfx.passes.folded import students, teachers
 
 from .helpers import folding, hidden_student, parts, run_teacher
-from .layers import LAYERS, Case, a_teacher, leaf, plain_teacher
+from .layers import a_teacher, leaf, plain_teacher
 from .networks import NETWORKS, tensors_equal
 
 DENSE = ("none", "orepa", "acnet", "repvgg", "lowrank")

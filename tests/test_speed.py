@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import nn
@@ -14,6 +15,7 @@ from benchmarks import speed, timing
 from benchmarks.peer import load_peer
 from benchmarks.speed_steps import Setting, Task, make_step, plain_wide
 from benchmarks.tables import Table, read
+from gpdfx.passes.folded import teachers
 
 SMALL = ["--device", "cpu", "--network", "gpdfx:cnn", "--channels", "1", "--size", "12"]
 SMALL += ["--batch", "3", "--pairs", "2"]
@@ -77,8 +79,20 @@ def test_the_plain_wide_network_is_the_teachers_without_gpdfx() -> None:
     assert type(wide) is type(student)
     assert wide.get_parameter("layer4.1.conv2.weight").shape == (1024, 1024, 3, 3)
     assert wide(example[0]).shape == (2, 10)
-    with pytest.raises(SystemExit, match="LayerNorm"):
-        plain_wide(nn.Sequential(nn.LayerNorm(4)), gpdfx.expand(nn.Sequential(nn.Linear(4, 4))))
+    with pytest.raises(SystemExit, match="GroupNorm"):
+        plain_wide(nn.Sequential(nn.GroupNorm(2, 4)), gpdfx.expand(nn.Sequential(nn.Linear(4, 4))))
+
+
+def test_the_plain_wide_transformer_computes_as_the_teacher_does() -> None:
+    options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2, "depth": 1}
+    student = timm.models.VisionTransformer(**options, num_classes=3).eval()
+    example = (torch.randn(2, 3, 16, 16),)
+    teacher = gpdfx.expand(student, 2, example_inputs=example, branches=None, verify=False)
+    wide = plain_wide(student, teacher)
+    assert wide.get_submodule("blocks.0.attn").num_heads == 4
+    own, folded = dict(teacher.named_parameters()), teacher._fold()
+    wide.load_state_dict({name: folded.get(teachers(name), p) for name, p in own.items()})
+    torch.testing.assert_close(wide(*example), student(*example))
 
 
 def test_a_step_trains_and_is_counted() -> None:
