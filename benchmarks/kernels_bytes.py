@@ -65,12 +65,20 @@ class Sizes:
         return kernel, count * self.visits * item, count * self.layer.channels * item
 
     def share(self, kernel: str) -> Iterator[Move]:
-        """Shares of all inputs of a row, by their indices."""
+        """Shares of all inputs of a row; their indices are read once for a program's rows."""
         if self.one.site.share:
-            pairs, inputs = self.layer.channels * self.layer.inputs, self.layer.inputs
+            layer = self.layer
+            inputs = layer.groups * layer.inputs * INDEX
             yield self.rows(kernel, 1, INDEX)
-            yield kernel, pairs * INDEX, self.layer.groups * inputs * INDEX
+            yield kernel, inputs * self.times(kernel), inputs
+            pairs = layer.channels * layer.inputs
             yield kernel, pairs * self.table, self.own[self.form.table]
+
+    def times(self, kernel: str) -> int:
+        """How often what all rows of a program read is read: a mean reads it again in every row."""
+        groups, outputs, inputs = self.form.copies
+        again = kernel == "combine" and self.form.student == "mean" and groups * inputs > 1
+        return self.one.row_blocks * (self.form.rows * outputs if again else 1)
 
     def term(self, kernel: str, part: launch.Part) -> Iterator[Move]:
         """What it is made of."""
@@ -79,9 +87,9 @@ class Sizes:
         yield from self.factor(kernel, part)
 
     def factor(self, kernel: str, part: launch.Part) -> Iterator[Move]:
-        """Depthwise kernels, read in every row, or what there is along the taps of each."""
+        """Depthwise kernels, or what there is along the taps of each row."""
         if part.kind == "depth":
-            yield kernel, self.own[part.factor] * self.layer.outputs, self.own[part.factor]
+            yield kernel, self.own[part.factor] * self.times(kernel), self.own[part.factor]
         elif part.factor >= 0:
             yield self.rows(kernel, self.layer.taps, self.item)
 
@@ -118,10 +126,7 @@ class Sizes:
             if part.kind == "eye":
                 continue
             yield "scatter", *[self.own[part.carrier]] * 2  # its gradient
-            for kernel, moved, _ in self.factor("scatter", part):
-                yield kernel, moved, 0  # once more
             if part.kind == "depth":
-                yield "scatter", self.own[part.carrier], 0
                 sums = one.depths * one.row_blocks * SUM
                 yield "scatter", sums, sums
                 yield "reduce", *[sums + self.own[part.factor]] * 2

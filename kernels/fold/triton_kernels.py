@@ -192,7 +192,17 @@ def _inputs(s, tile, copy, F: tl.constexpr):
 
 
 @triton.jit
-def _share(s, addresses, index, g, channel, i, first, last, F: tl.constexpr):
+def _columns(s, index, g, i, first, last, F: tl.constexpr):
+    """(inputs, 1): where in a row of shares inputs are."""
+    k = tl.arange(0, get(F, "inputs"))[:, None]
+    if get(F, "share") == "":
+        return k
+    at = tl.load(s + column("COLUMNS")) + g * _size(s, "IN") + i
+    return tl.load(index + at + k, mask=(k < first) & (k < last), other=0)
+
+
+@triton.jit
+def _share(s, addresses, index, columns, channel, first, last, F: tl.constexpr):
     """(inputs, 1)."""
     k = tl.arange(0, get(F, "inputs"))[:, None]
     some = (k < first) & (k < last)
@@ -201,9 +211,7 @@ def _share(s, addresses, index, g, channel, i, first, last, F: tl.constexpr):
     kind: tl.constexpr = tl.int64 if get(F, "share") == "copies" else get(F, "dtype")
     p = _pointer(addresses, _size(s, "FIRST") + get(F, "table"), kind, 1)
     p += tl.load(index + tl.load(s + column("ROWS")) + channel)
-    at = tl.load(s + column("COLUMNS")) + g * _size(s, "IN") + i
-    found = tl.load(p + tl.load(index + at + k, mask=some, other=0), mask=some, other=1)
-    found = found.to(tl.float32)
+    found = tl.load(p + columns, mask=some, other=1).to(tl.float32)
     return tl.where(some, 1 / found if get(F, "share") == "copies" else found, 0.0)
 
 
@@ -263,7 +271,8 @@ def _carrier(s, addresses, targets, out, g, o, i, F: tl.constexpr, n: tl.constex
 
 @triton.jit
 def _kernel(
-    s, addresses, targets, out, staging, g, o, i, first, last, F: tl.constexpr, n: tl.constexpr
+    s, addresses, targets, out, staging, depths, g, o, i, first, last, F: tl.constexpr,
+    n: tl.constexpr,
 ):  # fmt: skip
     """A tile of what term ``n`` adds to a weight, without its scale."""
     INPUTS: tl.constexpr = get(F, "inputs")
@@ -280,7 +289,6 @@ def _kernel(
     else:
         p, _ = _carrier(s, addresses, targets, out, g, o, i, F, n)
         if KIND == "depth":
-            depths = _depths(s, addresses, g, i, first, last, F)
             return tl.sum(_points(p, first, last, F)[:, :, None] * depths, 1)
         elif KIND == "point":
             w = _read(p, 0, True, first, last, 1, INPUTS, get(F, "unit")).to(tl.float32)
@@ -291,9 +299,25 @@ def _kernel(
 
 
 @triton.jit
+def _part(s, addresses, index, g_own, tile, copy, F: tl.constexpr):
+    """Of a copy of groups and inputs: which group it is, whether there is one, and how many; what
+    ``_inputs`` says; and what all of its rows read."""
+    g, in_g, groups = _copy(s, g_own, copy // copies(F, 2), "NARROW_G", "WIDE_G")
+    i_own, i, first, last = _inputs(s, tile, copy % copies(F, 2), F)
+    last = tl.where(in_g, last, 0)
+    columns, depths = _columns(s, index, g, i, first, last, F), 0.0
+    if count(F, "depth") > 0:
+        depths = _depths(s, addresses, g, i, first, last, F)
+    return g, in_g, groups, i_own, i, first, last, columns, depths
+
+
+@triton.jit
 def combine(programs, sizes, addresses, targets, index, out, staging, F: tl.constexpr):
     """After the products of the forward: the weights."""
-    COPIES: tl.constexpr = copies(F, 0) * copies(F, 2) * copies(F, 1)
+    MEAN: tl.constexpr = get(F, "student") == "mean"
+    INPUT_COPIES: tl.constexpr = copies(F, 0) * copies(F, 2)
+    AGAIN: tl.constexpr = MEAN and INPUT_COPIES > 1
+    INNER: tl.constexpr = copies(F, 1) * (INPUT_COPIES if AGAIN else 1)
     program = programs + 4 * tl.program_id(0)
     s = sizes + tl.load(program) * WIDTH
     g_own, o_begin, tile = tl.load(program + 1), tl.load(program + 2), tl.load(program + 3)
@@ -301,49 +325,57 @@ def combine(programs, sizes, addresses, targets, index, out, staging, F: tl.cons
     origin = _pointer(addresses, t, get(F, "dtype"), get(F, "unit"))
     own = tl.zeros((get(F, "inputs"), power(get(F, "taps"))), tl.float32)
     whole = tl.zeros((get(F, "inputs"), 1), tl.float32)
-    for step in range(get(F, "rows") * COPIES):
-        o_own, copy = o_begin + step // COPIES, step % COPIES
-        copy_i = copy // copies(F, 1) % copies(F, 2)
-        g, in_g, _ = _copy(s, g_own, copy // (COPIES // copies(F, 0)), "NARROW_G", "WIDE_G")
-        o, in_o, _ = _copy(s, o_own, copy % copies(F, 1), "NARROW_O", "WIDE_O")
-        i_own, i, first, last = _inputs(s, tile, copy_i, F)
-        live = o_own < _size(s, "OWN_OUT")
-        if in_g & in_o & live:
-            start, step_i, step_x = _begin(s, "", g, o, i, F)
-            channel = g * _size(s, "OUT") + o
-            total = _weight(origin + start, step_i, step_x, first, last, F)
-            if count(F) > 0:
-                scales = _pointer(addresses, t + 1, get(F, "dtype"), 1) + channel
-                total *= tl.load(scales).to(tl.float32)
-            for n in tl.static_range(count(F)):
-                scale = tl.load(scales + (n + 1) * _size(s, "CHANNELS")).to(tl.float32)
-                kernel = _kernel(s, addresses, targets, out, staging, g, o, i, first, last, F, n)
-                total += scale * term(F, n, "gain") * kernel
-            share = _share(s, addresses, index, g, channel, i, first, last, F)
-            if get(F, "teacher"):
-                p = out + _offset(s, "WIDE") + start
-                _put(p, total * share, step_i, step_x, first, last, F)
-            if get(F, "student") == "mean":  # a running mean: exact while copies are equal
-                whole = share + tl.where(copy > 0, whole, 0.0)
-                own = tl.where(copy > 0, own, 0.0)
-                own += (total - own) * (share / tl.maximum(whole, 1e-30))
-            elif copy == 0:
-                own = total
-        if get(F, "student") != "":  # known to the compiler, unlike the next  # noqa: SIM102
-            if live & (copy == COPIES - 1):
-                start, step_i, step_x = _begin(s, "OWN_", g_own, o_own, i_own, F)
-                p = out + _offset(s, "OWN") + start
-                _put(p, own, step_i, step_x, first, first, F)
+    for outer in range(1 if AGAIN else INPUT_COPIES):
+        if not AGAIN:
+            g, in_g, _, i_own, i, first, last, columns, depths = _part(
+                s, addresses, index, g_own, tile, outer, F
+            )
+        for step in range(get(F, "rows") * INNER):
+            o_own, copy = o_begin + step // INNER, step % INNER
+            if AGAIN:  # a mean needs all copies of a row at once
+                g, in_g, _, i_own, i, first, last, columns, depths = _part(
+                    s, addresses, index, g_own, tile, copy // copies(F, 1), F
+                )
+            o, in_o, _ = _copy(s, o_own, copy % copies(F, 1), "NARROW_O", "WIDE_O")
+            live = o_own < _size(s, "OWN_OUT")
+            if in_g & in_o & live:
+                start, step_i, step_x = _begin(s, "", g, o, i, F)
+                channel = g * _size(s, "OUT") + o
+                total = _weight(origin + start, step_i, step_x, first, last, F)
+                if count(F) > 0:
+                    scales = _pointer(addresses, t + 1, get(F, "dtype"), 1) + channel
+                    total *= tl.load(scales).to(tl.float32)
+                for n in tl.static_range(count(F)):
+                    scale = tl.load(scales + (n + 1) * _size(s, "CHANNELS")).to(tl.float32)
+                    kernel = _kernel(
+                        s, addresses, targets, out, staging, depths, g, o, i, first, last, F, n
+                    )
+                    total += scale * term(F, n, "gain") * kernel
+                share = _share(s, addresses, index, columns, channel, first, last, F)
+                if get(F, "teacher"):
+                    p = out + _offset(s, "WIDE") + start
+                    _put(p, total * share, step_i, step_x, first, last, F)
+                if MEAN:  # a running mean: exact while copies are equal
+                    whole = share + tl.where(copy > 0, whole, 0.0)
+                    own = tl.where(copy > 0, own, 0.0)
+                    own += (total - own) * (share / tl.maximum(whole, 1e-30))
+                elif outer + copy == 0:
+                    own = total
+            if get(F, "student") != "":  # known to the compiler, unlike the next  # noqa: SIM102
+                if live & (copy == INNER - 1) & (outer == 0):
+                    start, step_i, step_x = _begin(s, "OWN_", g_own, o_own, i_own, F)
+                    p = out + _offset(s, "OWN") + start
+                    _put(p, own, step_i, step_x, first, first, F)
 
 
 @triton.jit
 def _gradient(
-    s, addresses, index, grads, g, o, i, g_own, o_own, i_own, first, last, copy, parts,
+    s, addresses, index, columns, grads, g, o, i, g_own, o_own, i_own, first, last, copy, parts,
     F: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradient of the weight without shares."""
     pair = grads + 2 * _size(s, "LAYER")
-    share = _share(s, addresses, index, g, g * _size(s, "OUT") + o, i, first, last, F)
+    share = _share(s, addresses, index, columns, g * _size(s, "OUT") + o, first, last, F)
     found = tl.zeros((get(F, "inputs"), power(get(F, "taps"))), tl.float32)
     if tl.load(pair) != 0:
         start, step_i, step_x = _begin(s, "", g, o, i, F)
@@ -367,41 +399,35 @@ def _gradient(
 
 @triton.jit
 def _back(
-    s, addresses, targets, out, staging, grad, scale, g, o, i, first, last, F: tl.constexpr,
+    s, addresses, targets, out, grad, scale, depths, g, o, i, first, last, F: tl.constexpr,
     n: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a term's carrier goes to its place; that of its scale is returned."""
+    """The gradient of a term's carrier goes to its place. Returned are the carrier, and its
+    gradient without scale."""
     KIND: tl.constexpr = term(F, n, "kind")
-    if KIND != "eye":
-        _, target = _carrier(s, addresses, targets, out, g, o, i, F, n)
-        y, there = _taps(F, n)
+    y, there = _taps(F, n)
+    if KIND == "eye":
+        k = tl.arange(0, get(F, "inputs"))[:, None]
+        return tl.where((k + i == o) & there, 1.0, 0.0), grad
+    else:
+        INPUTS: tl.constexpr = get(F, "inputs")
+        UNIT: tl.constexpr = get(F, "unit")
+        SIZE: tl.constexpr = term(F, n, "width")
         START: tl.constexpr = term(F, n, "start") if KIND == "taps" else 0
         STEP: tl.constexpr = term(F, n, "step") if KIND == "taps" else 1
-        value = grad
+        p, target = _carrier(s, addresses, targets, out, g, o, i, F, n)
+        moved, at = grad, y
         if KIND == "point":
             profile = _profile(addresses, _size(s, "FIRST"), g * _size(s, "OUT") + o, F, n)
-            value, y, there = tl.sum(grad * profile, 1, keep_dims=True), 0, True
+            moved, at, there = tl.sum(grad * profile, 1, keep_dims=True), 0, True
         elif KIND == "depth":
-            value = tl.sum(grad[:, None, :] * _depths(s, addresses, g, i, first, last, F), 2)
-            y = tl.arange(0, power(expand(F)))[None, :]
-            there = y < expand(F)
-        value = (value * scale).to(get(F, "dtype"))
-        size: tl.constexpr = term(F, n, "width")
-        _write(
-            target,
-            value,
-            y,
-            there,
-            first,
-            last,
-            START,
-            STEP,
-            size,
-            get(F, "inputs"),
-            get(F, "unit"),
-        )
-    kernel = _kernel(s, addresses, targets, out, staging, g, o, i, first, last, F, n)
-    return tl.sum(grad * kernel) * term(F, n, "gain")
+            moved = tl.sum(grad[:, None, :] * depths, 2)
+            at = tl.arange(0, power(expand(F)))[None, :]
+            there = at < expand(F)
+        carrier = _read(p, at, there, first, last, SIZE, INPUTS, UNIT).to(tl.float32)
+        value = (moved * scale).to(get(F, "dtype"))
+        _write(target, value, at, there, first, last, START, STEP, SIZE, INPUTS, UNIT)
+        return carrier, moved
 
 
 @triton.jit
@@ -419,10 +445,10 @@ def scatter(programs, sizes, addresses, targets, grads, index, out, staging, sum
     k, x = tl.arange(0, get(F, "inputs"))[:, None], tl.arange(0, power(TAPS))[None, :]
     ex = tl.arange(0, power(expand(F)) * power(TAPS))[None, :]
     for outer in range(copies(F, 0) * copies(F, 2)):
-        copy_g, copy_i = outer // copies(F, 2), outer % copies(F, 2)
-        g, in_g, count_g = _copy(s, g_own, copy_g, "NARROW_G", "WIDE_G")
-        i_own, i, first, last = _inputs(s, tile, copy_i, F)
-        rows = tile * copies(F, 2) + copy_i
+        g, in_g, count_g, i_own, i, first, last, columns, depths = _part(
+            s, addresses, index, g_own, tile, outer, F
+        )
+        rows = tile * copies(F, 2) + outer % copies(F, 2)
         total = sums + _offset(s, "SUMS") + rows.to(tl.int64) * channels * (count(F) + 1)
         d_depths = tl.zeros((get(F, "inputs"), power(expand(F)), power(TAPS)), tl.float32)
         for step in range(get(F, "rows") * copies(F, 1)):
@@ -431,8 +457,8 @@ def scatter(programs, sizes, addresses, targets, grads, index, out, staging, sum
             if in_g & in_o & (o_own < _size(s, "OWN_OUT")):
                 channel = g * _size(s, "OUT") + o
                 grad = _gradient(
-                    s, addresses, index, grads, g, o, i, g_own, o_own, i_own, first, last,
-                    outer + copy_o, count_g * count_o, F,
+                    s, addresses, index, columns, grads, g, o, i, g_own, o_own, i_own, first,
+                    last, outer + copy_o, count_g * count_o, F,
                 )  # fmt: skip
                 start, step_i, step_x = _begin(s, "", g, o, i, F)
                 if count(F) == 0:
@@ -452,15 +478,14 @@ def scatter(programs, sizes, addresses, targets, grads, index, out, staging, sum
                     if term(F, n, "kind") != "made":
                         scale = tl.load(scales + (n + 1) * channels).to(tl.float32)
                         scale *= term(F, n, "gain")
-                        found = _back(
-                            s, addresses, targets, out, staging, grad, scale, g, o, i, first, last,
+                        carrier, moved = _back(
+                            s, addresses, targets, out, grad, scale, depths, g, o, i, first, last,
                             F, n,
                         )  # fmt: skip
+                        found = tl.sum(carrier * moved) * term(F, n, "gain")
                         tl.store(total + (n + 1) * channels + channel, found)
                         if term(F, n, "kind") == "depth":
-                            p, _ = _carrier(s, addresses, targets, out, g, o, i, F, n)
-                            points = _points(p, first, last, F) * scale
-                            d_depths += grad[:, None, :] * points[:, :, None]
+                            d_depths += grad[:, None, :] * (carrier * scale)[:, :, None]
         if count(F, "depth") > 0:
             at = channels // _size(s, "OUT") * (o_begin // get(F, "rows")) + g
             at = (at.to(tl.int64) * inputs + i + k) * (expand(F) * TAPS)
