@@ -83,8 +83,9 @@ def form(
     branches = (SETS | {"none": NONE})[name].on(layer).branches
     terms = [branch.term(layer) for branch in branches]
     half = [(1, n, max(1, n // 2)) for n in (layer.outputs, layer.inputs)]
+    share = Share(-1, 1, None, max(1, layer.inputs // 2))
     cut = Cut((1, layer.groups, layer.groups), *half)
-    site = Site(layer, tuple(t for t in terms if t), cut, Share(-1, 1, None), mean)
+    site = Site(layer, tuple(t for t in terms if t), cut, share, mean)
     sizes = [(layer.groups * layer.outputs, layer.inputs, *layer.kernel)]
     sizes += [(1 + len(branches), layer.channels)] if branches else []
     sizes += [(1, layer.inputs), (layer.inputs,)]

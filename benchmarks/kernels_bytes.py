@@ -65,14 +65,19 @@ class Sizes:
         return kernel, count * self.visits * item, count * self.layer.channels * item
 
     def share(self, kernel: str) -> Iterator[Move]:
-        """Shares of all inputs of a row; their indices are read once for a program's rows."""
-        if self.one.site.share:
-            layer = self.layer
-            inputs = layer.groups * layer.inputs * INDEX
-            yield self.rows(kernel, 1, INDEX)
-            yield kernel, inputs * self.times(kernel), inputs
-            pairs = layer.channels * layer.inputs
-            yield kernel, pairs * self.table, self.own[self.form.table]
+        """Shares of all inputs of a row, or one for a tile; their indices are read once for a
+        program's rows."""
+        one, layer = self.one, self.layer
+        if one.site.share is None:
+            return
+        yield self.rows(kernel, 1, INDEX)
+        inputs, pairs = layer.groups * layer.inputs, layer.channels * layer.inputs
+        read = inputs
+        if self.form.uniform:
+            groups, _, copies = self.form.copies
+            read, pairs = one.narrow.groups * groups * one.tiles * copies, self.visits
+        yield kernel, read * INDEX * self.times(kernel), min(read, inputs) * INDEX
+        yield kernel, pairs * self.table, self.own[self.form.table]
 
     def times(self, kernel: str) -> int:
         """How often what all rows of a program read is read: a mean reads it again in every row."""

@@ -60,7 +60,7 @@ class Case:
         table = torch.from_numpy(drawn if dim else np.ascontiguousarray(drawn.T)).to(dtype)
         self.table = table.view(*((rows, -1, 1) if dim else (-1, 1, rows)), *ones)
         self.classes = torch.from_numpy(axis.classes[0][:: axis.run])
-        self.share = Share(dim - self.table.ndim, dim, split)
+        self.share = Share(dim - self.table.ndim, dim, split).of(layer, self.classes)
         terms = tuple(branch.term(layer) for branch in self.branches)
         cut = cut_of(layer, self.maps, mean)
         assert cut is not None

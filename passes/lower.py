@@ -83,5 +83,6 @@ def _lowered(program: Widened, one: Branched, nodes: list[fx.Node]) -> Lowered:
     weighted = shares is not None or one.weight not in program.uses
     mean = program.options.extract == "mean"
     cut = cut_of(layer, maps, mean) if weighted or not mean else None
-    site = Site(layer, terms, cut, shares.layout if shares else None, mean and cut is not None)
+    share = shares.layout.of(layer, program.constants[shares.classes]) if shares else None
+    site = Site(layer, terms, cut, share, mean and cut is not None)
     return Lowered(site, (shares.table, shares.classes) if shares else ())

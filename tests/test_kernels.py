@@ -299,6 +299,21 @@ def test_kernels_are_given_new_addresses() -> None:
 
 
 @interpreted
+def test_layers_that_differ_in_classes_alone_have_plans_of_their_own() -> None:
+    """And a tile that lies between changes of classes reads one share for all of its inputs."""
+    for classes, run in (((0, 0, 1, 1), 2), ((0, 1, 1, 0), 1), ((0, 1, 0, 1), 1)):
+        case = Case(Layer(1, 2, 4, (), "linear"), "lowrank", torch.float32)
+        case.classes = torch.tensor(classes)
+        table = torch.randn(2, 2)
+        case.table, share = table, replace(case.share, at=-1, split=None)
+        case.site = replace(case.site, share=share.of(case.layer, case.classes))
+        assert case.site.share.run == run
+        wide, _ = op.by_kernels(None, flat([case])[1], key_of((case.site,)), True, True, None)
+        want, _ = reference.forward(case.site, flat([case])[1], True, True)
+        torch.testing.assert_close(wide, want)
+
+
+@interpreted
 def test_what_does_not_change_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from gpdfx.kernels.fold import launch
 

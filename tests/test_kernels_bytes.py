@@ -25,8 +25,8 @@ def test_two_lines_beside_a_small_convolution() -> None:
     weight, student, lines = 4 * 8 * 9 * 4, 2 * 4 * 9 * 4, 2 * (4 * 8 * 3 * 4)
     scales, table = 3 * 4 * 4, 8 * 4
     read_scales = 3 * 8 * 4
-    shares = (8 + 8 + 4 * 8) * 4  # an index a tile, one an input, a share an element
-    distinct = (4 + 2 * 8) * 4
+    shares = (8 + 2 + 8) * 4  # of a tile an index of its row, and one share; an index a copy
+    distinct = (4 + 2 + 8) * 4
     moved = 2 * weight + student + lines
     assert kernels_bytes.count([found], False) == {
         "combine": (moved + read_scales + shares, moved + scales + distinct)

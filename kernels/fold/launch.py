@@ -66,14 +66,16 @@ class Part:
 class Form:
     """What layers that share a kernel have in common. ``order``: of inputs and taps in memory
     (``ix``, ``xi``, or ``any``); ``share``: none, a ``table``, or a table of ``copies``;
-    ``student``: none, ``first`` copies, ``mean``; ``copies``: of a group, output, input, at most;
-    ``unit``: of sizes and addresses; ``rows``, ``inputs``: of a program."""
+    ``uniform``: one for all inputs of a tile; ``student``: none, ``first`` copies, ``mean``;
+    ``copies``: of a group, output, input, at most; ``unit``: of sizes and addresses; ``rows``,
+    ``inputs``: of a program."""
 
     taps: int
     order: str
     terms: tuple[Part, ...]
     dtype: Any
     share: str
+    uniform: bool
     table: int
     depthwise: int
     teacher: bool
@@ -133,6 +135,7 @@ class Layout:
             terms=self.parts,
             dtype=TYPES[own[0].dtype],
             share="" if site.share is None else "table" if floating else "copies",
+            uniform=False,
             table=site.first - 2,
             depthwise=depth.factor if depth else -1,
             teacher=teacher,
@@ -142,6 +145,8 @@ class Layout:
             rows=min(DEPTH_ROWS if depth else ROWS, k.power(narrow.outputs)),
             inputs=max(unit, min(tile, k.power(inputs))),
         )
+        if site.share is not None and uniform(self.blocks[2], self.form.inputs, site.share.run):
+            self.form = replace(self.form, uniform=True)
         self.tiles = outer * -(-inputs // self.form.inputs)
         self.row_blocks = -(-narrow.outputs // self.form.rows)
         self.lines = self.tiles * self.form.copies[2]
@@ -161,6 +166,18 @@ class Layout:
         found = replace(layer, kernel=()).by_taps(found)[..., 0]
         rows = found[:, :, 0]
         return [x.reshape(-1).int() for x in (rows, found[:, 0] - rows[:, :1])]
+
+
+def uniform(blocks: tuple[int, int, int], size: int, run: int) -> bool:
+    """Whether every tile of so many inputs lies between two multiples of ``run``."""
+    outer, wide, narrow = blocks
+    copies = [
+        (b * wide + c, b * wide + min(c + narrow, wide))
+        for b in range(outer)
+        for c in range(0, wide, narrow)
+    ]
+    tiles = ((t, min(t + size, end) - 1) for c, end in copies for t in range(c, end, size))
+    return all(first // run == last // run for first, last in tiles)
 
 
 def order_of(steps: Sequence[int], layer: Layer) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
@@ -109,11 +111,26 @@ def _in_turn(blocks: Blocks) -> np.ndarray:
 @dataclass(frozen=True)
 class Share:
     """How the teacher's weight is multiplied by shares: what ``copies.share`` takes beside
-    tensors."""
+    tensors. ``run``: classes change only at multiples of so many inputs; ``classes``: a name of
+    their numbers, which plans are made of."""
 
     at: int
     dim: int
     split: tuple[int, ...] | None
+    run: int = 1
+    classes: str = ""
+
+    def of(self, layer: Layer, classes: Tensor) -> Share:
+        """With what these classes say."""
+        size, ndim = layer.stored[self.dim], len(layer.stored)
+        parts = classes.new_zeros([size if d == self.dim % ndim else 1 for d in range(ndim)])
+        parts = parts if self.split is None else parts.unflatten(self.dim, self.split)
+        shape = [1] * parts.ndim
+        shape[self.at] = len(classes)
+        changes = (parts + classes.view(shape)).reshape(size).diff().nonzero() + 1
+        run = math.gcd(layer.inputs, *changes.flatten().tolist())
+        name = hashlib.sha1(classes.cpu().numpy().tobytes()).hexdigest()[:16]
+        return replace(self, run=run, classes=name)
 
 
 @dataclass(frozen=True)

@@ -193,25 +193,30 @@ def _inputs(s, tile, copy, F: tl.constexpr):
 
 @triton.jit
 def _columns(s, index, g, i, first, last, F: tl.constexpr):
-    """(inputs, 1): where in a row of shares inputs are."""
+    """(inputs, 1), or one for all: where in a row of shares inputs are."""
     k = tl.arange(0, get(F, "inputs"))[:, None]
+    at = tl.load(s + column("COLUMNS")) + g * _size(s, "IN") + i
     if get(F, "share") == "":
         return k
-    at = tl.load(s + column("COLUMNS")) + g * _size(s, "IN") + i
-    return tl.load(index + at + k, mask=(k < first) & (k < last), other=0)
+    elif get(F, "uniform"):
+        return tl.load(index + tl.where(last > 0, at, 0))
+    else:
+        return tl.load(index + at + k, mask=(k < first) & (k < last), other=0)
 
 
 @triton.jit
 def _share(s, addresses, index, columns, channel, first, last, F: tl.constexpr):
     """(inputs, 1)."""
     k = tl.arange(0, get(F, "inputs"))[:, None]
-    some = (k < first) & (k < last)
-    if get(F, "share") == "":
-        return tl.where(some, 1.0, 0.0)
-    kind: tl.constexpr = tl.int64 if get(F, "share") == "copies" else get(F, "dtype")
-    p = _pointer(addresses, _size(s, "FIRST") + get(F, "table"), kind, 1)
-    p += tl.load(index + tl.load(s + column("ROWS")) + channel)
-    found = tl.load(p + columns, mask=some, other=1).to(tl.float32)
+    some, found = (k < first) & (k < last), 1.0
+    if get(F, "share") != "":
+        kind: tl.constexpr = tl.int64 if get(F, "share") == "copies" else get(F, "dtype")
+        p = _pointer(addresses, _size(s, "FIRST") + get(F, "table"), kind, 1)
+        p += tl.load(index + tl.load(s + column("ROWS")) + channel)
+        if get(F, "uniform"):
+            found = tl.load(p + columns).to(tl.float32)
+        else:
+            found = tl.load(p + columns, mask=some, other=1).to(tl.float32)
     return tl.where(some, 1 / found if get(F, "share") == "copies" else found, 0.0)
 
 
