@@ -239,8 +239,8 @@ class Plan:
             name: {key: table.on(self.device) for key, table in some.items()}
             for name, some in tables.items()
         }
-        self.forms, self.items, self.rows, self.reduced = (
-            on.get(name, {}) for name in ("forms", "items", "rows", "reduced")
+        self.forms, self.items, self.reduced = (
+            on.get(name, {}) for name in ("forms", "items", "reduced")
         )
         for scratch in (self.staging, self.sums):
             scratch.make(self.device)
@@ -258,45 +258,36 @@ class Plan:
     def _products(self, tables: Any, aligned: bool) -> dict[int, int]:
         """Products of equal sizes are one batch, if all begin where regions may. By layer: where
         its product lies."""
-        found: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        found: dict[tuple[int, ...], list[tuple[int, Layout, int, Part]]] = defaultdict(list)
         for n, one in enumerate(self.layers):
-            for part in (part for part in one.parts if part.kind == "made"):
-                layer, hidden = one.site.layer, one.likes[part.factor].shape[1]
-                key = layer.outputs * layer.taps, hidden, layer.inputs
-                whole = layer.groups * math.prod(key)
-                found[key if not any(whole // x % REGION for x in key) else (*key, n)].append(n)
+            for number, part in enumerate(one.parts):
+                if part.kind == "made":
+                    layer, hidden = one.site.layer, one.likes[part.factor].shape[1]
+                    key = layer.outputs * layer.taps, hidden, layer.inputs
+                    alone = any(layer.groups * math.prod(key) // x % REGION for x in key)
+                    found[(*key, n) if alone else key].append((n, one, number, part))
         made_at = {}
         for (m, hidden, inputs, *_), members in found.items():
-            batch = sum(self.layers[n].site.layer.groups for n in members)
+            batch = sum(one.site.layer.groups for _, one, _, _ in members)
             sizes = m * hidden, hidden * inputs, m * inputs, m * hidden, hidden * inputs
             begins = [self.staging.take(batch * size) for size in sizes]
             self.jobs.append((batch, m, hidden, inputs, *begins))
-            done = 0
-            for n in members:
-                layer, first = self.layers[n].site.layer, self.firsts[n]
-                made = (pair for pair in enumerate(self.layers[n].parts) if pair[1].kind == "made")
-                number, part = next(made)
-                left, right, made_at[n], moved, d_right = (
-                    begin + done * size for begin, size in zip(begins, sizes, strict=True)
-                )
-                unit = UNIT if aligned and not any(x % UNIT for x in (hidden, inputs)) else 1
-                row = [
-                    first + part.carrier,
-                    first + part.factor,
-                    first + 1,
-                    number + 1,
-                    layer.channels,
-                ]
-                row += [hidden, inputs, left // REGION, right // REGION, moved // REGION]
-                row += [self.layers[n].site.terms[number].residual]
+            unit = UNIT if aligned and not any(x % UNIT for x in (hidden, inputs)) else 1
+            for n, one, number, part in members:
+                layer, carrier = one.site.layer, self.firsts[n] + part.carrier
+                factor, scales = self.firsts[n] + part.factor, self.firsts[n] + 1
+                left, right, made_at[n], moved, d_right = begins
+                row = [carrier, factor, scales, number + 1, layer.channels, hidden, inputs]
+                row += [left // REGION, right // REGION, moved // REGION]
+                row += [one.site.terms[number].residual]
                 table = tables["items"][layer.taps, unit]
                 table.add(row, range(layer.groups * hidden), [0])
                 table.add(row, range(layer.channels), [1])
-                tables["rows"][layer.taps, unit].add(row, range(layer.channels))
                 size = layer.groups * hidden * inputs
-                row = [d_right, 1, 0, first + part.factor, 0, size]
+                row = [d_right, 1, 0, factor, 0, size]
                 tables["reduced"]["staging"].add(row, range(-(-size // BLOCK)))
-                done += layer.groups
+                both = zip(begins, sizes, strict=True)
+                begins = [begin + layer.groups * size for begin, size in both]
         return made_at
 
     def _layers(self, owned: Any, made_at: dict[int, int], tables: Any) -> None:
@@ -305,11 +296,9 @@ class Plan:
             layer, first, several = one.site.layer, self.firsts[n], len(one.parts) + 1
             sums = self.sums.take(one.lines * several * layer.channels)
             depths = self.sums.take(one.depths * one.row_blocks)
-            row = [first, n, layer.channels, layer.outputs, layer.inputs, one.narrow.outputs]
-            row += [
-                one.narrow.inputs,
-                *(x for _, wide, narrow in one.blocks for x in (narrow, wide)),
-            ]
+            row = [first, n, layer.channels, layer.outputs, layer.inputs]
+            row += [one.narrow.outputs, one.narrow.inputs]
+            row += [x for _, wide, narrow in one.blocks for x in (narrow, wide)]
             row += [*one.steps, *one.own_steps]
             row += [view[2] // REGION if view else 0 for view in self.views[2 * n : 2 * n + 2]]
             row += [made_at.get(n, 0) // REGION]
@@ -327,14 +316,8 @@ class Plan:
                     row += [first + 1, m * layer.channels, layer.channels]
                     tables["reduced"]["sums"].add(row, range(-(-layer.channels // BLOCK)))
             if one.depths:
-                row = [
-                    depths,
-                    one.row_blocks,
-                    one.depths,
-                    first + one.form.depthwise,
-                    0,
-                    one.depths,
-                ]
+                target = first + one.form.depthwise
+                row = [depths, one.row_blocks, one.depths, target, 0, one.depths]
                 tables["reduced"]["sums"].add(row, range(-(-one.depths // BLOCK)))
         self.index = torch.cat(index)
 
@@ -367,9 +350,9 @@ class Plan:
             for left, right, grad, moved, d_right in self.matrices:
                 multiply(grad, right.mT, moved)
                 multiply(left.mT, grad, d_right)
-            for (taps, unit), (count, programs, rows) in self.rows.items():
+            for (taps, unit), (count, programs, items) in self.items.items():
                 shared = addresses, self.targets, out, staging
-                launch(k.finish, count, programs, rows, *shared, TAPS=taps, UNIT=unit, **types)
+                launch(k.finish, count, programs, items, *shared, TAPS=taps, UNIT=unit, **types)
             for name, (count, programs, rows) in self.reduced.items():
                 source = staging if name == "staging" else sums
                 launch(k.reduce, count, programs, rows, self.targets, source, out, BLOCK=BLOCK)

@@ -533,7 +533,7 @@ def prepare(
         target = staging + tl.load(m + item("LEFT")) * 16 + first
         scale = 1.0
         if SCALED:
-            scale = _scale_of(m, addresses, row, dtype)
+            scale = _scale_of(m, addresses, row, row >= 0, dtype)
         while begin < hidden:
             last = hidden - begin
             value = _read(
@@ -545,11 +545,11 @@ def prepare(
 
 
 @triton.jit
-def _scale_of(m, addresses, row, dtype: tl.constexpr):
-    """Of a product's row."""
+def _scale_of(m, addresses, row, there, dtype: tl.constexpr):
+    """Of a product's row, if it is ``there``."""
     p = tl.load(addresses + tl.load(m + item("SCALES"))).to(tl.pointer_type(dtype))
     at = tl.load(m + item("SCALE")) * tl.load(m + item("CHANNELS"))
-    return tl.load(p + at + row).to(tl.float32)
+    return tl.load(p + at + row, mask=there, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -557,11 +557,13 @@ def finish(
     programs, items, addresses, targets, out, staging, dtype: tl.constexpr, TAPS: tl.constexpr,
     BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """After the products of the backward: a row of the gradient of ``left``, and of its scale."""
-    at = programs + 2 * tl.program_id(0)
+    """After the products of the backward: a row of the gradient of ``left``, and of its scale;
+    nothing for rows of ``right``."""
+    at = programs + 3 * tl.program_id(0)
     m = items + tl.load(at) * ITEM
-    row = tl.load(at + 1)
-    hidden = tl.load(m + item("HIDDEN")).to(tl.int32) // UNIT * UNIT
+    mine = tl.load(at + 2) != 0
+    row = tl.where(mine, tl.load(at + 1), 0)
+    hidden = tl.where(mine, tl.load(m + item("HIDDEN")).to(tl.int32), 0) // UNIT * UNIT
     x = tl.arange(0, power(TAPS))[None, :]
     h = tl.arange(0, BLOCK // power(TAPS))[:, None]
     first = row.to(tl.int64) * hidden * TAPS
@@ -569,7 +571,7 @@ def finish(
     left = _pointer(addresses, carrier, dtype, UNIT) + first
     target = out + tl.load(targets + carrier) * 16 + first
     moved = staging + tl.load(m + item("MOVED")) * 16 + first
-    scale = _scale_of(m, addresses, row, dtype)
+    scale = _scale_of(m, addresses, row, mine, dtype)
     total = tl.zeros((BLOCK // power(TAPS), power(TAPS)), tl.float32)
     begin = 0
     while begin < hidden:
@@ -586,9 +588,8 @@ def finish(
         )  # fmt: skip
         begin += BLOCK // power(TAPS)
     at = tl.load(m + item("SCALE")) * tl.load(m + item("CHANNELS")) + row
-    tl.store(
-        out + tl.load(targets + tl.load(m + item("SCALES"))) * 16 + at, tl.sum(total).to(dtype)
-    )
+    target = out + tl.load(targets + tl.load(m + item("SCALES"))) * 16 + at
+    tl.store(target, tl.sum(total).to(dtype), mask=mine)
 
 
 @triton.jit
