@@ -12,9 +12,6 @@ from . import reference
 from .op import by_kernels, sizes_of, taken
 from .site import Site, key_of, owned, sites_of
 
-_KINDS = ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "maia", "xla")
-_CASTING = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
-"""Devices with autocast: found out here, for compilers of torch 2.11 cannot."""
 KERNELS = {"cuda"}
 """Devices with kernels."""
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -39,7 +36,7 @@ def fold(
     way.
     """
     kind, kept = tensors[0].device.type, (tensors[0].dtype, torch.int64, torch.int32)
-    casts = kind in _CASTING and torch.is_autocast_enabled(kind)
+    casts = kind in reference.CASTING and torch.is_autocast_enabled(kind)
     asked = teacher, student, torch.get_autocast_dtype(kind) if casts else None
     can = kind in KERNELS and kept[0] in TYPES and all(t.dtype in kept for t in tensors)
     fused = taken(key, teacher) if can else (False,) * len(sites)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import wraps
 from itertools import product
 from typing import Any
 
@@ -31,14 +32,35 @@ Weights = tuple[Tensor | None, Tensor | None]
 """The teacher's and the student's."""
 Operands = tuple[Tensor | None, Tensor | None]
 """Carrier and factor of a term, with one dimension a letter."""
+_KINDS = ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "maia", "xla")
+CASTING = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
+"""Devices with autocast: found out here, for compilers of torch 2.11 cannot."""
 Rows = tuple[slice, Sequence[tuple[int, int, int, int, int]]]
 """Outputs of the teacher, and which of the student's they stand for (``segments``)."""
 
 
-def forward(site: Site, tensors: Tensors, teacher: bool, student: bool) -> Weights:
+def halves(call: Any) -> Any:
+    """Under autocast, products of terms are in its type, and nothing else is."""
+
+    @wraps(call)
+    def called(site: Site, tensors: Tensors, *given: Any) -> Any:
+        kind = tensors[0].device.type
+        if kind not in CASTING or not torch.is_autocast_enabled(kind):
+            return call(site, tensors, *given)
+        half = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            return call(site, tensors, *given, half)
+
+    return called
+
+
+@halves
+def forward(
+    site: Site, tensors: Tensors, teacher: bool, student: bool, half: torch.dtype | None = None
+) -> Weights:
     """The weights that are asked for, one for both if they are not distinct."""
     if not teacher and site.apart:
-        return None, forward(*alone(site, tensors), True, False)[0]
+        return None, forward(*alone(site, tensors), True, False, half)[0]
     one, origin = _Layer(site, tensors), tensors[0]
     wide = room(site.layer, origin) if teacher else None
     own = room(site.narrow, origin) if student and (site.distinct or not teacher) else None
@@ -48,7 +70,7 @@ def forward(site: Site, tensors: Tensors, teacher: bool, student: bool) -> Weigh
             base, total = total, torch.empty_like(total) if wide is None else one.of(wide, rows)
             torch.mul(base, one.scales[0][:, rows[0]], out=total)
         for k, term in enumerate(site.terms):
-            _add(term, total, one.scales[k + 1], one.operands[k], rows[0])
+            _add(term, total, one.scales[k + 1], one.operands[k], rows[0], half)
         if own is not None:
             one.merge(total, own, rows)
         if wide is not None:
@@ -56,14 +78,19 @@ def forward(site: Site, tensors: Tensors, teacher: bool, student: bool) -> Weigh
     return wide, own
 
 
+@halves
 def backward(
-    site: Site, tensors: Tensors, teacher: Tensor | None, student: Tensor | None
+    site: Site,
+    tensors: Tensors,
+    teacher: Tensor | None,
+    student: Tensor | None,
+    half: torch.dtype | None = None,
 ) -> list[Tensor | None]:
     """The gradients of the tensors, from those of the weights."""
     if teacher is None and student is None:
         return [None] * site.size
     if teacher is None and site.apart:
-        parts = backward(*alone(site, tensors), student, None)
+        parts = backward(*alone(site, tensors), student, None, half)
         return _pulled_back(site, tensors, lambda own: alone(site, own)[1], parts)
     one, (origin, *rest) = _Layer(site, tensors), tensors
     found: list[Any] = [room(site.layer, origin)]
@@ -87,7 +114,7 @@ def backward(
             sums[0] = _dot(grad, one.of(origin, rows))
             for k, term in enumerate(site.terms):
                 scale, pair = one.scales[k + 1], one.operands[k]
-                sums[k + 1] = _back(term, grad, scale, pair, targets[k], rows[0])
+                sums[k + 1] = _back(term, grad, scale, pair, targets[k], rows[0], half)
             grad.mul_(one.scales[0][:, rows[0]])
     return found
 
@@ -154,37 +181,50 @@ def alone(site: Site, tensors: Tensors) -> tuple[Site, Tensors]:
 
 
 # --------------------------------------------------------------------------- terms
-def _add(term: Term, total: Tensor, scale: Tensor, operands: Operands, rows: slice) -> None:
+def _add(
+    term: Term, total: Tensor, scale: Tensor, operands: Operands, rows: slice, half: Any
+) -> None:
     """``total += scale K``, of some rows."""
     part, (carrier, factor), scale = term.part(total), operands, term.gained(scale[:, rows])
     if carrier is None:
         _diagonal(part, rows).add_(scale.flatten(1))
-    elif term.summed:
-        part.addcmul_(term.product(carrier[:, rows], factor).to(total.dtype), scale)
+    elif term.summed and factor is not None:
+        kind = half or total.dtype
+        made = term.product(carrier[:, rows].to(kind), factor.to(kind))
+        part.addcmul_(made.to(total.dtype), scale)
     else:
         profile = scale if factor is None else aligned(factor, term.others)[:, rows] * scale
         part.addcmul_(aligned(carrier, term.letters)[:, rows], profile)
 
 
 def _back(
-    term: Term, grad: Tensor, scale: Tensor, operands: Operands, targets: Operands, rows: slice
+    term: Term,
+    grad: Tensor,
+    scale: Tensor,
+    operands: Operands,
+    targets: Operands,
+    rows: slice,
+    half: Any,
 ) -> Tensor:
     """The gradient of the scales, (groups, outputs); those of the operands go to ``targets``."""
-    part, (carrier, factor), (target, d_factor) = term.part(grad), operands, targets
-    if carrier is None or target is None:
+    part, (carrier, factor), (d_carrier, d_factor) = term.part(grad), operands, targets
+    if carrier is None or d_carrier is None:
         return term.gained(_diagonal(part, rows))
     letters = "goix" if "x" in term.letters + term.others else "goi"
-    moved = given = part if letters == "goix" else part.sum(3)
+    moved = given = part if letters == "goix" else _over_taps(part)
     if factor is not None and term.summed:
-        moved = torch.einsum(f"{letters},{term.others}->{term.letters}", given, factor)
+        given = given if half is None else given.to(half)
+        moved = torch.einsum(f"{letters},{term.others}->{term.letters}", given, factor.to(given))
     elif factor is not None:
-        moved = torch.linalg.vecdot(given, factor[:, rows].unsqueeze(2))
+        moved = torch.matmul(given, factor[:, rows].unsqueeze(3)).squeeze(3)
     size = term.gained(scale[:, rows]).view(*moved.shape[:2], *[1] * (moved.ndim - 2))
-    torch.mul(moved, size, out=target[:, rows])
+    carrier, target = carrier[:, rows], d_carrier[:, rows].copy_(moved)
+    sums = _dot(target, carrier)
+    target.mul_(size)
     if d_factor is not None:
         pair = f"{letters},{term.letters}->{term.others}"
-        d_factor += torch.einsum(pair, given, carrier[:, rows] * size)
-    return term.gained(_dot(moved, carrier[:, rows]))
+        d_factor += torch.einsum(pair, given, (carrier * size).to(given))
+    return term.gained(sums)
 
 
 def _diagonal(part: Tensor, rows: slice) -> Tensor:
@@ -192,12 +232,19 @@ def _diagonal(part: Tensor, rows: slice) -> Tensor:
     return part[..., 0].diagonal(rows.start, 1, 2)
 
 
+def _over_taps(x: Tensor) -> Tensor:
+    """Summed over the last dimension; for few elements side by side a product is faster."""
+    if x.stride(-1) != 1 or x.dtype not in (torch.float32, torch.float64):
+        return x.sum(-1)
+    return torch.mv(x.reshape(-1, x.shape[-1]), x.new_ones(x.shape[-1])).view(x.shape[:-1])
+
+
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """(groups, outputs, ...) twice -> ``(x * y)`` summed over all but the first two."""
     if x.ndim == 4 and x.stride(3) > x.stride(2):  # as it lies in memory
         x, y = x.transpose(2, 3), y.transpose(2, 3)
-    sums: Tensor = torch.linalg.vecdot(x.flatten(2), y.flatten(2))
-    return sums
+    rows, size = x.shape[:2], x.shape[2:].numel()
+    return torch.bmm(x.reshape(-1, 1, size), y.reshape(-1, size, 1)).view(rows)
 
 
 def _paired(site: Site, tensors: Sequence[Tensor | None]) -> list[Operands]:
