@@ -39,6 +39,7 @@ WAYS = (
     (None, "mean"),
     ("orepa", "first"),
     ("auto", "first"),
+    ("auto", "mean"),
     ("mobileone", "first"),
 )
 
