@@ -388,7 +388,7 @@ def test_the_operator_is_registered_well(
     for asked in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(op.fold_op, (tensors, key, *asked, None))
         weights = viewed(
-            op.fold_op(tensors, key, *asked, None), op.layout_of(tensors, key, *asked)[0][1]
+            op.fold_op(tensors, key, *asked, None), op.layout_of(tensors, key, *asked)[0]
         )
         grads = [None if w is None else torch.randn_like(w) for w in weights]
         torch.library.opcheck(op.backward_op, (grads, tensors, key, *asked, None))

@@ -27,8 +27,8 @@ from . import triton_kernels as k
 from .site import (
     KINDS,
     REGION,
+    Regions,
     Site,
-    View,
     places,
     room,
     rounded,
@@ -230,7 +230,7 @@ class Plan:
         pairs = enumerate(zip(tensors, likes, strict=True))
         self.copied = {n: like for n, (t, like) in pairs if not alike(t, like)}
         self.places = places(list(zip(sites, owned, strict=True)), teacher, student)
-        (_, self.views), (_, d_views) = self.places
+        self.views, d_views = (of.views for of in self.places)
         self.staging, self.sums = Scratch(made), Scratch(torch.float32)
         self.jobs: list[tuple[int, ...]] = []
         tables: dict[str, dict[Any, Table]] = defaultdict(lambda: defaultdict(Table))
@@ -482,18 +482,18 @@ def prepared(
 
 def run(
     grads: Sequence[Tensor | None] | None, tensors: Sequence[Tensor], *asked: Any
-) -> tuple[Tensor, list[View | None]]:
+) -> tuple[Tensor, Regions]:
     """All weights that are asked for; or, from their gradients, those of all tensors: in one flat
     tensor, and where."""
     call = prepared(tensors, *asked)
     plan = call.plan
-    size, views = plan.places[grads is not None]
-    out = tensors[0].new_empty(size)
+    where = plan.places[grads is not None]
+    out = tensors[0].new_empty(where.size)
     if grads is None:
         plan.forward(call.addresses, out)
     else:
         plan.backward(grads, call.addresses, out)
-    return out, views
+    return out, where
 
 
 @lru_cache

@@ -59,7 +59,7 @@ def by_kernels(grads: Sequence[Tensor | None] | None, *given: Any) -> list[Tenso
     tensors, key, teacher, student, _ = given
     if torch.compiler.is_compiling() or is_fake(tensors[0]):
         flat = fold_op(*given) if grads is None else backward_op(list(grads), *given)
-        return viewed(flat, layout_of(tensors, key, teacher, student)[grads is not None][1])
+        return viewed(flat, layout_of(tensors, key, teacher, student)[grads is not None])
     return viewed(*launch.run(grads, *given))
 
 
@@ -90,9 +90,9 @@ backward_op = torch.library.custom_op("gpdfx::fold_backward", backward_flat, mut
 
 @fold_op.register_fake
 def _(tensors: Tensors, key: str, teacher: bool, student: bool, half: Any) -> Tensor:
-    return tensors[0].new_empty(layout_of(tensors, key, teacher, student)[0][0])
+    return tensors[0].new_empty(layout_of(tensors, key, teacher, student)[0].size)
 
 
 @backward_op.register_fake
 def _(grads: Any, tensors: Tensors, key: str, teacher: bool, student: bool, half: Any) -> Tensor:
-    return tensors[0].new_empty(layout_of(tensors, key, teacher, student)[1][0])
+    return tensors[0].new_empty(layout_of(tensors, key, teacher, student)[1].size)

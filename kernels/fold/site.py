@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -252,7 +252,7 @@ def room(layer: Layer, like: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------- results
 REGION = 16
-"""Results of a fold lie in one flat tensor and begin at multiples of so many elements."""
+"""Results of a fold begin at multiples of so many elements."""
 View = tuple[tuple[int, ...], tuple[int, ...], int]
 """What ``as_strided`` takes."""
 
@@ -276,10 +276,21 @@ def tensors_like(site: Site, own: Sequence[Tensor]) -> list[Tensor]:
     return [room(site.layer, origin.to("meta")), *rest]
 
 
+@dataclass(frozen=True)
+class Regions:
+    """Results in one flat tensor of so many elements, and where each lies. Those of one shape lie
+    side by side, in ``stacks``: views are made of all at once, in this ``order``."""
+
+    size: int
+    views: list[View | None]
+    stacks: list[View]
+    order: list[int]
+
+
 def places(
     each: Sequence[tuple[Site, Sequence[Tensor]]], teacher: bool, student: bool
-) -> tuple[tuple[int, list[View | None]], tuple[int, list[View | None]]]:
-    """Of weights and of gradients: the size of the flat tensor, and where they lie in it."""
+) -> tuple[Regions, Regions]:
+    """Of weights and of gradients."""
     both = [zip(tensors_like(*one), one[0].differentiable(), strict=True) for one in each]
     grads = [like if trains else None for one in both for like, trains in one]
     return regions(weights_like(each, teacher, student)), regions(grads)
@@ -290,19 +301,30 @@ def rounded(elements: int) -> int:
     return -(-elements // REGION) * REGION
 
 
-def regions(likes: Iterable[Tensor | None]) -> tuple[int, list[View | None]]:
-    """The size of the flat tensor that they lie in, and where."""
-    views: list[View | None] = []
-    size = 0
-    for like in likes:
-        views.append(None if like is None else (tuple(like.shape), like.stride(), size))
-        size += 0 if like is None else rounded(like.numel())
-    return size, views
+def regions(likes: Sequence[Tensor | None]) -> Regions:
+    """Where results like these go."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for n, like in enumerate(likes):
+        if like is not None:
+            alike.setdefault((tuple(like.shape), like.stride()), []).append(n)
+    views: list[View | None] = [None] * len(likes)
+    stacks, size = [], 0
+    for (shape, steps), members in alike.items():
+        region = rounded(math.prod(shape))
+        stacks.append(((len(members), *shape), (region, *steps), size))
+        for n in members:
+            views[n] = shape, steps, size
+            size += region
+    return Regions(size, views, stacks, [n for members in alike.values() for n in members])
 
 
-def viewed(flat: Tensor, views: Iterable[View | None]) -> list[Tensor | None]:
+def viewed(flat: Tensor, where: Regions) -> list[Tensor | None]:
     """What lies in it."""
-    return [None if view is None else flat.as_strided(*view) for view in views]
+    found: list[Tensor | None] = [None] * len(where.views)
+    parts = (part for stack in where.stacks for part in flat.as_strided(*stack).unbind(0))
+    for n, part in zip(where.order, parts, strict=True):
+        found[n] = part
+    return found
 
 
 # --------------------------------------------------------------------------- kernels
