@@ -171,7 +171,6 @@ def rows(network: str, branches: str, teacher: Teacher) -> Iterator[dict[str, ob
     tensors = chunk.tensors()
     own = [tensors[n].detach() for n in chunk.index]
     call = launch.prepared(own, chunk.key, True, True, torch.bfloat16)
-    assert call is not None
     sizes = sizes_of(call.plan, own)
     for backward in (False, True):
         found = count(sizes, backward)

@@ -12,7 +12,7 @@ import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -128,14 +128,15 @@ class Layout:
         outer, wide, inputs = self.blocks[2]
         unit = UNIT if aligned and not any(n % UNIT for n in (layer.inputs, wide, inputs)) else 1
         tile = (DEPTH_TILE if depth else TILE // own[0].itemsize) // k.power(layer.taps)
-        floating = site.share is not None and own[site.first - 2].is_floating_point()
+        size, share = max(unit, min(tile, k.power(inputs))), site.share
+        floating = share is not None and own[site.first - 2].is_floating_point()
         self.form = Form(
             taps=layer.taps,
             order=orders.pop() if len(orders) == 1 else "any",
             terms=self.parts,
             dtype=TYPES[own[0].dtype],
-            share="" if site.share is None else "table" if floating else "copies",
-            uniform=False,
+            share="" if share is None else "table" if floating else "copies",
+            uniform=share is not None and uniform(self.blocks[2], size, share.run),
             table=site.first - 2,
             depthwise=depth.factor if depth else -1,
             teacher=teacher,
@@ -143,10 +144,8 @@ class Layout:
             copies=tuple(-(-wide // narrow) for _, wide, narrow in self.blocks),
             unit=unit,
             rows=min(DEPTH_ROWS if depth else ROWS, k.power(narrow.outputs)),
-            inputs=max(unit, min(tile, k.power(inputs))),
+            inputs=size,
         )
-        if site.share is not None and uniform(self.blocks[2], self.form.inputs, site.share.run):
-            self.form = replace(self.form, uniform=True)
         self.tiles = outer * -(-inputs // self.form.inputs)
         self.row_blocks = -(-narrow.outputs // self.form.rows)
         self.lines = self.tiles * self.form.copies[2]
@@ -158,12 +157,8 @@ class Layout:
         if how is None:
             return [torch.zeros(0, dtype=torch.int32, device=own[0].device)] * 2
         table, classes = own[self.form.table : self.site.first]
-        numbers = torch.arange(table.numel(), device=table.device).view(table.shape)
-        sizes = [*own[0].shape[:2], *[1] * len(layer.kernel)]
-        zeros = numbers.new_zeros(sizes)
-        zeros = zeros if how.split is None else zeros.unflatten(how.dim, how.split)
-        found = (zeros + numbers.index_select(how.at, classes)).reshape(sizes)
-        found = replace(layer, kernel=()).by_taps(found)[..., 0]
+        numbers = torch.arange(table.numel(), dtype=torch.float64, device=table.device)
+        found = how.of_inputs(layer, numbers.view(table.shape), classes)[..., 0]
         rows = found[:, :, 0]
         return [x.reshape(-1).int() for x in (rows, found[:, 0] - rows[:, :1])]
 

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ...branches.term import Term, aligned, flat
-from .. import copies
 from .site import Site, Tensors, room, segments
 
 BLOCK = 2**21
@@ -278,13 +277,8 @@ class _Layer:
         self.operands = [(p, f if f is None else t.second(f, layer.inputs)) for t, (p, f) in pairs]
         self.shares = self.sums = None
         if site.share is not None:
-            how, origin = site.share, tensors[0]
-            sizes = [n if d == how.dim % origin.ndim else 1 for d, n in enumerate(origin.shape)]
-            (table, classes), split = tensors[site.first - 2 : site.first], list(how.split or ())
-            ones = origin.new_ones(sizes)
-            shares = copies.share(ones, table, classes, how.at, how.dim, split or None)
-            shares = shares.expand(*origin.shape[:2], *shares.shape[2:])
-            self.shares = replace(layer, kernel=()).by_taps(shares)
+            table, classes = tensors[site.first - 2 : site.first]
+            self.shares = shares = site.share.of_inputs(layer, table, classes, tensors[0])
             if site.mean:
                 self.sums = shares.new_zeros((*site.narrow.shape[:3], 1))
 
@@ -354,8 +348,8 @@ class _Layer:
 
     def add_shares(self) -> None:
         """All of them to the sums."""
-        for _, _, ((share, total),) in self.copies(self.all_rows, (self.shares, self.sums)):
-            if total is not None:
+        if self.sums is not None:
+            for _, _, ((share, total),) in self.copies(self.all_rows, (self.shares, self.sums)):
                 total.add_(share)
 
     def spread(self, own: Tensor, grad: Tensor, rows: Rows) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...algebra.frozen import Frozen, blocks_of
 from ...branches.layer import LAYOUTS, Layer
 from ...branches.term import Term
+from .. import copies
 
 Tensors = list[Tensor]
 Blocks = tuple[int, int, int]
@@ -120,15 +121,23 @@ class Share:
     run: int = 1
     classes: str = ""
 
+    def of_inputs(self, layer: Layer, table: Tensor, classes: Tensor, like: Any = None) -> Tensor:
+        """(groups, outputs, inputs, 1): what the table says, in the type of another tensor; a view
+        as far as rows have the same."""
+        shape, dim = layer.stored, self.dim % len(layer.stored)
+        sizes = [n if d == dim else 1 for d, n in enumerate(shape)]
+        ones, split = (table if like is None else like).new_ones(sizes), list(self.split or ())
+        found = copies.share(ones, table, classes, self.at, self.dim, split or None)
+        return replace(layer, kernel=()).by_taps(found.expand(*shape[:2], *found.shape[2:]))
+
     def of(self, layer: Layer, classes: Tensor) -> Share:
         """With what these classes say."""
-        size, ndim = layer.stored[self.dim], len(layer.stored)
-        parts = classes.new_zeros([size if d == self.dim % ndim else 1 for d in range(ndim)])
-        parts = parts if self.split is None else parts.unflatten(self.dim, self.split)
-        shape = [1] * parts.ndim
-        shape[self.at] = len(classes)
-        changes = (parts + classes.view(shape)).reshape(size).diff().nonzero() + 1
-        run = math.gcd(layer.inputs, *changes.flatten().tolist())
+        numbers = torch.arange(int(classes.max()) + 1, dtype=torch.float64)
+        shape = [1] * (len(layer.stored) + len(self.split or (0,)) - 1)
+        shape[self.at] = -1
+        each = self.of_inputs(layer, numbers.to(classes.device).view(shape), classes)
+        changes = each[:, 0, :, 0].diff().nonzero()[:, 1] + 1
+        run = math.gcd(layer.inputs, *changes.tolist())
         name = hashlib.sha1(classes.cpu().numpy().tobytes()).hexdigest()[:16]
         return replace(self, run=run, classes=name)
 
