@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gpdfx
+from benchmarks.layers import LAYERS
 from gpdfx.branches.kinds import Branch, Full, LowRank, Shapes
 from gpdfx.branches.layer import Layer
 from gpdfx.branches.sets import SETS
@@ -21,7 +22,7 @@ from gpdfx.teacher.fold import Fold
 from gpdfx.teacher.folding import Chunk
 
 from .helpers import facts, program_of, thinned, verify, with_branches
-from .layers import LAYERS, Plain, a_teacher, leaf, plain_teacher
+from .layers import Plain, a_teacher, leaf, plain_teacher
 from .networks import NETWORKS, WRITTEN, tensors_equal
 
 DENSE = ("orepa", "acnet", "repvgg", "lowrank")
