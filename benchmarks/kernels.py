@@ -38,12 +38,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import kernels_bytes
+from benchmarks.layers import Case
 from benchmarks.tables import RESULTS, Table, command_line
 from benchmarks.timing import Call, machine, paired, quantiles
 from gpdfx import Teacher, expand, models
 from gpdfx.branches.layer import Layer
-from gpdfx.branches.sets import NONE, SETS
-from gpdfx.kernels.fold import Cut, Share, Site, function, launch, op
+from gpdfx.kernels.fold import function, launch, op
 from gpdfx.kernels.fold import triton_kernels as k
 
 ARCHITECTURES = (80, 90, 100)
@@ -80,21 +80,9 @@ def form(
     aligned: bool = True,
 ) -> launch.Form:
     """As ``launch`` makes it for a layer twice as wide as the student's."""
-    branches = (SETS | {"none": NONE})[name].on(layer).branches
-    terms = [branch.term(layer) for branch in branches]
-    half = [(1, n, max(1, n // 2)) for n in (layer.outputs, layer.inputs)]
-    share = Share(-1, 1, None, max(1, layer.inputs // 2))
-    cut = Cut((1, layer.groups, layer.groups), *half)
-    site = Site(layer, tuple(t for t in terms if t), cut, share, mean)
-    sizes = [(layer.groups * layer.outputs, layer.inputs, *layer.kernel)]
-    sizes += [(1 + len(branches), layer.channels)] if branches else []
-    sizes += [(1, layer.inputs), (layer.inputs,)]
-    for branch, term in zip(branches, site.terms, strict=True):
-        known = branch.shapes(layer) | {n: c.shape for n, c in branch.constants(layer).items()}
-        sizes += [known[name] for name in term.names]
-    own = [torch.empty(size, dtype=dtype, device="meta") for size in sizes]
-    own[0] = own[0].to(memory_format=torch.channels_last) if last else own[0]
-    return launch.Layout(site, own, True, True, aligned).form
+    case = Case(layer, name, dtype, mean)
+    case = case.last() if last else case
+    return launch.Layout(case.site, case.tensors, True, True, aligned).form
 
 
 def cases(brief: bool) -> Iterator[tuple[str, bool, Any, str, str, dict[str, Any], int]]:

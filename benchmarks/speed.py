@@ -52,18 +52,9 @@ KEY = ("what", "against", "branches", "way", *SETTING)
 FIELDS = (
     *KEY,
     *("median", "low", "high", "pairs", "steps", "seconds", "against_seconds", "macs", "ops"),
-    *(
-        "against_ops",
-        "launches",
-        "products",
-        "against_launches",
-        "peak_mib",
-        "against_peak_mib",
-        "compile_s",
-    ),
-    *("against_compile_s", "gb_s", "against_gb_s", "error"),
-    *("torch", "triton", "cuda", "driver", "threads"),
-    "machine",
+    *("against_ops", "launches", "products", "against_launches", "peak_mib", "against_peak_mib"),
+    *("compile_s", "against_compile_s", "gb_s", "against_gb_s", "error"),
+    *("torch", "triton", "cuda", "driver", "threads", "machine"),
 )
 
 

@@ -13,7 +13,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -85,7 +85,7 @@ class Form:
     rows: int
     inputs: int
 
-    @property
+    @cached_property
     def warps(self) -> int:
         """Of a program: 16 bytes of a tile a thread, or 32 elements of depthwise kernels."""
         deep = max((k.power(part.width) for part in self.terms if part.kind == "depth"), default=0)
