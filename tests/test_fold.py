@@ -218,6 +218,60 @@ def test_weights_made_when_they_are_read_are_those_of_the_fold(branches: Any) ->
         assert torch.equal(teacher(x), run_teacher(teacher, folded, x))
 
 
+class InRegions(nn.Module):
+    """A layer that is called without gradients first, and one without autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Conv2d(3, 8, 3, padding=1)
+        self.exact = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            before = self.twice(x)
+        y = before + self.twice(x)
+        with torch.autocast("cpu", enabled=False):
+            y = self.exact(y.float().relu())
+        return self.head(y)
+
+
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("branches", [None, "orepa", "dbb"])
+def test_where_a_weight_is_read_changes_neither_it_nor_its_gradient(
+    branches: Any, cast: bool
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6)
+    teacher = gpdfx.expand(InRegions(), 2, example_inputs=(x,), branches=branches)
+    with torch.no_grad():
+        for fold in teacher.folds():
+            fold.scales.add_(0.5)
+    found = []
+    for lazy in (True, False):
+        teacher.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            fold = folding(teacher)
+            out = teacher(x) if lazy else run_teacher(teacher, fold(student=False), x)
+        out.float().square().sum().backward()
+        found.append([out.detach(), *(p.grad for p in teacher.parameters() if p.requires_grad)])
+    assert found[0][1:]
+    for late, early in zip(*found, strict=True):
+        assert (late is None) == (early is None)
+        assert late is None or torch.equal(late, early)
+    assert teacher.twice.weight.grad is not None
+
+
+def test_a_weight_is_folded_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, teacher, x = plain_teacher("orepa")
+    made: list[int] = []
+    call = reference.forward
+    monkeypatch.setattr(reference, "forward", lambda *a: (made.append(1), call(*a))[1])
+    teacher(x)
+    teacher.both(x)
+    assert len(made) == 2 * len(folding(teacher).alone)
+
+
 def test_what_is_frozen_takes_no_gradient() -> None:
     _, teacher, x = plain_teacher(None)
     teacher.point.weight.requires_grad_(False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.fold import fold, key_of
+from ..kernels.fold import autocast_type, fold, key_of
 from ..passes.folded import Folded, Lowered, Make, module_of, students, teachers
 from .fold import Fold
 
@@ -58,32 +59,38 @@ class Folding:
         if self.kept is not None:
             return self.kept
         folded: dict[str, Tensor] = {}
-        for chunk in self.whole if self._on_gpu() else self.alone:
+        for chunk in self.whole if self._kind() == "cuda" else self.alone:
             folded |= chunk(teacher, student)
         for path in self.singles:
             folded |= self._single(path)
         return folded
 
-    def lazy(self, *, teacher: bool = True, student: bool = True) -> Lazy:
-        """The same without gradients, for calls that read a weight once: one is in memory at a
-        time."""
-        made: dict[str, Make] = {}
+    def lazy(self, *, teacher: bool = True, student: bool = True, grad: bool = False) -> Lazy:
+        """The same, each made when it is read. With gradients this is once, and its backward then
+        follows that of the op that read it, while the gradient is in the processor's cache;
+        without, every time, so that one is in memory at a time."""
+        later, made = partial(_as_now, self._kind(), grad), dict[str, Make]()
         for chunk in self.alone:
             (name,) = chunk.sites
-            if teacher:
-                made[teachers(name)] = partial(_one_of, chunk, teachers(name))
-            if student:
-                made[students(name)] = partial(_one_of, chunk, students(name))
+            both = later(partial(chunk, teacher, student))
+            for weight, asked in ((teachers, (teacher, False)), (students, (False, student))):
+                if any(asked):
+                    make = both if grad else later(partial(chunk, *asked))
+                    made[weight(name)] = partial(_one_of, make, weight(name))
         for path in self.singles:
             fold: Fold = self.net.get_submodule(path)  # type: ignore[assignment]
-            made |= {name: partial(self._one_of_single, path, name) for name in fold.names}
+            both = later(partial(self._single, path))
+            made |= {name: partial(_one_of, both, name) for name in fold.names}
         return Lazy(made)
 
-    def for_call(self, *, teacher: bool = True, student: bool = True) -> Folded:
-        """What one call reads."""
-        lazy = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self._on_gpu())
-        make = self.lazy if lazy and self.kept is None else self
-        return make(teacher=teacher, student=student)
+    def for_call(self, *, teacher: bool = True, student: bool = True, late: bool = True) -> Folded:
+        """What one call reads. ``late``: it reads a weight just before its op, and nothing of the
+        user's runs between."""
+        grad = torch.is_grad_enabled()
+        lazy = not (torch.compiler.is_compiling() or self._kind() == "cuda") and (late or not grad)
+        if lazy and self.kept is None:
+            return self.lazy(teacher=teacher, student=student, grad=grad)
+        return self(teacher=teacher, student=student)
 
     @contextmanager
     def once(self, make: Callable[[], Folded]) -> Iterator[None]:
@@ -95,8 +102,11 @@ class Folding:
         finally:
             self.kept = None
 
-    def _on_gpu(self) -> bool:
-        return any(chunk.on_gpu for chunk in self.whole)
+    def _kind(self) -> str:
+        """Of device that it runs on."""
+        origins = (chunk.origin for chunk in self.alone)
+        singles = (self.net.get_submodule(path).get_parameter("scales") for path in self.singles)
+        return next(chain(origins, singles), torch.empty(0)).device.type
 
     def _single(self, path: str) -> Folded:
         """The weights of one layer that is not in the fused fold."""
@@ -106,16 +116,22 @@ class Folding:
         folded: Folded = fold(self.read(own.weight), bias)
         return folded
 
-    @torch.no_grad()
-    def _one_of_single(self, path: str, name: str) -> Tensor:
-        return self._single(path)[name]
+
+def _one_of(make: Callable[[], Folded], name: str) -> Tensor:
+    return make()[name]
 
 
-@torch.no_grad()
-def _one_of(chunk: Chunk, name: str) -> Tensor:
-    """One of the two weights of a chunk of one."""
-    (weight,) = chunk.sites
-    return chunk(name == teachers(weight), name == students(weight))[name]
+def _as_now(kind: str, grad: bool, make: Callable[[], Folded]) -> Callable[[], Folded]:
+    """With gradients, once, or without; under the autocast of now, whatever the graph is in."""
+    half = autocast_type(kind)
+
+    def made() -> Folded:
+        alike = autocast_type(kind) == half
+        cast = nullcontext() if alike else torch.autocast(kind, half, enabled=half is not None)
+        with torch.set_grad_enabled(grad), cast:
+            return make()
+
+    return cache(made) if grad else made
 
 
 class Chunk:
@@ -135,8 +151,9 @@ class Chunk:
         self.read: Callable[[str], Tensor] | None = None
 
     @property
-    def on_gpu(self) -> bool:
-        return find(*self.places[0]).is_cuda
+    def origin(self) -> Tensor:
+        """Of the first layer."""
+        return find(*self.places[0])
 
     def tensors(self) -> list[Tensor]:
         """Those of its places."""

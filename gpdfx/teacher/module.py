@@ -150,7 +150,8 @@ class Teacher(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the dynamic teacher. Raises ``InputError`` for inputs of another structure than the
         example's, or of another size where the network has that size baked in."""
-        folded = self._folding.for_call(student=self._code.shell is not None)
+        whole = self._code.shell is None
+        folded = self._folding.for_call(student=not whole, late=whole)
         return self._run_teacher(folded, args, kwargs)
 
     def student(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +161,7 @@ class Teacher(nn.Module):
     def both(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """``(teacher(...), teacher.student(...))``, the branches folded once for both. Where these
         put results into a dict or list that they are called with, it is each one's own copy."""
-        folded, call = self._fold(), (args, kwargs)
+        folded, call = self._folding.for_call(late=self._code.shell is None), (args, kwargs)
         teacher = self._run_teacher(folded, *apart(call))
         return teacher, self._run_student(folded, *apart(call))
 

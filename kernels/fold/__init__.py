@@ -2,6 +2,7 @@
 
 from . import reference as reference
 from .function import fold as fold
+from .reference import autocast_type as autocast_type
 from .site import Cut as Cut
 from .site import Share as Share
 from .site import Site as Site

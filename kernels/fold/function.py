@@ -36,8 +36,7 @@ def fold(
     way.
     """
     kind, kept = tensors[0].device.type, (tensors[0].dtype, torch.int64, torch.int32)
-    casts = kind in reference.CASTING and torch.is_autocast_enabled(kind)
-    asked = teacher, student, torch.get_autocast_dtype(kind) if casts else None
+    asked = teacher, student, reference.autocast_type(kind)
     can = kind in KERNELS and kept[0] in TYPES and all(t.dtype in kept for t in tensors)
     fused = taken(key, teacher) if can else (False,) * len(sites)
     made: Sequence[Tensor | None]

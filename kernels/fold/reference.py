@@ -38,15 +38,20 @@ Rows = tuple[slice, Sequence[tuple[int, int, int, int, int]]]
 """Outputs of the teacher, and which of the student's they stand for (``segments``)."""
 
 
+def autocast_type(kind: str) -> torch.dtype | None:
+    """Of products on such devices, if autocast is on."""
+    on = kind in CASTING and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def halves(call: Any) -> Any:
     """Under autocast, products of terms are in its type, and nothing else is."""
 
     @wraps(call)
     def called(site: Site, tensors: Tensors, *given: Any) -> Any:
-        kind = tensors[0].device.type
-        if kind not in CASTING or not torch.is_autocast_enabled(kind):
+        half = autocast_type(kind := tensors[0].device.type)
+        if half is None:
             return call(site, tensors, *given)
-        half = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
             return call(site, tensors, *given, half)
 
@@ -102,12 +107,12 @@ def backward(
     one.add_shares()
     for rows in one.blocks():
         grad = one.of(found[0], rows)
-        if teacher is None:
-            grad.zero_()
-        else:
+        if teacher is not None:
             one.times_shares(one.of(teacher, rows), grad, rows)
+        elif not site.mean:
+            grad.zero_()
         if student is not None:
-            one.spread(student, grad, rows)
+            one.spread(student, grad, rows, fresh=teacher is None and site.mean)
         if site.terms:
             sums = found[1].view(-1, site.layer.groups, site.layer.outputs)[:, :, rows[0]]
             sums[0] = _dot(grad, one.of(origin, rows))
@@ -352,11 +357,14 @@ class _Layer:
             for _, _, ((share, total),) in self.copies(self.all_rows, (self.shares, self.sums)):
                 total.add_(share)
 
-    def spread(self, own: Tensor, grad: Tensor, rows: Rows) -> None:
-        """The gradient of ``merge``, added to that of the rows."""
+    def spread(self, own: Tensor, grad: Tensor, rows: Rows, fresh: bool) -> None:
+        """The gradient of ``merge``, added to that of the rows; ``fresh``: nothing is there yet."""
         own = self.site.narrow.by_taps(own)
         for _, count, ((target, part), (share, total)) in self._with_sums(rows, grad, own):
-            if share is None:
-                target.add_(part, alpha=1 / count)
+            weight = 1 / count if share is None else share / total
+            if fresh:
+                torch.mul(part, weight, out=target)
+            elif share is None:
+                target.add_(part, alpha=weight)
             else:
-                target.addcmul_(part, share / total)
+                target.addcmul_(part, weight)
