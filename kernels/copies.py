@@ -36,6 +36,16 @@ def narrow(
     return head.index_add(dim, owner, delta * _reciprocal(copies, delta, x.ndim - dim - 1))
 
 
+def narrow_turns(x: Tensor, dim: int, outer: int, wide: int, narrow: int) -> Tensor:
+    """``narrow`` where copies come in turn in each of the ``outer`` blocks, for finite numbers: a
+    running mean, which takes an op for each copy."""
+    mean, *others = x.unflatten(dim, (outer, wide // narrow, narrow)).unbind(dim + 1)
+    for k, part in enumerate(others if x.is_floating_point() or x.is_complex() else ()):
+        mean = mean.lerp(part, 1 / (k + 2))
+    merged: Tensor = mean.flatten(dim, dim + 1)
+    return merged
+
+
 def _reciprocal(copies: Tensor, like: Tensor, right: int = 0) -> Tensor:
     """1 / copies, with ``right`` dimensions of one after it. Counts are stored, not quotients:
     they are exact in every dtype that the teacher may be moved to."""

@@ -99,6 +99,13 @@ class Frozen:
         """``blocks_of`` the first copies."""
         return blocks_of(self.first, self.teacher)
 
+    @cached_property
+    def in_turn(self) -> bool:
+        """True if ``blocks`` tell all: in each, copies come as 0, 1, 2, 0, 1, 2."""
+        outer, wide, narrow = self.blocks
+        regular = outer > 0 and wide % narrow == 0
+        return regular and np.array_equal(turns(self.blocks), self.map)
+
 
 def blocks_of(index: np.ndarray, size: int) -> tuple[int, int, int]:
     """``(outer, wide, narrow)`` if ``index`` is the first ``narrow`` of every ``wide`` indices,
@@ -108,6 +115,12 @@ def blocks_of(index: np.ndarray, size: int) -> tuple[int, int, int]:
     wide = size // outer
     regular = np.add.outer(np.arange(outer) * wide, np.arange(run)).ravel()
     return (0, 0, 0) if size % outer or not np.array_equal(regular, index) else (outer, wide, run)
+
+
+def turns(blocks: tuple[int, int, int]) -> np.ndarray:
+    """What every teacher index stands for where copies come in turn in each of ``blocks_of``."""
+    outer, wide, narrow = blocks
+    return np.add.outer(np.arange(outer) * narrow, np.arange(wide) % narrow).ravel()
 
 
 def freeze(axis: Axis, width: Callable[[Leaf], int]) -> Frozen:

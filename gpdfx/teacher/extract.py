@@ -81,6 +81,8 @@ class Mean(nn.Module):
         contracted = -1 if shares is None else shares.layout.dim % len(maps)
         self.shares = shares if contracted in wide else None
         self.dims = sorted(wide, key=lambda d: d != contracted)  # shares have the tensor's shape
+        alike = [d for d in wide if d != contracted or self.shares is None]
+        self.turns = {d: maps[d].blocks for d in alike if maps[d].in_turn}
         for d in wide:
             for name, array in maps[d].merging.items():
                 self.register_buffer(f"{name}_{d}", torch.from_numpy(array), persistent=False)
@@ -88,6 +90,9 @@ class Mean(nn.Module):
     def forward(self, tensor: Tensor, find: Callable[[str], Tensor]) -> Tensor:
         """``find``: name -> tensor of the teacher."""
         for k, d in enumerate(self.dims):
+            if d in self.turns:
+                tensor = copies.narrow_turns(tensor, d, *self.turns[d])
+                continue
             merging = (self.get_buffer(f"{name}_{d}") for name in MERGING)
             if k or self.shares is None:
                 tensor = copies.narrow(tensor, d, *merging)

@@ -34,6 +34,7 @@ from .site import (
     rounded,
     sites_of,
     tensors_like,
+    uniform,
 )
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -161,18 +162,6 @@ class Layout:
         found = how.of_inputs(layer, numbers.view(table.shape), classes)[..., 0]
         rows = found[:, :, 0]
         return [x.reshape(-1).int() for x in (rows, found[:, 0] - rows[:, :1])]
-
-
-def uniform(blocks: tuple[int, int, int], size: int, run: int) -> bool:
-    """Whether every tile of so many inputs lies between two multiples of ``run``."""
-    outer, wide, narrow = blocks
-    copies = [
-        (b * wide + c, b * wide + min(c + narrow, wide))
-        for b in range(outer)
-        for c in range(0, wide, narrow)
-    ]
-    tiles = ((t, min(t + size, end) - 1) for c, end in copies for t in range(c, end, size))
-    return all(first // run == last // run for first, last in tiles)
 
 
 def order_of(steps: Sequence[int], layer: Layer) -> str:

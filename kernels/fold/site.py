@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...algebra.frozen import Frozen, blocks_of
+from ...algebra.frozen import Frozen, blocks_of, turns
 from ...branches.layer import LAYOUTS, Layer
 from ...branches.term import Term
 from .. import copies
@@ -96,17 +96,10 @@ def cut_of(layer: Layer, maps: tuple[Frozen, ...], mean: bool = False) -> Cut | 
     if not all(outer for outer, _, _ in found):
         return None
     g, a, b = found
-    rows = np.add.outer(_in_turn(g) * a[0] * a[2], _in_turn(a)).ravel()
-    if mean and not (
-        np.array_equal(rows, maps[0].map) and np.array_equal(_in_turn(b), maps[1].map)
-    ):
+    rows = np.add.outer(turns(g) * a[0] * a[2], turns(a)).ravel()
+    if mean and not (np.array_equal(rows, maps[0].map) and np.array_equal(turns(b), maps[1].map)):
         return None
     return Cut(g, b, a) if swapped else Cut(g, a, b)
-
-
-def _in_turn(blocks: Blocks) -> np.ndarray:
-    outer, wide, narrow = blocks
-    return np.add.outer(np.arange(outer) * narrow, np.arange(wide) % narrow).ravel()
 
 
 @dataclass(frozen=True)
@@ -121,14 +114,22 @@ class Share:
     run: int = 1
     classes: str = ""
 
-    def of_inputs(self, layer: Layer, table: Tensor, classes: Tensor, like: Any = None) -> Tensor:
-        """(groups, outputs, inputs, 1): what the table says, in the type of another tensor; a view
-        as far as rows have the same."""
-        shape, dim = layer.stored, self.dim % len(layer.stored)
-        sizes = [n if d == dim else 1 for d, n in enumerate(shape)]
-        ones, split = (table if like is None else like).new_ones(sizes), list(self.split or ())
+    def of_inputs(
+        self, layer: Layer, table: Tensor, classes: Tensor, like: Any = None, run: int = 1
+    ) -> Tensor:
+        """(groups, outputs, inputs, 1): what the table says of every ``run``-th input, in the type
+        of another tensor; a view as far as rows have the same."""
+        split, dim = list(self.split or ()), self.dim % len(layer.stored)
+        step = split[-1] if split and run % split[-1] == 0 else 1
+        if step > 1:
+            layer, split[-1] = replace(layer, inputs=layer.inputs // step), 1
+        shape = layer.stored
+        ones = (table if like is None else like).new_ones(
+            [n if d == dim else 1 for d, n in enumerate(shape)]
+        )
         found = copies.share(ones, table, classes, self.at, self.dim, split or None)
-        return replace(layer, kernel=()).by_taps(found.expand(*shape[:2], *found.shape[2:]))
+        found = replace(layer, kernel=()).by_taps(found.expand(*shape[:2], *found.shape[2:]))
+        return found[:, :, :: run // step]
 
     def of(self, layer: Layer, classes: Tensor) -> Share:
         """With what these classes say."""
@@ -140,6 +141,18 @@ class Share:
         run = math.gcd(layer.inputs, *changes.tolist())
         name = hashlib.sha1(classes.cpu().numpy().tobytes()).hexdigest()[:16]
         return replace(self, run=run, classes=name)
+
+
+def uniform(blocks: Blocks, size: int, run: int) -> bool:
+    """Whether every tile of so many inputs lies between two multiples of ``run``."""
+    outer, wide, narrow = blocks
+    copies = [
+        (b * wide + c, b * wide + min(c + narrow, wide))
+        for b in range(outer)
+        for c in range(0, wide, narrow)
+    ]
+    tiles = ((t, min(t + size, end) - 1) for c, end in copies for t in range(c, end, size))
+    return all(first // run == last // run for first, last in tiles)
 
 
 @dataclass(frozen=True)
