@@ -10,7 +10,8 @@ instructions that spill (load from and store to local memory), loads and stores 
 
 ``host``: milliseconds of a fold of ResNet-50 x2 with the default branches, forward and backward,
 while nothing is launched: kernels and matrix products are counted and not called. ``launcher``:
-without the ``node`` of autograd. ``empty``: as many calls of an empty function.
+without the ``node`` of autograd. ``empty``: as many calls of an empty function; of a node, one that
+takes and returns as many tensors and does nothing else.
 
 ``bytes``: what the elementwise kernels move, relative to the least: ``benchmarks.kernels_bytes``.
 
@@ -173,17 +174,21 @@ def resnet(network: str, branches: Any, size: int = 64) -> Teacher:
     return expand(model, 2, example_inputs=example, branches=branches, verify=False)
 
 
-class _Rest(torch.autograd.Function):
-    """The rest of a network: it takes weights, and has gradients for them."""
+class _Given(torch.autograd.Function):
+    """A node that keeps what it takes, and whose results and gradients are given."""
 
     @staticmethod
-    def forward(ctx: Any, grads: list[Tensor], *weights: Tensor) -> Tensor:
-        ctx.grads = grads
-        return weights[0].new_zeros(())
+    def forward(results: list[Tensor], grads: list[Tensor | None], *tensors: Tensor) -> Any:
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.grads
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.grads = inputs[1]
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.grads
 
 
 def _repeat(call: Call, times: int) -> None:
@@ -216,21 +221,32 @@ def host_rows(network: str, branches: Any, pairs: int) -> Iterator[dict[str, Any
         weights = op.by_kernels(None, own, *asked)
         grads = [None if w is None else torch.randn_like(w) for w in weights]
         made = [w for w in chunk(True, True).values() if w.requires_grad]
-        loss = _Rest.apply([torch.randn_like(w) for w in made], *made)
-        whole: dict[str, Call] = {
-            "launcher forward": launcher,
-            "launcher backward": lambda: launcher(grads),
-            "node forward": lambda: chunk(True, True),
-            "node backward": lambda: torch.autograd.grad(
-                loss, params, retain_graph=True, allow_unused=True
-            ),
+        results = [torch.empty_like(w) for w in made]
+        nothing = partial(
+            _Given.apply,
+            results,
+            [torch.empty_like(p) if p.requires_grad else None for p in tensors],
+        )
+
+        def back(*made: Tensor) -> Call:
+            """Through the node, from the gradients that the rest of a network has."""
+            (loss,) = _Given.apply(
+                [made[0].new_zeros(())], [torch.randn_like(w) for w in made], *made
+            )
+            return lambda: torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+
+        whole: dict[str, tuple[Call, Call | None]] = {
+            "launcher forward": (launcher, None),
+            "launcher backward": (lambda: launcher(grads), None),
+            "node forward": (lambda: chunk(True, True), lambda: nothing(*tensors)),
+            "node backward": (back(*made), back(*nothing(*tensors))),
         }
-        for what, call in whole.items():
+        for what, (call, alike) in whole.items():
             call()
             launched = 0
             call()
             count = launched
-            both = paired(call, partial(_repeat, empty, count), pairs)
+            both = paired(call, alike or partial(_repeat, empty, count), pairs)
             yield {
                 "what": what,
                 "network": network,
