@@ -98,13 +98,14 @@ class Sizes:
         elif part.factor >= 0:
             yield self.rows(kernel, self.layer.taps, self.item)
 
-    def prepare(self) -> Iterator[Move]:
-        if self.product:
-            yield "prepare", *[(self.left + self.right) * (self.item + self.made)] * 2
+    def prepare(self, elements: int) -> Move:
+        """So many of operands."""
+        return "prepare", *[elements * (self.item + self.made)] * 2
 
     # ---- directions
     def forward(self) -> Iterator[Move]:
-        yield from self.prepare()
+        if self.product:
+            yield self.prepare(self.left + self.right)
         yield "combine", *[self.own[0] + self.teacher + self.student] * 2
         yield "combine", *[self.result * self.made] * 2
         if self.one.parts:
@@ -136,9 +137,8 @@ class Sizes:
                 yield "scatter", sums, sums
                 yield "reduce", *[sums + self.own[part.factor]] * 2
         if self.product:
-            yield from self.prepare()
-            yield "prepare", *[channels * self.item] * 2
-            yield "finish", *[self.left * (self.made + 2 * self.item)] * 2
+            yield self.prepare(self.right)
+            yield "finish", *[self.left * 2 * (self.made + self.item)] * 2
             yield "finish", *[2 * channels * self.item] * 2
             yield "reduce", *[self.right * (self.made + self.item)] * 2
 

@@ -186,6 +186,11 @@ class Table:
         self.programs.append(np.stack([x.ravel() for x in axes], 1))
         self.rows.append(row)
 
+    @property
+    def count(self) -> int:
+        """Of programs."""
+        return sum(map(len, self.programs))
+
     def on(self, device: torch.device) -> tuple[int, Tensor, Tensor]:
         """How many programs, these, and the rows."""
         programs = np.concatenate(self.programs)
@@ -226,6 +231,10 @@ class Plan:
         self.forms, self.items, self.reduced = (
             on.get(name, {}) for name in ("forms", "items", "reduced")
         )
+        self.lefts = {
+            key: (count - self.rights[key], programs[self.rights[key] :].clone(), items)
+            for key, (count, programs, items) in self.items.items()
+        }
         for scratch in (self.staging, self.sums):
             scratch.make(self.device)
         self.matrices = [self._matrices(*job) for job in self.jobs]
@@ -250,7 +259,8 @@ class Plan:
                     key = layer.outputs * layer.taps, hidden, layer.inputs
                     alone = any(layer.groups * math.prod(key) // x % REGION for x in key)
                     found[(*key, n) if alone else key].append((n, one, number, part))
-        made_at = {}
+        made_at: dict[int, int] = {}
+        lefts: list[Any] = []
         for (m, hidden, inputs, *_), members in found.items():
             batch = sum(one.site.layer.groups for _, one, _, _ in members)
             sizes = m * hidden, hidden * inputs, m * inputs, m * hidden, hidden * inputs
@@ -266,12 +276,16 @@ class Plan:
                 row += [one.site.terms[number].residual]
                 table = tables["items"][layer.taps, unit]
                 table.add(row, range(layer.groups * hidden), [0])
-                table.add(row, range(layer.channels), [1])
+                lefts.append((table, row, range(layer.channels), [1]))
                 size = layer.groups * hidden * inputs
                 row = [d_right, 1, 0, factor, 0, size]
                 tables["reduced"]["staging"].add(row, range(-(-size // BLOCK)))
                 both = zip(begins, sizes, strict=True)
                 begins = [begin + layer.groups * size for begin, size in both]
+        self.rights = {key: table.count for key, table in tables["items"].items()}
+        """How many programs are for right operands; those for left ones follow."""
+        for table, *programs in lefts:
+            table.add(*programs)
         return made_at
 
     def _layers(self, owned: Any, made_at: dict[int, int], tables: Any) -> None:
@@ -309,7 +323,7 @@ class Plan:
     def forward(self, addresses: Tensor, out: Tensor) -> None:
         """All weights, in one flat tensor."""
         with self.staging as staging:
-            self._prepare(addresses, staging, scaled=False)
+            self._prepare(addresses, staging, left=True)
             for left, right, made, *_ in self.matrices:
                 multiply(left, right, made)
             for form, (count, programs, sizes) in self.forms.items():
@@ -324,27 +338,32 @@ class Plan:
                 grad = copied(grad, *view[:2])
                 held.append(grad)
             pointers.append(0 if grad is None else grad.data_ptr())
-        given = upload(pointers, self.device)
-        types = {"dtype": TYPES[self.dtype], "BLOCK": BLOCK}
+        received = upload(pointers, self.device)
         with self.staging as staging, self.sums as sums:
-            self._prepare(addresses, staging, scaled=True)
+            self._prepare(addresses, staging, left=False)
             for form, (count, programs, sizes) in self.forms.items():
-                some = addresses, self.targets, given, self.index, out, staging, sums
+                some = addresses, self.targets, received, self.index, out, staging, sums
                 launch(k.scatter, count, programs, sizes, *some, F=form, num_warps=form.warps)
-            for left, right, grad, moved, d_right in self.matrices:
+            for _, right, grad, moved, _ in self.matrices:
                 multiply(grad, right.mT, moved)
-                multiply(left.mT, grad, d_right)
-            for (taps, unit), (count, programs, items) in self.items.items():
+            for key, table in self.lefts.items():
                 shared = addresses, self.targets, out, staging
-                launch(k.finish, count, programs, items, *shared, TAPS=taps, UNIT=unit, **types)
+                launch(k.finish, *table, *shared, **self._constants(*key))
+            for left, _, grad, _, d_right in self.matrices:
+                multiply(left.mT, grad, d_right)
             for name, (count, programs, rows) in self.reduced.items():
                 source = staging if name == "staging" else sums
                 launch(k.reduce, count, programs, rows, self.targets, source, out, BLOCK=BLOCK)
 
-    def _prepare(self, addresses: Tensor, staging: Tensor, scaled: bool) -> None:
-        for (taps, unit), (count, programs, items) in self.items.items():
-            how = {"dtype": TYPES[self.dtype], "BLOCK": BLOCK, "TAPS": taps, "UNIT": unit}
-            launch(k.prepare, count, programs, items, addresses, staging, **how, SCALED=scaled)
+    def _prepare(self, addresses: Tensor, staging: Tensor, left: bool) -> None:
+        """``left``: both operands, and not the right ones alone."""
+        for key, (count, *tables) in self.items.items():
+            some = count if left else self.rights[key]
+            launch(k.prepare, some, *tables, addresses, staging, **self._constants(*key))
+
+    def _constants(self, taps: int, unit: int) -> dict[str, Any]:
+        """Of kernels of products."""
+        return {"dtype": TYPES[self.dtype], "BLOCK": BLOCK, "TAPS": taps, "UNIT": unit}
 
 
 def launch(kernel: Any, count: int, *tensors: Tensor, **constants: Any) -> None:

@@ -503,10 +503,9 @@ def scatter(programs, sizes, addresses, targets, grads, index, out, staging, sum
 @triton.jit
 def prepare(
     programs, items, addresses, staging, dtype: tl.constexpr, TAPS: tl.constexpr,
-    BLOCK: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Operands of a product, in its type: a row of ``right``, or of ``left``, which the backward
-    wants ``SCALED``."""
+    """Operands of a product, in its type: a row of ``right``, or of ``left``."""
     at = programs + 3 * tl.program_id(0)
     m = items + tl.load(at) * ITEM
     row = tl.load(at + 1)
@@ -526,30 +525,25 @@ def prepare(
             tl.store(target + i, value.to(made), mask=i < inputs)
             begin += BLOCK
     else:
-        x = tl.arange(0, power(TAPS))[None, :]
-        h = tl.arange(0, BLOCK // power(TAPS))[:, None]
-        first = row.to(tl.int64) * hidden * TAPS
-        source = _pointer(addresses, tl.load(m + item("CARRIER")), dtype, UNIT) + first
-        target = staging + tl.load(m + item("LEFT")) * 16 + first
-        scale = 1.0
-        if SCALED:
-            scale = _scale_of(m, addresses, row, row >= 0, dtype)
+        source, target, x, h = _left(m, addresses, staging, row, hidden, dtype, TAPS, BLOCK, UNIT)
         while begin < hidden:
             last = hidden - begin
-            value = _read(
-                source + begin * TAPS, x, x < TAPS, last, last, TAPS, BLOCK // power(TAPS), UNIT
-            )
-            value = (value.to(tl.float32) * scale).to(made)
-            tl.store(target + x * hidden + begin + h, value, mask=(x < TAPS) & (h < last))
-            begin += BLOCK // power(TAPS)
+            value = _read(source + begin * TAPS, x, x < TAPS, last, last, TAPS, h.shape[0], UNIT)
+            tl.store(target + x * hidden + begin + h, value.to(made), mask=(x < TAPS) & (h < last))
+            begin += h.shape[0]
 
 
 @triton.jit
-def _scale_of(m, addresses, row, there, dtype: tl.constexpr):
-    """Of a product's row, if it is ``there``."""
-    p = tl.load(addresses + tl.load(m + item("SCALES"))).to(tl.pointer_type(dtype))
-    at = tl.load(m + item("SCALE")) * tl.load(m + item("CHANNELS"))
-    return tl.load(p + at + row, mask=there, other=0).to(tl.float32)
+def _left(
+    m, addresses, staging, row, hidden, dtype: tl.constexpr, TAPS: tl.constexpr,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Where a row of ``left`` is read and written, the taps and the channels of a block."""
+    x = tl.arange(0, power(TAPS))[None, :]
+    h = tl.arange(0, BLOCK // power(TAPS))[:, None]
+    first = row.to(tl.int64) * hidden * TAPS
+    source = _pointer(addresses, tl.load(m + item("CARRIER")), dtype, UNIT) + first
+    return source, staging + tl.load(m + item("LEFT")) * 16 + first, x, h
 
 
 @triton.jit
@@ -557,39 +551,33 @@ def finish(
     programs, items, addresses, targets, out, staging, dtype: tl.constexpr, TAPS: tl.constexpr,
     BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """After the products of the backward: a row of the gradient of ``left``, and of its scale;
-    nothing for rows of ``right``."""
+    """Between the products of the backward: a row of the gradient of ``left``, and of its scale;
+    and ``left`` itself times the scale, as the gradient of ``right`` wants it."""
     at = programs + 3 * tl.program_id(0)
     m = items + tl.load(at) * ITEM
-    mine = tl.load(at + 2) != 0
-    row = tl.where(mine, tl.load(at + 1), 0)
-    hidden = tl.where(mine, tl.load(m + item("HIDDEN")).to(tl.int32), 0) // UNIT * UNIT
-    x = tl.arange(0, power(TAPS))[None, :]
-    h = tl.arange(0, BLOCK // power(TAPS))[:, None]
+    row = tl.load(at + 1)
+    hidden = tl.load(m + item("HIDDEN")).to(tl.int32) // UNIT * UNIT
+    source, scaled, x, h = _left(m, addresses, staging, row, hidden, dtype, TAPS, BLOCK, UNIT)
     first = row.to(tl.int64) * hidden * TAPS
-    carrier = tl.load(m + item("CARRIER"))
-    left = _pointer(addresses, carrier, dtype, UNIT) + first
-    target = out + tl.load(targets + carrier) * 16 + first
+    target = out + tl.load(targets + tl.load(m + item("CARRIER"))) * 16 + first
     moved = staging + tl.load(m + item("MOVED")) * 16 + first
-    scale = _scale_of(m, addresses, row, mine, dtype)
+    scales = tl.load(m + item("SCALES"))
+    k = tl.load(m + item("SCALE")) * tl.load(m + item("CHANNELS")) + row
+    scale = tl.load(_pointer(addresses, scales, dtype, 1) + k).to(tl.float32)
     total = tl.zeros((BLOCK // power(TAPS), power(TAPS)), tl.float32)
     begin = 0
     while begin < hidden:
         last = hidden - begin
-        some = (x < TAPS) & (h < last)
-        grad = tl.load(moved + x * hidden + begin + h, mask=some, other=0).to(tl.float32)
-        value = _read(
-            left + begin * TAPS, x, x < TAPS, last, last, TAPS, BLOCK // power(TAPS), UNIT
-        )
-        total += grad * value.to(tl.float32)
-        _write(
-            target + begin * TAPS, (grad * scale).to(dtype), x, x < TAPS, last, last, 0, 1, TAPS,
-            BLOCK // power(TAPS), UNIT,
-        )  # fmt: skip
-        begin += BLOCK // power(TAPS)
-    at = tl.load(m + item("SCALE")) * tl.load(m + item("CHANNELS")) + row
-    target = out + tl.load(targets + tl.load(m + item("SCALES"))) * 16 + at
-    tl.store(target, tl.sum(total).to(dtype), mask=mine)
+        y, some = x * hidden + begin + h, (x < TAPS) & (h < last)
+        grad = tl.load(moved + y, mask=some, other=0).to(tl.float32)
+        p, to = source + begin * TAPS, target + begin * TAPS
+        value = _read(p, x, x < TAPS, last, last, TAPS, h.shape[0], UNIT).to(tl.float32)
+        total += grad * value
+        tl.store(scaled + y, (value * scale).to(staging.dtype.element_ty), mask=some)
+        value = (grad * scale).to(dtype)
+        _write(to, value, x, x < TAPS, last, last, 0, 1, TAPS, h.shape[0], UNIT)
+        begin += h.shape[0]
+    tl.store(out + tl.load(targets + scales) * 16 + k, tl.sum(total).to(dtype))
 
 
 @triton.jit
