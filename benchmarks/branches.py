@@ -7,8 +7,10 @@
 
 ``time``: forward and backward of ``teacher.student`` against those of the plain student, runs
 interleaved, the ratio of each pair; ``derive`` is the fold and the extraction alone, forward and
-backward; ``A/A`` is the plain student against itself, the noise of the machine. ``memory``: the
-largest growth of the process in one teacher step, each in a process of its own.
+backward; ``mean / first`` are student's steps by the two ways of extraction, one against the other;
+``A/A`` is the plain student against itself, the noise of the machine. Freed memory is kept
+(``gpdfx.keep_memory``), as ``gpdfx train`` does. ``memory``: the largest growth of the process in
+one teacher step, each in a process of its own, with the system's allocator.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from rich.table import Table as Grid
 
 from benchmarks.tables import RESULTS, Table, command_line, markdown, read, write_readme
 from benchmarks.timing import Row, machine, paired, quantiles
-from gpdfx import Teacher, expand
+from gpdfx import Teacher, expand, keep_memory
 
 FIELDS = (
     *("table", "what", "branches", "extract", "size", "batch", "pairs", "median", "low", "high"),
@@ -85,6 +87,10 @@ def time_rows(size: int, batch: int, pairs: int) -> list[Row]:
         rows.append({"what": "student step", "unit": "ratio"} | what | ratios)
         alone = [a for a, _ in paired(derive(teacher), lambda: None, pairs)]
         rows.append({"what": "derive", "unit": "seconds"} | what | quantiles(alone))
+    first, mean = (build(None, extract, size, batch)[1] for extract in ("first", "mean"))
+    both = paired(step(mean.student, mean, x), step(first.student, first, x), pairs)
+    ratios = quantiles([a / b for a, b in both])
+    rows.append({"what": "mean / first", "branches": "none", "unit": "ratio"} | ratios)
     return [{"table": "time", "size": size, "batch": batch} | row for row in rows]
 
 
@@ -156,6 +162,7 @@ def main() -> None:
     out = Table(given.out, FIELDS, ("table", "size", "batch"))
     rows: list[Row] = []
     if given.table in ("all", "time"):
+        keep_memory()
         rows += time_rows(given.size, given.batch, given.pairs)
         out.replace(row | machine() for row in rows)
     if given.table in ("all", "memory"):
