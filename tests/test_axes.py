@@ -20,6 +20,7 @@ from gpdfx.algebra.gather import gather
 from gpdfx.algebra.solver import Reason, Solver
 from gpdfx.algebra.widths import choose_widths, width_of
 from gpdfx.errors import AxisConflict
+from gpdfx.kernels import copies
 
 law = settings(max_examples=100, deadline=None)
 HERE = Reason("here")
@@ -239,12 +240,22 @@ def test_gather(indices: tuple[list[int], list[int]], block: int) -> None:
 @law
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 3), st.integers(1, 9))
 def test_blocks(sizes: list[int], which: int, more: int) -> None:
-    """Where one factor widens, first copies are the first ``narrow`` of each ``wide`` indices."""
+    """Where one factor widens, first copies are the first ``narrow`` of each ``wide`` indices, and
+    whole copies come in turn: their mean then takes an op a copy."""
     factors = [*map(Solver().leaf, sizes)]
     wide = factors[which % len(sizes)]
     frozen = freeze(product(*factors), lambda x: x.size + more * (x is wide))
     assert first_of_blocks(frozen) == frozen.first.tolist()
     assert Frozen(3, np.array([0, 0, 1, 2])).blocks == (0, 0, 0)
+    assert not Frozen(2, np.array([0, 1, 1, 0])).in_turn
+    assert frozen.in_turn == (more % sizes[which % len(sizes)] == 0)
+    if frozen.in_turn:
+        merging = map(torch.from_numpy, frozen.merging.values())
+        x = torch.randn(2, frozen.teacher, 3, dtype=torch.complex128)
+        x, index = x * 9, list(merging)
+        for own in (x, x.real, x.real.long()):
+            mean = copies.narrow_turns(own, 1, *frozen.blocks)
+            torch.testing.assert_close(mean, copies.narrow(own, 1, *index))
 
 
 # --------------------------------------------------------------------------- unify and cut
