@@ -59,7 +59,8 @@ def by_kernels(grads: Sequence[Tensor | None] | None, *given: Any) -> list[Tenso
     tensors, key, teacher, student, _ = given
     if torch.compiler.is_compiling() or is_fake(tensors[0]):
         flat = fold_op(*given) if grads is None else backward_op(list(grads), *given)
-        return viewed(flat, layout_of(tensors, key, teacher, student)[grads is not None])
+        weights, trained = layout_of(tensors, key, teacher, student)
+        return viewed(flat, weights if grads is None else trained)
     return viewed(*launch.run(grads, *given))
 
 
