@@ -161,12 +161,12 @@ def main() -> None:
         return
     out = Table(given.out, FIELDS, ("table", "size", "batch"))
     rows: list[Row] = []
+    if given.table in ("all", "memory"):  # first: a process begins with the peak of its parent
+        rows += memory_rows(given.size, given.batch)
+        out.replace(row | machine() for row in rows)
     if given.table in ("all", "time"):
         keep_memory()
         rows += time_rows(given.size, given.batch, given.pairs)
-        out.replace(row | machine() for row in rows)
-    if given.table in ("all", "memory"):
-        rows += memory_rows(given.size, given.batch)
         out.replace(row | machine() for row in rows)
     show(rows)
 
