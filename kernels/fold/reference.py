@@ -331,7 +331,7 @@ class _Layer:
         if site.share is not None and (teacher or site.mean):
             _, wide, narrow = inputs = site.blocks["i"]
             run = math.gcd(site.share.run, wide)
-            self.run = run if uniform(inputs, narrow, run) or not site.mean else 1
+            self.run = run if not site.mean or uniform(inputs, narrow, run) else 1
             table, classes = tensors[site.first - 2 : site.first]
             self.shares = site.share.of_inputs(layer, table, classes, tensors[0], self.run)
 
