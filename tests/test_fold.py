@@ -13,7 +13,8 @@ import gpdfx
 from benchmarks.layers import LAYERS, Case
 from gpdfx.branches.kinds import Full
 from gpdfx.branches.layer import Layer
-from gpdfx.kernels.fold import reference
+from gpdfx.branches.term import Term
+from gpdfx.kernels.fold import Site, reference
 from gpdfx.passes.folded import students, teachers
 
 from .helpers import folding, hidden_student, parts, run_teacher
@@ -70,6 +71,30 @@ def test_gradients_have_gradients(which: str) -> None:
 
     assert torch.autograd.gradcheck(call, case.leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, case.leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("letters", "others"),
+    [
+        *(("goie", "giex"), ("goie", "gie"), ("goe", "giex"), ("goex", "gie"), ("goix", "gox")),
+        *(("goi", "gox"), ("goi", "gix"), ("gox", "gi"), ("go", "gx"), ("go", ""), ("gox", "")),
+    ],
+)
+def test_a_term_may_have_any_letters(letters: str, others: str) -> None:
+    """Those that no set has, as a branch of one's own may: against autograd through its kernel."""
+    layer, sizes = Layer(2, 3, 6, (3,), "conv"), {"g": 2, "o": 3, "i": 6, "x": 3, "e": 5}
+    given = (letters, others) if others else (letters,)
+    shapes = [(6, 6, 3), (2, 6), *([sizes[c] for c in own] for own in given)]
+    tensors = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    site = Site(layer, (Term("p", letters, "d" if others else "", others),))
+    want, _ = reference.plain(site, tensors, True, False)
+    got, _ = reference.forward(site, [t.detach() for t in tensors], True, False)
+    cotangent = torch.randn_like(got)
+    wants = torch.autograd.grad(want, tensors, cotangent)
+    gots = reference.backward(site, [t.detach() for t in tensors], cotangent, None)
+    close([got], [want])
+    both = zip(gots, wants, site.differentiable(), strict=True)
+    close(*zip(*((a, b) for a, b, trains in both if trains), strict=True))
 
 
 def test_only_what_is_asked_for_gets_a_gradient() -> None:

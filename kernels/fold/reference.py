@@ -200,7 +200,7 @@ def _add(
         made = term.product(carrier[:, rows].to(kind), factor.to(kind))
         part.addcmul_(made.to(total.dtype), scale)
     else:
-        profile = scale if factor is None else aligned(factor, term.others)[:, rows] * scale
+        profile = scale if factor is None else aligned(_of(factor, term, rows), term.others) * scale
         part.addcmul_(aligned(carrier, term.letters)[:, rows], profile)
 
 
@@ -219,17 +219,18 @@ def _back(
         return term.gained(_diagonal(part, rows))
     letters = "goix" if "x" in term.letters + term.others else "goi"
     moved = given = part if letters == "goix" else _over_taps(part)
-    many = bool(term.summed) and term.letters.startswith("goi")
-    if factor is not None and term.summed:
-        given = given if half is None else given.to(half)
-        factor = factor.to(given)
+    e = term.summed
+    many = e != "" and (term.letters, term.others) == (f"goi{e}", f"gi{e}x")
+    if factor is None:
+        moved = torch.einsum(f"{letters}->{term.letters}", given)
+    else:
+        given = given if half is None or not e else given.to(half)
+        factor = _of(factor, term, rows).to(given)
     if factor is not None and many:
         given, factor = _side_by_side(given, factor)
         moved = (given @ factor.mT).transpose(1, 2)
-    elif factor is not None and term.summed:
-        moved = torch.einsum(f"{letters},{term.others}->{term.letters}", given, factor)
     elif factor is not None:
-        moved = torch.matmul(given, factor[:, rows].unsqueeze(3)).squeeze(3)
+        moved = torch.einsum(f"{letters},{term.others}->{term.letters}", given, factor)
     carrier, target = carrier[:, rows], d_carrier[:, rows]
     size = term.gained(scale[:, rows]).view(*target.shape[:2], *[1] * (target.ndim - 2))
     if many or moved.dtype != target.dtype or not moved.is_contiguous():
@@ -271,6 +272,11 @@ def _parted(blocks: Tensor, like: Tensor) -> Tensor:
     return torch.flatten(parts.diagonal(0, 2, 4).movedim(-1, 2), 1, 2)
 
 
+def _of(factor: Tensor, term: Term, rows: slice) -> Tensor:
+    """Its part for some rows."""
+    return factor[:, rows] if "o" in term.others else factor
+
+
 def _diagonal(part: Tensor, rows: slice) -> Tensor:
     """Where o = i, of some rows: (groups, outputs)."""
     return part[..., 0].diagonal(rows.start, 1, 2)
@@ -287,7 +293,7 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     """(groups, outputs, ...) twice -> ``(x * y)`` summed over all but the first two; half types
     round the sums alone."""
     if x.dtype in (torch.float32, torch.float64):  # twice as fast as a product, in the cache
-        return (x * y).sum(tuple(range(2, x.ndim)))
+        return (x * y).sum(tuple(range(2, x.ndim))) if x.ndim > 2 else x * y
     rows, size = x.shape[:2], x.shape[2:].numel()
     return torch.bmm(x.reshape(-1, 1, size), y.reshape(-1, size, 1)).view(rows)
 

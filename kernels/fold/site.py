@@ -222,7 +222,9 @@ class Site:
     def differentiable(self) -> list[bool]:
         """Which of its tensors are parameters."""
         found = [True] * (1 + (len(self.terms) > 0)) + [False] * (2 * (self.share is not None))
-        return found + [letters != "gox" for term in self.terms for letters in term.axes]
+        for term in self.terms:
+            found += [True] * bool(term.carrier) + ["o" not in term.others] * bool(term.factor)
+        return found
 
 
 TYPES: dict[str, type[Any]] = {t.__name__: t for t in (Site, Cut, Share, Layer, Term)}
