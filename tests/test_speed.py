@@ -42,9 +42,9 @@ def test_rows_files_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert none["macs"] == "1.000"
     fold = found["fold forward", "copy of its bytes", "orepa"]
     both = found["fold forward + backward", "copy of its bytes", "orepa"]
-    # The backward folds nothing again and takes two products for each of the forward, and the
-    # scale of the origin one multiply-add an element.
-    assert float(both["macs"]) == pytest.approx(3 * float(fold["macs"]), rel=0.05)
+    # The backward folds nothing again and takes two products for each of the forward; depthwise
+    # ones, a seventh of it, with three zeros beside each number.
+    assert 3 * float(fold["macs"]) < float(both["macs"]) < 4 * float(fold["macs"])
     assert float(orepa["macs"]) == pytest.approx(1 + float(both["macs"]), abs=2e-3)
     assert out.with_suffix(".svg").read_text().startswith("<?xml")
     speed.main(["summary", "--out", str(out), "--readme", str(readme)])

@@ -213,7 +213,7 @@ def call_with(
         f"{path}.{leaf}".lstrip("."): names[id(t)]
         for path, part in module.named_modules()
         for leaf, t in itertools.chain(part._parameters.items(), part._buffers.items())
-        if id(t) in names
+        if t is not None and id(t) in names
     }
     given = {place: tensors[name] for place, name in places.items()}
     try:
