@@ -83,7 +83,7 @@ class Mean(nn.Module):
         self.dims = sorted(wide, key=lambda d: d != contracted)  # shares have the tensor's shape
         alike = [d for d in wide if d != contracted or self.shares is None]
         self.turns = {d: maps[d].blocks for d in alike if maps[d].in_turn}
-        for d in wide:
+        for d in [d for d in wide if d not in self.turns]:
             for name, array in maps[d].merging.items():
                 self.register_buffer(f"{name}_{d}", torch.from_numpy(array), persistent=False)
 

@@ -218,7 +218,7 @@ def _back(
     if carrier is None or d_carrier is None:
         return term.gained(_diagonal(part, rows))
     letters = "goix" if "x" in term.letters + term.others else "goi"
-    moved = given = part if letters == "goix" else _over_taps(part)
+    given = part if letters == "goix" else _over_taps(part)
     e = term.summed
     many = e != "" and (term.letters, term.others) == (f"goi{e}", f"gi{e}x")
     if factor is None:
@@ -226,11 +226,11 @@ def _back(
     else:
         given = given if half is None or not e else given.to(half)
         factor = _of(factor, term, rows).to(given)
-    if factor is not None and many:
-        given, factor = _side_by_side(given, factor)
-        moved = (given @ factor.mT).transpose(1, 2)
-    elif factor is not None:
-        moved = torch.einsum(f"{letters},{term.others}->{term.letters}", given, factor)
+        if many:
+            given, factor = _side_by_side(given, factor)
+            moved = (given @ factor.mT).transpose(1, 2)
+        else:
+            moved = torch.einsum(f"{letters},{term.others}->{term.letters}", given, factor)
     carrier, target = carrier[:, rows], d_carrier[:, rows]
     size = term.gained(scale[:, rows]).view(*target.shape[:2], *[1] * (target.ndim - 2))
     if many or moved.dtype != target.dtype or not moved.is_contiguous():
