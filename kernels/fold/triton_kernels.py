@@ -525,7 +525,9 @@ def prepare(
             tl.store(target + i, value.to(made), mask=i < inputs)
             begin += BLOCK
     else:
-        source, target, x, h = _left(m, addresses, staging, row, hidden, dtype, TAPS, BLOCK, UNIT)
+        first, x, h = _left(row, hidden, TAPS, BLOCK)
+        source = _pointer(addresses, tl.load(m + item("CARRIER")), dtype, UNIT) + first
+        target = staging + tl.load(m + item("LEFT")) * 16 + first
         while begin < hidden:
             last = hidden - begin
             value = _read(source + begin * TAPS, x, x < TAPS, last, last, TAPS, h.shape[0], UNIT)
@@ -534,16 +536,11 @@ def prepare(
 
 
 @triton.jit
-def _left(
-    m, addresses, staging, row, hidden, dtype: tl.constexpr, TAPS: tl.constexpr,
-    BLOCK: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """Where a row of ``left`` is read and written, the taps and the channels of a block."""
+def _left(row, hidden, TAPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where a row of ``left`` begins, in memory and as an operand; taps and channels of a block."""
     x = tl.arange(0, power(TAPS))[None, :]
     h = tl.arange(0, BLOCK // power(TAPS))[:, None]
-    first = row.to(tl.int64) * hidden * TAPS
-    source = _pointer(addresses, tl.load(m + item("CARRIER")), dtype, UNIT) + first
-    return source, staging + tl.load(m + item("LEFT")) * 16 + first, x, h
+    return row.to(tl.int64) * hidden * TAPS, x, h
 
 
 @triton.jit
@@ -557,9 +554,11 @@ def finish(
     m = items + tl.load(at) * ITEM
     row = tl.load(at + 1)
     hidden = tl.load(m + item("HIDDEN")).to(tl.int32) // UNIT * UNIT
-    source, scaled, x, h = _left(m, addresses, staging, row, hidden, dtype, TAPS, BLOCK, UNIT)
-    first = row.to(tl.int64) * hidden * TAPS
-    target = out + tl.load(targets + tl.load(m + item("CARRIER"))) * 16 + first
+    first, x, h = _left(row, hidden, TAPS, BLOCK)
+    carrier = tl.load(m + item("CARRIER"))
+    source = _pointer(addresses, carrier, dtype, UNIT) + first
+    scaled = staging + tl.load(m + item("LEFT")) * 16 + first
+    target = out + tl.load(targets + carrier) * 16 + first
     moved = staging + tl.load(m + item("MOVED")) * 16 + first
     scales = tl.load(m + item("SCALES"))
     k = tl.load(m + item("SCALE")) * tl.load(m + item("CHANNELS")) + row
