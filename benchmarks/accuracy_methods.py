@@ -178,11 +178,8 @@ def stepper(run: Run, lr: float, steps: int) -> Callable[[int, Tensor, Tensor], 
 
 def decay_groups(module: nn.Module, decay: float) -> list[dict[str, Any]]:
     """Norms, biases and scales of branches do not decay, in no method."""
-    if isinstance(module, gpdfx.Teacher):
+    if isinstance(module, gpdfx.Teacher | GPD):
         groups = gpdfx.param_groups(module, decay)
-    elif isinstance(module, GPD):
-        unshared = nn.ParameterList(module.own_parameters().values())
-        groups = decay_groups(module.teacher, decay) + decay_groups(unshared, decay)
     else:
         parameters = list(module.parameters())
         groups = [

@@ -6,6 +6,10 @@ plain = gpdfx.collapse(teacher)            # the user's own class again
 """
 
 from . import _links as _links
+from .access.collapse import collapse as collapse
+from .access.groups import param_groups as param_groups
+from .access.states import to_student as to_student
+from .access.states import to_teacher as to_teacher
 from .compiler import expand as expand
 from .custom_ops import rule as rule
 from .custom_ops import unrule as unrule
@@ -24,10 +28,6 @@ from .report.picture import graph as graph
 from .report.report import Report as Report
 from .storage import load as load
 from .storage import save as save
-from .teacher.collapse import collapse as collapse
-from .teacher.groups import param_groups as param_groups
 from .teacher.module import Teacher as Teacher
-from .teacher.states import to_student as to_student
-from .teacher.states import to_teacher as to_teacher
 
 __version__ = "0.1.0"

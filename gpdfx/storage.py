@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import files
+from .access.find import find_teacher
+from .access.states import check_keys, to_dtype
 from .branches.sets import read, spell
 from .calls import sparse
 from .compiler import expand
@@ -16,22 +18,21 @@ from .control import ExpandOptions
 from .errors import InputError
 from .files import AsPath, Tensors
 from .teacher.captured import Section
-from .teacher.module import Teacher, check_teacher
-from .teacher.states import check_keys, to_dtype
+from .teacher.module import Teacher
 
 FORMAT = "gpdfx teacher 1"
 
 
-def save(teacher: Teacher, path: AsPath) -> None:
+def save(teacher: nn.Module, path: AsPath) -> None:
     """Write a teacher: a safetensors file, tied tensors once, with a JSON header that holds how it
     was made, so that ``load`` needs the student's class and this file. The file appears whole or
     not at all."""
-    check_teacher("save", teacher)
-    facts = teacher._facts
+    found = find_teacher("save", teacher)
+    facts = found._facts
     first: dict[tuple[int, ...], str] = {}
     same: dict[str, str] = {}
     tensors: Tensors = {}
-    for name, x in teacher.state_dict(keep_vars=True).items():
+    for name, x in found.state_dict(keep_vars=True).items():
         known = first.setdefault((id(x),), name)
         if known == name:
             tensors[name] = x
@@ -44,8 +45,9 @@ def save(teacher: Teacher, path: AsPath) -> None:
         "recipe": _spell_options(facts.options),
         "inputs": spec,
         "same": same,
-        "sizes": [[[*one.sizes.symbols], one.sizes.conditions] for one in _sections(teacher)],
-        "student": _structure(teacher._student),
+        "unshared": [*found.own_parameters()],
+        "sizes": [[[*one.sizes.symbols], one.sizes.conditions] for one in _sections(found)],
+        "student": _structure(found._student),
     }
     header["hash"] = files.hash_json(header["student"])
     files.write_tensors(path, files.cpu_copies(tensors | example), {"gpdfx": json.dumps(header)})
@@ -93,6 +95,7 @@ def load(
     state |= {name: state[known] for name, known in header["same"].items()}
     for verify in (False, True):  # the check may have taken a module apart
         teacher: Teacher = expand(student, **options, **given, verify=verify)
+        teacher.unshare(header.get("unshared", ()))
         own = teacher.state_dict()
         if own.keys() == state.keys() and all(own[k].shape == x.shape for k, x in state.items()):
             break

@@ -105,7 +105,10 @@ def test_what_is_not_shared_is_the_students_own() -> None:
     with torch.no_grad():
         gpd.own_parameters()["head.bias"].add_(1)
     torch.testing.assert_close(gpd.collapse()(X), gpd.student(X))
-    assert not torch.allclose(gpd.teacher.student(X), gpd.student(X))
+    torch.testing.assert_close(gpd.teacher.student(X), gpd.student(X))
+    torch.testing.assert_close(gpd.student(X), gpd.teacher(X) + 1, rtol=1e-4, atol=1e-5)
+    averages = AveragedModel(gpd)
+    torch.testing.assert_close(gpdfx.collapse(averages)(X), gpd.student(X))
     alone = make(static=False, unshared="*")
     alone(X, Y).loss.backward()
     shared = alone.teacher.get_parameter("a.weight")

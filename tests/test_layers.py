@@ -31,6 +31,7 @@ ROOMS = (
     "gpdfx.passes.infer",
     "gpdfx.passes",
     "gpdfx.teacher",
+    "gpdfx.access",
     "gpdfx.check",
     "gpdfx.report",
     "gpdfx.memory",

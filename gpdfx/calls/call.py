@@ -24,8 +24,8 @@ class Call:
         self.signature = inspect.signature(model.forward)
         normal = self._normal(args, kwargs)
         self.pattern, tensors = tree.pattern(normal)
-        named = zip(tree.paths(normal), self.pattern.slots, strict=True)
-        self.names = [self._name(path) for path, slot in named if slot]
+        self._leaves = self._named(normal)
+        self.names = [name for name, x in self._leaves.items() if x is tree.Slot]
         self.shapes = [tuple(x.shape) for x in tensors]
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -40,10 +40,35 @@ class Call:
         if tensors is None:
             raise InputError(
                 "the call differs in structure, or in an argument that is no tensor, from the "
-                f"example that the model was expanded with ({', '.join(self.names)})",
+                f"example that the model was expanded with ({', '.join(self.names)})"
+                + self._difference(self._named(self._normal(args, kwargs))),
                 remedy="expand the model with example_inputs and example_kwargs of this structure",
             )
         return tensors
+
+    def _named(self, normal: Any) -> dict[str, Any]:
+        """The leaves of a call by their names; ``Slot`` for tensors."""
+        held = tree.pattern(normal)[0].held
+        return {self._name(path): x for path, x in zip(tree.paths(normal), held, strict=True)}
+
+    def _difference(self, given: dict[str, Any]) -> str:
+        """In which arguments a call differs from the example."""
+        own = self._leaves
+        extra, missing, other = list[str](), list[str](), list[str]()
+        for name in dict.fromkeys((*own, *given)):
+            parameter = self.signature.parameters.get(name)
+            default = _ABSENT if parameter is None else parameter.default
+            a, b = own.get(name, _ABSENT), given.get(name, _ABSENT)
+            if a is _ABSENT and (b is tree.Slot or default is _ABSENT):
+                extra.append(name)
+            elif b is _ABSENT and (a is tree.Slot or default is _ABSENT):
+                missing.append(name)
+            elif not tree.same(a, b):
+                a, b = (_told(default if x is _ABSENT else x) for x in (a, b))
+                other.append(f"{name}={b} is not the example's {a}")
+        parts = [f"extra: {', '.join(extra)}"] if extra else []
+        parts += [f"missing: {', '.join(missing)}"] if missing else []
+        return "".join(f"; {part}" for part in (*parts, *other))
 
     def containers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The dicts and lists that a call is given, in the order of the example's."""
@@ -75,3 +100,10 @@ class Call:
             many = parameter.kind is parameter.VAR_POSITIONAL
             names += [f"{name}[{k}]" for k in range(argument.idx + 1)] if many else [name]
         return f"{names[argument.idx]}{torch_private.key_text(rest)}"
+
+
+_ABSENT = object()
+
+
+def _told(x: Any) -> str:
+    return "a tensor" if x is tree.Slot else repr(x)[:40]

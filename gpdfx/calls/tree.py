@@ -156,7 +156,7 @@ class Pattern:
 
     def same(self, other: Pattern) -> bool:
         """True if structure and constants are equal."""
-        return self.spec == other.spec and all(map(_same, self.held, other.held))
+        return self.spec == other.spec and all(map(same, self.held, other.held))
 
     def match(self, tree: Any) -> list[Any] | None:
         """The tensors in the slots; ``None`` if the structure or a constant is another."""
@@ -171,7 +171,8 @@ def pattern(tree: Any, kinds: tuple[type, ...] = SLOTS) -> tuple[Pattern, list[A
     return Pattern(spec, held), [x for x in flat if isinstance(x, kinds)]
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two constants are equal."""
     try:
         return bool(a is b or a == b)
     except Exception:  # objects that cannot be compared, arrays of several values

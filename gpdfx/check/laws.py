@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 
+from ..access.collapse import filled
 from ..algebra.gather import gather
 from ..calls import progress, tree
 from ..calls.held import cast
@@ -23,7 +24,6 @@ from ..passes.capture.modes import EVAL, GIVEN, TRAIN
 from ..passes.follow import asked
 from ..passes.program import duplicate
 from ..passes.widen import Widened
-from ..teacher.collapse import filled
 from ..teacher.compiled import Compiled
 from ..teacher.module import Teacher
 from .attempts import Attempt, StaleError, UndecidedError, attempts, trial_inputs

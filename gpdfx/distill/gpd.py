@@ -10,22 +10,23 @@ T are the dynamic teacher's logits, S the student's on the shared parameters, sg
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..access.collapse import collapse
 from ..calls.given import apart
 from ..compiler import expand
-from ..control import covers
-from ..errors import InputError, suggest
+from ..errors import InputError
 from ..passes.capture.modes import TRAIN
-from ..teacher.collapse import collapse
+from ..passes.program import duplicate
+from ..report.report import Report
+from ..teacher.decay import matcher_of
 from ..teacher.module import Teacher
-from ..torch_private import gradient_hooks
 from . import streams
 from .collect import run_with_features
 from .features import FeatureLoss
@@ -33,8 +34,11 @@ from .losses import KD, LogitLoss, soft_cross_entropy
 from .outputs import Distilled as Distilled
 from .outputs import Outputs, arguments
 from .outputs import find_logits as find_logits
+from .own_loss import LABELS, own_loss
+from .positions import Criterion as Criterion
+from .positions import CrossEntropy, find_class_dim, find_counts, rows
+from .unheld import warn_of_unheld
 
-Criterion = Callable[[Tensor, Any], Tensor]
 Distillation = LogitLoss
 
 
@@ -42,16 +46,18 @@ class GPD(nn.Module):
     """Train a student with a dynamic teacher that shares its parameters.
 
     ``forward(inputs, targets)`` runs all networks once and returns a ``Distilled``. Its parameters
-    are the dynamic teacher's; optimize ``gpdfx.param_groups(gpd.teacher, ...)`` or
-    ``gpd.parameters()``. ``collapse()`` gives the student. The static teacher is frozen, in eval
-    mode, and no part of the state_dict.
+    are the dynamic teacher's; optimize ``gpdfx.param_groups(gpd, weight_decay)`` or
+    ``gpd.parameters()``. ``collapse()`` gives the student. The static teacher is run in eval mode,
+    without gradients, and is no part of the state_dict; the module that is passed is not changed.
 
     Args:
-        student: any network that ``expand`` takes.
+        student: any network that ``expand`` takes; or a teacher, as ``gpdfx.load`` makes it, which
+            is then trained itself (and what is of ``expand`` below is given already).
         static_teacher: a pre-trained network with the same classes, or ``None``.
-        ratio, branches, options: see ``gpdfx.expand`` (``shares``, ``extract``, ``keep`` ...).
         kd: loss of logits against the static teacher's, called with (logits, static logits,
-            targets): ``gpdfx.distill.KD()`` if not given. It counts for teacher and student.
+            targets): ``gpdfx.distill.KD()`` if not given. It counts for teacher and student. One
+            that has an argument ``counts`` is given logits with the classes in dimension 1 (of
+            tokens (B T, V)), and which positions the criterion counts.
         features: loss of features against the static teacher's, by names of modules, such as
             ``gpdfx.distill.ReviewKD``. Teacher and student have one each, with parameters of
             their own, which train along.
@@ -60,13 +66,23 @@ class GPD(nn.Module):
         teacher_weight: of the dynamic teacher's own losses; 0 leaves it to the student's.
         start_epoch: the first epoch (``gpd.epoch``, which the training loop sets) in which
             ``lam`` counts (``gpd.gap_counts``).
-        criterion: the task's loss, called with (logits, targets).
+        criterion: the task's loss, called with (logits, targets). By default what the network
+            itself computes from ``labels``, if it does so as those of Hugging Face do
+            (``loss_function``); else cross entropy.
+        class_dim: where the classes are in logits of more than two dimensions; found out by the
+            targets' shape if not given: last for tokens (B, T, V), 1 for maps (B, C, ...).
+        counts: targets -> which positions count for the gap and for ``kd``, booleans of the shape
+            of the logits without the classes. By default those that the criterion counts
+            (``ignore_index``, padding, shifted labels), for which one of your own runs once more
+            on logits that are zero, where they have more than two dimensions.
         unshared: patterns (see ``gpdfx.control``) of parameters that the student has for itself;
             ``"*"`` shares nothing.
         overlap_static: run the static teacher on a CUDA stream of its own, beside the other two;
             eager steps on a GPU only. Off by default: its worth was not measured yet.
         logits: picks the logits out of a network's output; by default the output itself, its
             ``logits`` or ``out``, or its first tensor.
+        ratio, branches, keep, round_to, example_inputs, example_kwargs, scales, shares, extract,
+            randomness, dynamic, seed, verify: see ``gpdfx.expand``.
 
     Raises:
         InputError: bad arguments; static and student logits of different shapes.
@@ -74,6 +90,7 @@ class GPD(nn.Module):
 
     _static: nn.Module | None
     gap_counts: bool
+    accepts_loss_kwargs = False  # Hugging Face's Trainer: the loss is a mean over this batch alone
 
     def __init__(
         self,
@@ -89,48 +106,67 @@ class GPD(nn.Module):
         smoothing: float = 0.1,
         teacher_weight: float = 1.0,
         start_epoch: int = 0,
-        criterion: Criterion = F.cross_entropy,
+        criterion: Criterion | None = None,
+        class_dim: int | None = None,
+        counts: Callable[[Any], Tensor] | None = None,
         unshared: str | Sequence[str] = (),
         overlap_static: bool = False,
         logits: Callable[[Any], Tensor] | None = None,
-        **options: Any,
+        keep: str | Sequence[str] = (),
+        round_to: int = 1,
+        example_inputs: tuple[Any, ...] | None = None,
+        example_kwargs: dict[str, Any] | None = None,
+        scales: str = "preserve",
+        shares: str = "random",
+        extract: str = "first",
+        randomness: str = "shared",
+        dynamic: str = "sizes",
+        seed: int = 0,
+        verify: bool = True,
     ) -> None:
         super().__init__()
-        for name, value in (("lam", lam), ("smoothing", smoothing), ("temperature", temperature)):
+        numbers = {"lam": lam, "smoothing": smoothing, "temperature": temperature}
+        for name, value in (numbers | {"teacher_weight": teacher_weight}).items():
             number = isinstance(value, Real) and value >= 0
             if not number or (name == "smoothing" and value > 1):
                 raise InputError(f"{name} is {value!r}", remedy="pass a number of at least 0")
+        if not temperature > 0:
+            raise InputError(f"temperature is {temperature!r}", remedy="pass a positive number")
         if not isinstance(static_teacher, nn.Module | None):
             text = f"static_teacher is a {type(static_teacher).__name__}"
             raise InputError(text, remedy="pass a trained network, an nn.Module")
         if (kd is not None or features is not None) and static_teacher is None:
             raise InputError("kd needs a static teacher", remedy="pass static_teacher=")
-        options |= {"features": features.student_layers} if features is not None else {}
-        self.teacher: Teacher = expand(student, ratio, branches=branches, **options)
+        layers = features.student_layers if features is not None else ()
+        options = {
+            **{"ratio": ratio, "branches": branches, "keep": keep, "round_to": round_to},
+            **{"example_inputs": example_inputs, "example_kwargs": example_kwargs},
+            **{"scales": scales, "shares": shares, "extract": extract, "seed": seed},
+            **{"randomness": randomness, "dynamic": dynamic, "verify": verify},
+        }
+        self.teacher: Teacher = _made(student, options, layers)
+        if unshared:
+            self.teacher.unshare(unshared)
         if kd is None and static_teacher is not None and features is None:
             kd = KD()
-        self.kd, self.lam, self.criterion = kd, lam, criterion
+        self.kd, self.lam = kd, lam
+        self._kd_counts = kd is not None and "counts" in _arguments_of(kd)
         self.temperature, self.smoothing = temperature, smoothing
         self.teacher_weight, self.start_epoch, self.epoch = teacher_weight, start_epoch, 0
         self.overlap_static = overlap_static
         self._logits = logits or find_logits
-        plain = dict(collapse(self.teacher).named_parameters())
-        self._own_names = _matching(unshared, list(plain))
-        self._own = nn.ParameterList(
-            nn.Parameter(plain[name].detach().clone(), requires_grad=plain[name].requires_grad)
-            for name in self._own_names
-        )
-        for name, own in self.own_parameters().items():
-            for hook in gradient_hooks(self.teacher.get_parameter(name)):
-                own.register_hook(hook)
-        if static_teacher is not None:
-            static_teacher = static_teacher.eval().requires_grad_(False)
-        object.__setattr__(self, "_static", static_teacher)
-        self._student_layers = features.student_layers if features is not None else ()
+        example = self.teacher._facts.example
+        if criterion is None:
+            criterion = own_loss(collapse(self.teacher), example) or CrossEntropy()
+        self.criterion, self.class_dim, self.counts = criterion, class_dim, counts
+        self._labels_stay = LABELS in example[1]
+        object.__setattr__(self, "_static", _frozen(static_teacher))
+        self._student_layers = layers
         self._static_layers = features.static_layers if features is not None else ()
         self.features = nn.ModuleDict()
         if features is not None:
             self._build_features(features)
+        warn_of_unheld(self)
 
     def _build_features(self, features: FeatureLoss) -> None:
         """One loss for the teacher, one for the student, each for its own widths."""
@@ -156,29 +192,70 @@ class GPD(nn.Module):
         self._epoch, self.gap_counts = epoch, epoch >= self.start_epoch
 
     # ---- running
-    def forward(self, inputs: Any, targets: Any) -> Distilled:
+    def forward(self, inputs: Any = None, targets: Any = None, **keywords: Any) -> Distilled:
         """All networks on one batch.
 
-        ``inputs``: a tensor, a tuple of positional or a dict of keyword inputs. ``targets``: what
-        ``criterion`` takes.
+        ``inputs``: a tensor, a tuple of positional or a dict of keyword inputs; or the keyword
+        inputs themselves, ``gpd(**batch)``. ``targets``: what ``criterion`` takes; if they are not
+        given, ``labels`` among the keyword inputs.
         """
-        teacher, student, static = self._run(*arguments(inputs))
+        args, kwargs = arguments({} if inputs is None else inputs)
+        kwargs |= keywords
+        if targets is None:
+            if LABELS not in kwargs:
+                text = "the targets are missing, and there are no labels among the inputs"
+                raise InputError(text, remedy="gpd(inputs, targets), or gpd(**batch) with labels")
+            targets = kwargs[LABELS] if self._labels_stay else kwargs.pop(LABELS)
+        teacher, student, static = self._run(args, kwargs)
+        dim = self._dim_of_classes(student.logits, targets)
         terms = {
-            "teacher": self.teacher_weight * self.criterion(teacher.logits, targets),
-            "student": self.criterion(student.logits, targets),
+            "teacher": self.teacher_weight * self._task_loss(teacher.logits, targets, dim),
+            "student": self._task_loss(student.logits, targets, dim),
         }
-        if self.gap_counts and self.lam:
+        gap, counts = self.gap_counts and self.lam, None
+        if gap or (self._kd_counts and static is not None):
+            counts = self._counted(student.logits, targets, dim)
+        if gap:
+            ours, soft = rows(student.logits, dim), rows(teacher.logits.detach(), dim)
             options = {"temperature": self.temperature, "smoothing": self.smoothing}
-            soft = soft_cross_entropy(student.logits, teacher.logits.detach(), **options)
-            terms["gap"] = self.lam * soft
+            terms["gap"] = self.lam * soft_cross_entropy(ours, soft, counts=counts, **options)
         if static is not None:
-            terms |= self._against_static(teacher, student, static, targets)
+            terms |= self._against_static(teacher, student, static, targets, dim, counts)
         loss = torch.stack([term.float() for term in terms.values()]).sum()
         static_logits = None if static is None else static.logits
         return Distilled(loss, student.logits, teacher.logits, static_logits, terms)
 
+    def _dim_of_classes(self, logits: Tensor, targets: Any) -> int:
+        if logits.ndim <= 2:
+            return 1
+        dim = self.class_dim
+        if dim is None:
+            dim = find_class_dim(self.criterion, logits, targets)
+            if not torch.compiler.is_compiling():  # whose code would be made again for it
+                self.class_dim = dim
+        return dim % logits.ndim
+
+    def _task_loss(self, logits: Tensor, targets: Any, dim: int) -> Tensor:
+        own = isinstance(self.criterion, CrossEntropy)
+        return self.criterion(logits, targets, *((dim,) if own else ()))
+
+    def _counted(self, logits: Tensor, targets: Any, dim: int) -> Tensor | None:
+        """Which rows (see ``rows``) of logits count."""
+        if self.counts is None:
+            counts = find_counts(self.criterion, logits, targets, dim)
+        else:
+            counts = self.counts(targets)
+        tokens = counts is not None and 1 < dim == logits.ndim - 1
+        return counts.flatten() if tokens else counts  # type: ignore[union-attr]
+
     def _against_static(
-        self, teacher: Outputs, student: Outputs, static: Outputs, targets: Any
+        self,
+        teacher: Outputs,
+        student: Outputs,
+        static: Outputs,
+        targets: Any,
+        dim: int,
+        counts: Tensor | None,
     ) -> dict[str, Tensor]:
         """The terms that compare logits and features with the static teacher's."""
         terms = {}
@@ -189,9 +266,11 @@ class GPD(nn.Module):
                     f"{tuple(student.logits.shape)}",
                     remedy="use a static teacher with the same classes",
                 )
-            teacher_kd = self.kd(teacher.logits, static.logits, targets)
-            terms["teacher_kd"] = self.teacher_weight * teacher_kd
-            terms["student_kd"] = self.kd(student.logits, static.logits, targets)
+            each = [of.logits for of in (teacher, student, static)]
+            options = {"counts": counts} if self._kd_counts else {}
+            wide, own, fixed = [rows(x, dim) for x in each] if self._kd_counts else each
+            terms["teacher_kd"] = self.teacher_weight * self.kd(wide, fixed, targets, **options)
+            terms["student_kd"] = self.kd(own, fixed, targets, **options)
         if self._student_layers:
             teacher_loss, student_loss = self.features["teacher"], self.features["student"]
             teacher_term = teacher_loss(teacher.features, static.features)
@@ -200,13 +279,26 @@ class GPD(nn.Module):
         return terms
 
     def own_parameters(self) -> dict[str, Tensor]:
-        """The student's parameters that are not shared."""
-        return dict(zip(self._own_names, self._own, strict=True))
+        """The student's parameters that are not shared, by its names."""
+        return self.teacher.own_parameters()
 
     def student(self, *args: Any, **kwargs: Any) -> Any:
         """The student alone."""
-        folded = self.teacher._fold(teacher=False)
-        return self.teacher._run_student(folded, args, kwargs, self.own_parameters())
+        return self.teacher.student(*args, **kwargs)
+
+    def report(self) -> Report:
+        """The teacher's (see ``gpdfx.Report``)."""
+        return self.teacher.report()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that a weight decay leaves alone (see ``Teacher``)."""
+        vectors = {name for name, p in self.features.named_parameters("features") if p.ndim < 2}
+        return vectors | {f"teacher.{name}" for name in self.teacher.no_weight_decay()}
+
+    @property
+    def group_matcher(self) -> Callable[..., Any]:
+        """The layers of parameters (a protocol of timm's), where the student says them."""
+        return matcher_of(self.teacher, "teacher.")
 
     def _run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -222,7 +314,7 @@ class GPD(nn.Module):
         output, features = run_with_features(
             self.teacher._student,
             self._student_layers,
-            lambda: self.teacher._run_student(folded, *apart(call), own=self.own_parameters()),
+            lambda: self.teacher._run_student(folded, *apart(call)),
         )
         return teacher, Outputs(self._logits(output), features), static()
 
@@ -234,14 +326,9 @@ class GPD(nn.Module):
         output, features = run_with_features(net, self._static_layers, lambda: net(*args, **kwargs))
         return Outputs(self._logits(output).detach(), features)
 
-    @torch.no_grad()
     def collapse(self) -> nn.Module:
-        """The plain student (see ``gpdfx.collapse``), with the parameters that it does not
-        share."""
-        plain = collapse(self.teacher)
-        for name, own in self.own_parameters().items():
-            plain.get_parameter(name).copy_(own)
-        return plain
+        """The plain student (see ``gpdfx.collapse``)."""
+        return collapse(self.teacher)
 
     # ---- nn.Module's other duties
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GPD:
@@ -251,10 +338,34 @@ class GPD(nn.Module):
         return self
 
 
-def _matching(patterns: str | Sequence[str], names: list[str]) -> list[str]:
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    for pattern in patterns:
-        if not covers(pattern, names):
-            remedy = suggest(pattern, names)
-            raise InputError(f"unshared: {pattern!r} matches no parameter", remedy=remedy)
-    return [name for name in names if any(covers(pattern, [name]) for pattern in patterns)]
+def _made(student: Any, options: dict[str, Any], features: Sequence[str]) -> Teacher:
+    """The teacher to train."""
+    if not isinstance(student, Teacher):
+        return expand(student, **options, features=features)
+    known = inspect.signature(expand).parameters
+    given = [name for name, value in options.items() if value is not known[name].default]
+    given += ["features"] if not {*features} <= {*student._facts.options.features} else []
+    if given:
+        raise InputError(
+            f"{', '.join(given)}: the teacher is made already",
+            remedy="give this to expand, or pass GPD the student",
+        )
+    return student
+
+
+def _frozen(static: nn.Module | None) -> nn.Module | None:
+    """A static teacher that never trains: the module itself if it is so already, else one like it
+    with the same weights in the same memory."""
+    if static is None or not (static.training or any(p.requires_grad for p in static.parameters())):
+        return static
+    memo: dict[int, Any] = {}
+    for p in static.parameters():
+        memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
+    return duplicate(static, memo).eval()
+
+
+def _arguments_of(function: Any) -> Sequence[str]:
+    try:
+        return [*inspect.signature(function).parameters]
+    except (TypeError, ValueError):  # built in
+        return ()

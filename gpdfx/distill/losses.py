@@ -22,8 +22,8 @@ from torch import Tensor
 from ..calls.held import has_gradient
 from ..errors import InputError
 
-LogitLoss = Callable[[Tensor, Tensor, Any], Tensor]
-"""(student logits, static logits, targets) -> scalar."""
+LogitLoss = Callable[..., Tensor]
+"""(student logits, static logits, targets) -> scalar; see ``gpdfx.distill.gpd`` for ``counts``."""
 
 
 def soft_cross_entropy(
@@ -32,6 +32,7 @@ def soft_cross_entropy(
     *,
     temperature: float = 1.0,
     smoothing: float = 0.0,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Cross entropy against a teacher's smoothed softmax: the lambda term of arXiv 2410.04140.
 
@@ -39,7 +40,8 @@ def soft_cross_entropy(
     ``q = (1 - smoothing) softmax(soft_targets_logits / T) + smoothing / C``.
 
     Both are (N, C) or (N, C, d1, ...), classes in dimension 1; the result is the mean over all
-    other dimensions. Gradients flow into both: detach the teacher's. The paper smooths by 0.1.
+    other dimensions, of the positions that ``counts``: booleans (N,) or (N, d1, ...), by default
+    all. Gradients flow into both: detach the teacher's. The paper smooths by 0.1.
 
     Raises ``InputError`` for shapes that differ, a temperature that is not positive, or a
     smoothing outside of 0 to 1.
@@ -47,8 +49,10 @@ def soft_cross_entropy(
     _check_temperature(temperature)
     if not 0 <= smoothing <= 1:
         raise InputError(f"smoothing is {smoothing}", remedy="take one from 0 to 1")
-    ours, soft = _logits(logits, soft_targets_logits, temperature)
-    return temperature**2 * F.cross_entropy(ours, soft.softmax(1), label_smoothing=smoothing)
+    ours, soft = _logits(logits, soft_targets_logits, temperature, counts)
+    reduction = "mean" if counts is None else "none"
+    each = F.cross_entropy(ours, soft.softmax(1), label_smoothing=smoothing, reduction=reduction)
+    return temperature**2 * _mean(each, counts)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class KD:
     """``weight T^2 KL(softmax(static / T) || softmax(student / T))`` (Hinton et al., 2015).
 
     Logits are (N, C) or (N, C, d1, ...), classes in dimension 1; the result is the mean over all
-    other dimensions. The static logits get no gradient; the targets do not matter.
+    other dimensions, of the positions that ``counts``. The static logits get no gradient; the
+    targets do not matter.
     """
 
     temperature: float = 4.0
@@ -65,9 +70,15 @@ class KD:
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
 
-    def __call__(self, student_logits: Tensor, static_logits: Tensor, targets: Tensor) -> Tensor:
-        student, static = _logits(student_logits, static_logits.detach(), self.temperature)
-        divergence = _kl(static.log_softmax(1), student.log_softmax(1))
+    def __call__(
+        self,
+        student_logits: Tensor,
+        static_logits: Tensor,
+        targets: Any,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        student, static = _logits(student_logits, static_logits.detach(), self.temperature, counts)
+        divergence = _kl(static.log_softmax(1), student.log_softmax(1), counts)
         return self.weight * self.temperature**2 * divergence
 
 
@@ -81,9 +92,9 @@ class DKD:
     ``beta=0.5`` for ResNet-18 and 2 for MobileNet.
 
     Logits are (N, C). Targets are classes (N,), or soft targets (N, C), as mixup and cutmix make,
-    of which the largest counts. The static logits get no gradient. ``warmup``: the number of
-    epochs in which the loss grows to its full weight, by the factor ``ramp(epoch)`` that whoever
-    calls it multiplies it with.
+    of which the largest counts. ``counts``: as of ``KD``. The static logits get no gradient.
+    ``warmup``: the number of epochs in which the loss grows to its full weight, by the factor
+    ``ramp(epoch)`` that whoever calls it multiplies it with.
 
     Raises ``InputError`` for other shapes, and for targets (N,) that are not integers.
     """
@@ -96,12 +107,19 @@ class DKD:
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
 
-    def __call__(self, student_logits: Tensor, static_logits: Tensor, targets: Tensor) -> Tensor:
-        student, static = _logits(student_logits, static_logits.detach(), self.temperature)
+    def __call__(
+        self,
+        student_logits: Tensor,
+        static_logits: Tensor,
+        targets: Any,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        student, static = _logits(student_logits, static_logits.detach(), self.temperature, counts)
         target = _classes(student, targets)
+        target = target if counts is None else target * counts
         ours, our_others = _decouple(student, target)
         theirs, their_others = _decouple(static, target)
-        tckd, nckd = _kl(theirs, ours), _kl(their_others, our_others)
+        tckd, nckd = _kl(theirs, ours, counts), _kl(their_others, our_others, counts)
         return self.temperature**2 * (self.alpha * tckd + self.beta * nckd)
 
     def ramp(self, epoch: int) -> float:
@@ -114,20 +132,32 @@ def _check_temperature(temperature: float) -> None:
         raise InputError(f"the temperature is {temperature}", remedy="take a positive one")
 
 
-def _logits(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Both divided by the temperature, in float32 or better."""
+def _logits(
+    student: Tensor, teacher: Tensor, temperature: float, counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Both divided by the temperature, in float32 or better; what does not count may be NaN."""
     if student.ndim < 2 or student.shape != teacher.shape:
         raise InputError(
             f"the logits are {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}",
             remedy="give both as (N, C) or (N, C, d1, ...), of the same shape",
         )
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    if counts is not None and counts.shape != (*student.shape[:1], *student.shape[2:]):
+        text = f"counts is {tuple(counts.shape)} for logits {tuple(student.shape)}"
+        raise InputError(text, remedy="give it the shape of the logits without the classes")
+    if counts is not None:
+        student, teacher = (x.masked_fill(~counts.unsqueeze(1), 0) for x in (student, teacher))
     return student.to(dtype) / temperature, teacher.to(dtype) / temperature
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of logarithms (N, C, ...), the mean over all but the classes."""
-    return (p.exp() * (p - q)).sum(1).mean()
+def _mean(each: Tensor, counts: Tensor | None) -> Tensor:
+    """The mean of what counts; zero if nothing does."""
+    return each.mean() if counts is None else (each * counts).sum() / counts.sum().clamp(min=1)
+
+
+def _kl(p: Tensor, q: Tensor, counts: Tensor | None) -> Tensor:
+    """KL(p || q) of logarithms (N, C, ...), the mean over all positions that count."""
+    return _mean((p.exp() * (p - q)).sum(1), counts)
 
 
 def _classes(logits: Tensor, targets: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from ..access.find import find_teacher
 from ..algebra.axes import Axis, Leaf, leaves, paths, spell
 from ..algebra.solver import Reason
 from ..algebra.widths import Path, Widths, width_of
 from ..errors import InputError, suggest
 from ..passes.widen import Widened
-from ..teacher.module import Teacher, check_teacher
 from .picture import data_flow
 
 if TYPE_CHECKING:  # imported where it is used: it takes a fifth of a second
@@ -96,14 +98,14 @@ def gather_evidence(widened: Widened) -> Evidence:
     return Evidence(graph, axes, widths, data_flow(widened))
 
 
-def explain(teacher: Teacher, parameter: str) -> Explanation:
+def explain(teacher: nn.Module, parameter: str) -> Explanation:
     """Explain one parameter of a teacher, by the student's name for it.
 
     Raises ``InputError`` with near names if there is none of that name.
     """
-    check_teacher("explain", teacher)
-    evidence, parameter = teacher.report().evidence, str(parameter)
-    parameter = teacher._facts.alias.get(parameter, parameter)
+    found = find_teacher("explain", teacher)
+    evidence, parameter = found.report().evidence, str(parameter)
+    parameter = found._facts.alias.get(parameter, parameter)
     if parameter not in evidence.axes:
         raise InputError(
             f"no parameter is called {parameter!r}", remedy=suggest(parameter, evidence.axes)

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from ..access.find import find_teacher
 from ..algebra.axes import leaves
 from ..errors import InputError, check_place
 from ..passes.capture.modes import GIVEN
 from ..passes.program import is_tensor, origin, value
 from ..passes.widen import Widened
-from ..teacher.module import Teacher, check_teacher
 
 if TYPE_CHECKING:  # imported where it is used: it takes a fifth of a second
     import networkx as nx
 
 
-def graph(teacher: Teacher, out: str | Path) -> None:
+def graph(teacher: nn.Module, out: str | Path) -> None:
     """Draw the layers, coloured by the group that their output axis widens with; bridges are
     diamonds, layers that stay are grey. ``out`` ends in ``.svg``, ``.png`` or ``.html``."""
     import matplotlib
@@ -30,11 +30,11 @@ def graph(teacher: Teacher, out: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    check_teacher("graph", teacher)
+    found = find_teacher("graph", teacher)
     out = check_place(out)
     if out.suffix not in (".svg", ".png", ".html"):
         raise InputError(f"cannot draw to {out.name}", remedy="use a name ending in .svg or .html")
-    layers = teacher.report().evidence.layers
+    layers = found.report().evidence.layers
     flow = nx.DiGraph(layers.edges)
     flow.add_nodes_from(layers)
     depths = _depths(flow)
@@ -59,7 +59,7 @@ def graph(teacher: Teacher, out: str | Path) -> None:
     if out.suffix == ".html":
         svg = io.StringIO()
         figure.savefig(svg, format="svg", bbox_inches="tight")
-        report = html.escape(str(teacher.report()))
+        report = html.escape(str(found.report()))
         page = f"<!doctype html><meta charset=utf-8><title>gpdfx</title><pre>{report}</pre>"
         out.write_text(page + svg.getvalue()[svg.getvalue().index("<svg") :])
     else:

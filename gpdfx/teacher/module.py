@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,17 @@ from ..algebra.gather import gather
 from ..calls import tree
 from ..calls.given import apart
 from ..calls.held import importable
-from ..errors import InputError
+from ..control import covers
+from ..errors import InputError, suggest
 from ..passes.capture.export import first_line
 from ..passes.capture.modes import EVAL, TRAIN
 from ..passes.folded import Folded, merged, module_of, students
 from ..passes.program import Mode, duplicate, unused
 from ..passes.widen import Widened
+from ..torch_private import gradient_hooks
 from .captured import Part, Section
 from .compiled import Compiled, Facts
+from .decay import matcher_of, undecayed
 from .extract import Mean, settle, take_first
 from .fold import Fold
 from .folding import Folding, Lazy, operator_get
@@ -131,6 +134,7 @@ class Teacher(nn.Module):
         self._modules.update(program.children)
         self._buffers_name = unused("student_buffers", self._modules)
         self._modules[self._buffers_name] = self._modes.buffers = nn.Module()
+        self._own_name = unused("student_own", self._modules)
         for name, buffer in program.student.named_buffers():
             own = buffer.detach().clone()
             attach(self, f"{self._buffers_name}.{name}", own, persistent=name in lasting)
@@ -203,7 +207,7 @@ class Teacher(nn.Module):
                     f"the call fails, and {other}: {first_line(error)}",
                     remedy="cast or move the inputs, or the teacher (teacher.to(...))",
                 ) from error
-        tensors = dict(self.student_parameters(folded))
+        tensors = dict(self._shared_parameters(folded))
         for name, _ in self._student.named_buffers():
             tensors[name] = take_first(self._tensor(name), self._facts.maps_of(name))
         return self._code.run(self._code.shell, tensors, args, kwargs, folded)
@@ -218,17 +222,46 @@ class Teacher(nn.Module):
                     return f"its tensor {k} {what} {a}, the example's {b}"
         return ""
 
-    def _run_student(
-        self, folded: Folded, args: Any, kwargs: Any, own: Mapping[str, Tensor] | None = None
-    ) -> Any:
-        """``own``: parameters that the student does not share."""
-        tensors = dict(self.student_parameters(folded)) | dict(own or {})
-        return self._code.run(self._student, tensors | self._student_buffers(), args, kwargs)
+    def _run_student(self, folded: Folded, args: Any, kwargs: Any) -> Any:
+        tensors = dict(self.student_parameters(folded)) | self._student_buffers()
+        return self._code.run(self._student, tensors, args, kwargs)
 
     # ---- between student and teacher
+    def unshare(self, patterns: str | Sequence[str]) -> None:
+        """Give the student parameters of its own, which begin as they are read out of the teacher
+        and then train apart: all that patterns (see ``gpdfx.control``) cover.
+
+        Raises ``InputError`` for a pattern that matches no parameter.
+        """
+        shared = dict(self._shared_parameters())
+        known = [*shared]
+        patterns = (patterns,) if isinstance(patterns, str) else patterns
+        for pattern in patterns:
+            if not covers(pattern, known):
+                remedy = suggest(pattern, known)
+                raise InputError(f"unshared: {pattern!r} matches no parameter", remedy=remedy)
+        for name in known:
+            if any(covers(pattern, [name]) for pattern in patterns):
+                wide = self._tensor(name)
+                own = nn.Parameter(shared[name].detach().clone(), requires_grad=wide.requires_grad)
+                for hook in gradient_hooks(wide):
+                    own.register_hook(hook)
+                attach(self, f"{self._own_name}.{name}", own, persistent=True)
+
+    def own_parameters(self) -> dict[str, Tensor]:
+        """The student's parameters that are not shared, by its names."""
+        own = self._modules.get(self._own_name)
+        return {} if own is None else dict(own.named_parameters())
+
     def student_parameters(self, folded: Folded | None = None) -> Iterator[tuple[str, Tensor]]:
         """CBR: the student's parameters. Branches are merged (``folded``: what they fold into, if
-        it is known), then the first copies taken: views where they can be."""
+        it is known), then the first copies taken: views where they can be. Those that are the
+        student's own are read from nowhere else."""
+        own = self.own_parameters()
+        for name, shared in self._shared_parameters(folded):
+            yield name, own.get(name, shared)
+
+    def _shared_parameters(self, folded: Folded | None = None) -> Iterator[tuple[str, Tensor]]:
         folded = self._folding.for_call(teacher=False) if folded is None else folded
         for name, _ in self._student.named_parameters():
             wide = folded.get(students(name), folded.get(merged(name)))
@@ -256,8 +289,11 @@ class Teacher(nn.Module):
     def load_student(self, student: nn.Module) -> None:
         """IR: take over all parameters and buffers of a module like the student; branches add
         nothing to them at first."""
+        own = self.own_parameters()
         for name, tensor in student.named_parameters():
             self._load(name, tensor)
+            if name in own:
+                own[name].copy_(tensor)
         for fold in self.folds():
             fold.reset()
         self._load_buffers(student)
@@ -282,6 +318,16 @@ class Teacher(nn.Module):
         """The student's own, by all of its names: ``to`` parts tied ones."""
         own = dict(self._modules[self._buffers_name].named_buffers())  # type: ignore[union-attr]
         return own | {n: own[first] for n, first in self._facts.alias.items() if first in own}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that a weight decay leaves alone: norms, biases, scales of branches,
+        and what the student's own ``no_weight_decay()`` names (a protocol of timm's)."""
+        return undecayed(self)
+
+    @property
+    def group_matcher(self) -> Callable[..., Any]:
+        """The layers of parameters (a protocol of timm's), where the student says them."""
+        return matcher_of(self)
 
     def report(self) -> Report:
         """What widened, what did not and why, parameters, multiply-adds, measured error."""
@@ -343,12 +389,3 @@ class Teacher(nn.Module):
                             remedy="gpdfx.save(teacher, path) and gpdfx.load need no pickle",
                         )
         return vars(self)
-
-
-def check_teacher(what: str, given: Any) -> None:
-    """Raise ``InputError`` for what is no teacher."""
-    if not isinstance(given, Teacher):
-        raise InputError(
-            f"{what} takes a teacher, not {type(given).__name__}",
-            remedy="pass what gpdfx.expand returned",
-        )

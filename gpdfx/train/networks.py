@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import models
+from ..access.groups import Group, param_groups
 from ..data.splits import Data, generator
 from ..distill.gpd import GPD, Criterion, Distillation, Distilled, find_logits
 from ..distill.losses import DKD, KD
 from ..errors import InputError
 from ..passes.capture.modes import flags_of, set_flags
-from ..teacher.groups import Group, param_groups
 from ..teacher.module import Teacher
 from .config import TrainConfig, refuse
 from .recipes import TrainingRecipe
@@ -137,16 +137,16 @@ def make_kd(recipe: TrainingRecipe) -> Distillation | None:
 
 # --------------------------------------------------------------------------- parameters and buffers
 def make_groups(net: Net, weight_decay: float) -> list[Group]:
-    """Parameter groups: the teacher's, and those of the student alone; vectors do not decay."""
-    groups = [] if net.teacher is None else param_groups(net.teacher, weight_decay)
+    """Parameter groups: those of ``param_groups``, or, for a student alone, weights and vectors;
+    vectors do not decay."""
+    if net.teacher is not None:
+        return param_groups(net, weight_decay)
+    groups = []
     for decay, vectors in ((weight_decay, False), (0.0, True)):
-        rest = {
-            name: p
-            for name, p in net.named_parameters()
-            if p.requires_grad and (p.ndim < 2) is vectors and not name.startswith("teacher.")
-        }
-        named = {"params": [*rest.values()], "param_names": [*rest]}
-        groups += [{**named, "weight_decay": decay}] if rest else []
+        held = {n: p for n, p in net.named_parameters() if (p.ndim < 2) is vectors}
+        held = {name: p for name, p in held.items() if p.requires_grad}
+        named = {"params": [*held.values()], "param_names": [*held]}
+        groups += [{**named, "weight_decay": decay}] if held else []
     return groups
 
 

@@ -3,58 +3,73 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calls.held import cast
 from ..errors import InputError
+from ..teacher.module import Teacher
 from .collapse import collapse
-from .module import Teacher, check_teacher
+from .find import OF_GPD, find_teacher, prefix_of, unwrapped
 
 State = Mapping[str, Any]
 
 
 # --------------------------------------------------------------------------- two-way maps
-def to_student(state: State, teacher: Teacher, *, strict: bool = True) -> dict[str, Any]:
+def to_student(state: State, teacher: nn.Module, *, strict: bool = True) -> dict[str, Any]:
     """CBR of a teacher's checkpoint: what the student of the same training has.
 
     Args:
-        state: a ``state_dict`` of a teacher like this one; that of moving averages of it
-            (``torch.optim.swa_utils.AveragedModel``); or of an optimizer over its parameters, in
-            the order of ``teacher.named_parameters()`` or with ``param_names``. Wrappers' prefixes
-            (``module.``, ``_orig_mod.``) are understood.
+        state: a ``state_dict`` of a teacher like this one, or of a ``GPD``; that of moving averages
+            of it (``torch.optim.swa_utils.AveragedModel``); or of an optimizer over its parameters,
+            in the order of ``teacher.named_parameters()`` or with ``param_names``. Wrappers'
+            prefixes (``module.``, ``_orig_mod.``, ``teacher.``) are understood.
+        teacher: a teacher, or what holds one, as ``collapse`` takes it.
         strict: refuse an optimizer's state of weights that have branches: what moved are their
             branches, and no momentum of the merged weight follows from theirs. If false, the
             student's optimizer begins anew for these.
 
     Returns:
-        The same kind of state, under the student's own names; tensors are copies.
+        The same kind of state, under the student's own names; tensors are copies. Losses of
+        features, which are of the training alone, are left out.
 
     Raises:
         InputError: names the keys that do not fit, or the parameters that have no such state.
     """
-    if _of_optimizer(state, "to_student", teacher):
-        return _optimizer(state, teacher, strict, back=True)
+    found = find_teacher("to_student(state, teacher)", teacher)
+    if _of_optimizer(state, "to_student"):
+        return _optimizer(state, teacher, found, strict, back=True)
     prefix, own, rest = _unwrap(state)
-    twin = _loaded(copy.deepcopy(teacher), own, "the teacher")
+    twin = _loaded(copy.deepcopy(found), _of_teacher(own, found), "the teacher")
     return _wrap(prefix, collapse(twin).state_dict(), rest)
 
 
-def to_teacher(state: State, teacher: Teacher, *, strict: bool = True) -> dict[str, Any]:
-    """IR of a student's checkpoint: the state of this teacher with the student's function.
+def to_teacher(state: State, teacher: nn.Module, *, strict: bool = True) -> dict[str, Any]:
+    """IR of a student's checkpoint: the state of this teacher with the student's function, or of
+    the ``GPD`` that holds it.
 
     Every copy takes the student's value (of its moments, too); the branches keep their parameters
-    and add nothing at first; shares stay. Arguments, returns and raises: as ``to_student``.
+    and add nothing at first; shares, and losses of features, stay. Arguments, returns and raises:
+    as ``to_student``.
     """
-    if _of_optimizer(state, "to_teacher", teacher):
-        return _optimizer(state, teacher, strict, back=False)
+    found = find_teacher("to_teacher(state, teacher)", teacher)
+    if _of_optimizer(state, "to_teacher"):
+        return _optimizer(state, teacher, found, strict, back=False)
     prefix, own, rest = _unwrap(state)
-    student = _loaded(collapse(teacher), own, "the student")
-    twin = to_dtype(copy.deepcopy(teacher), own)
+    student = _loaded(collapse(found), own, "the student")
+    twin = to_dtype(copy.deepcopy(found), own)
     twin.load_student(student)
-    return _wrap(prefix, twin.state_dict(), rest)
+    made = {prefix_of(teacher) + name: x for name, x in twin.state_dict().items()}
+    return _wrap(prefix, unwrapped(teacher).state_dict() | made, rest)
+
+
+def _of_teacher(state: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
+    """What a teacher's state is in that of a ``GPD``; a teacher's own stays as it is."""
+    known = teacher.state_dict()
+    inside = {k.removeprefix(OF_GPD): x for k, x in state.items() if k.startswith(OF_GPD)}
+    return inside if inside.keys() == known.keys() != state.keys() else state
 
 
 def _loaded(module: Any, state: State, whose: str) -> Any:
@@ -107,34 +122,39 @@ def _wrap(prefix: str, own: State, rest: dict[str, Any]) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------- optimizers
-def _of_optimizer(state: State, what: str, teacher: Teacher) -> bool:
-    check_teacher(f"{what}(state, teacher)", teacher)
+def _of_optimizer(state: State, what: str) -> bool:
     if not isinstance(state, Mapping):
         text = f"{what} takes a state_dict first, not {type(state).__name__}"
         raise InputError(text, remedy=f"gpdfx.{what}(network.state_dict(), teacher)")
     return set(state) >= {"state", "param_groups"}
 
 
-def _optimizer(state: State, teacher: Teacher, strict: bool, *, back: bool) -> dict[str, Any]:
-    student, wide = dict(collapse(teacher).named_parameters()), dict(teacher.named_parameters())
+def _optimizer(
+    state: State, holder: nn.Module, teacher: Teacher, strict: bool, *, back: bool
+) -> dict[str, Any]:
+    """``holder``: what the optimizer's parameters are of, the teacher or a ``GPD``."""
+    student = dict(collapse(teacher).named_parameters())
+    wide = dict(unwrapped(holder).named_parameters())
     source, target = (wide, student) if back else (student, wide)
-    number = _names_of(state, list(source), "teacher" if back else "student")
+    groups = _groups_of(state, [*source], "teacher" if back else "student")
     branched = {fold.branched.weight for fold in teacher.folds()} if back else set()
     moments: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
-    for name, held in ((number[k], held) for k, held in state["state"].items()):
-        if name not in target:
-            continue  # a branch's own
-        size = source[name].shape
-        odd = [k for k, x in held.items() if isinstance(x, Tensor) and x.shape not in (size, ())]
-        if name in branched:
+    home: dict[str, int] = {}
+    for name, begin, end, move in _ways(teacher, prefix_of(holder), back):
+        if begin not in groups:
+            continue
+        number, home[end] = groups[begin]
+        held = state["state"].get(number, {})
+        tensors = {k: x for k, x in held.items() if isinstance(x, Tensor)}
+        odd = [k for k, x in tensors.items() if x.shape not in (source[begin].shape, ())]
+        if held and move is not _same and name in branched:
             refused[name] = "it has branches"
         elif odd:
             refused[name] = f"its {odd[0]} is not of the parameter's shape"
-        else:
-            move = teacher.narrow if back else teacher.widen
-            moments[name] = {
-                k: move(name, x).clone() if isinstance(x, Tensor) and x.ndim else copy.deepcopy(x)
+        elif held:
+            moments[end] = {
+                k: move(name, x).clone() if k in tensors and x.ndim else copy.deepcopy(x)
                 for k, x in held.items()
             }
     if refused and strict:
@@ -144,31 +164,51 @@ def _optimizer(state: State, teacher: Teacher, strict: bool, *, back: bool) -> d
             f"no state of the optimizer follows for {some}{more}",
             remedy="pass strict=False: the optimizer begins anew for these",
         )
-    return _regroup(state["param_groups"], number, list(target), moments)
+    return _regroup(state["param_groups"], home, [*target], moments)
 
 
-def _names_of(state: State, known: list[str], whose: str) -> dict[Any, str]:
-    """The optimizer's number of a parameter -> its name."""
+def _ways(
+    teacher: Teacher, prefix: str, back: bool
+) -> Iterator[tuple[str, str, str, Callable[[str, Tensor], Tensor]]]:
+    """The student's name of each parameter, where its state comes from, where it goes to, and what
+    becomes of it. ``prefix``: before a teacher's names."""
+    own = {name: f"{prefix}{teacher._own_name}.{name}" for name in teacher.own_parameters()}
+    for name, _ in teacher._student.named_parameters():
+        if back and name not in own:
+            yield name, prefix + name, name, teacher.narrow
+        if not back:
+            yield name, name, prefix + name, teacher.widen
+        if name in own:
+            yield name, *((own[name], name) if back else (name, own[name])), _same
+
+
+def _same(name: str, x: Tensor) -> Tensor:
+    return x
+
+
+def _groups_of(state: State, known: list[str], whose: str) -> dict[str, tuple[Any, int]]:
+    """Name of a parameter -> its number in the optimizer, and that of its group."""
     groups = state["param_groups"]
-    given = [k for group in groups for k in group["params"]]
+    given = [(k, g) for g, group in enumerate(groups) for k in group["params"]]
     names = [n for group in groups for n in group.get("param_names", ())] or known
+    inside = {n.removeprefix(OF_GPD): n for n in known}  # of gpd.teacher's, and gpd is given
+    names = [inside.get(n, n) if n not in known else n for n in names]
     if len(names) != len(given) or not set(names) <= set(known):
         raise InputError(
             f"the optimizer has other parameters ({len(given)}) than the {whose} ({len(known)})",
             remedy="make the optimizer of gpdfx.param_groups or of named_parameters(): its state "
             "then has names",
         )
-    return dict(zip(given, names, strict=True))
+    return dict(zip(names, given, strict=True))
 
 
 def _regroup(
     groups: list[dict[str, Any]],
-    number: dict[Any, str],
+    home: dict[str, int],
     target: list[str],
     moments: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """The same groups over other parameters; those that are new join the first group."""
-    home = {number[k]: g for g, group in enumerate(groups) for k in group["params"]}
     order = [[n for n in target if home.get(n, 0) == g] for g in range(len(groups))]
     place = {name: k for k, name in enumerate(n for names in order for n in names)}
     made = [

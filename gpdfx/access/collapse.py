@@ -8,17 +8,21 @@ import torch
 from torch import nn
 
 from ..passes.program import duplicate
-from .module import Teacher, check_teacher
+from ..teacher.module import Teacher
+from .find import find_teacher
 
 
-def collapse(teacher: Teacher) -> nn.Module:
+def collapse(teacher: nn.Module) -> nn.Module:
     """The plain student: the user's own class, state_dict keys and ties, trained values.
 
     Parameters are the first copies of the teacher's, bit for bit; buffers are those the student
     gathered itself. The teacher is unchanged and shares no memory with the result.
+
+    ``teacher``: a teacher, or what holds one: a ``GPD``, an average of either (``AveragedModel``,
+    timm's ``ModelEmaV3``), any of them compiled or wrapped for data parallelism.
     """
-    check_teacher("collapse", teacher)
-    return filled(teacher, teacher._student)
+    found = find_teacher("collapse", teacher)
+    return filled(found, found._student)
 
 
 @torch.no_grad()
