@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
-import weakref
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+_WATCHED: WeakSet[nn.Module] = WeakSet()
+"""Modules of which no optimizer has stepped yet."""
+
 
 def warn_of_unheld(module: nn.Module) -> None:
     """At the first step of an optimizer over parameters of a module, name those trainable ones
     that neither it nor another optimizer holds."""
-    there = weakref.ref(module)
+    _listen()
+    _WATCHED.add(module)
 
-    def stepped(optimizer: Optimizer, *_: Any) -> None:
-        watched = there()
-        if watched is None or torch.compiler.is_compiling():
-            return
-        trainable = {id(p): name for name, p in watched.named_parameters() if p.requires_grad}
-        held = _held_by(optimizer)
+
+@functools.cache
+def _listen() -> None:
+    """Once a process: hooks that end while optimizers step would disturb them."""
+    register_optimizer_step_post_hook(_stepped)
+
+
+def _stepped(optimizer: Optimizer, *_: Any) -> None:
+    if torch.compiler.is_compiling() or not _WATCHED:
+        return
+    held = _held_by(optimizer)
+    for module in list(_WATCHED):
+        trainable = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
         if held.isdisjoint(trainable):
-            return  # of another network
-        hook.remove()
+            continue  # of another network
+        _WATCHED.discard(module)
         if trainable.keys() <= held:
-            return
+            continue
         for other in gc.get_objects():
             if issubclass(type(other), Optimizer):  # isinstance would ask a module's proxies
                 held |= _held_by(other)
@@ -39,11 +51,8 @@ def warn_of_unheld(module: nn.Module) -> None:
                 f"no optimizer holds {some}: they do not train. Make it of "
                 "gpdfx.param_groups(gpd, weight_decay) or gpd.parameters(), or freeze them "
                 "(requires_grad_(False))",
-                stacklevel=3,
+                stacklevel=4,
             )
-
-    hook = register_optimizer_step_post_hook(stepped)
-    weakref.finalize(module, hook.remove)
 
 
 def _held_by(optimizer: Optimizer) -> set[int]:
