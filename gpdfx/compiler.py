@@ -120,7 +120,8 @@ def expand(
         The teacher, its modules in train or eval mode as the model's, with its dtype and device.
 
     Raises:
-        InputError: a bad argument, or a model in a form that cannot be expanded.
+        InputError: a bad argument, a model in a form that cannot be expanded, or a teacher that
+            does not fit into memory.
         CaptureError: the model does not export; names the reason and the source line.
         LossyError: the check failed: a bug in gpdfx, with the first node that differs.
     """

@@ -11,7 +11,6 @@ parameters and paths of modules; one that matches a module covers everything in 
 from __future__ import annotations
 
 import itertools
-import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,9 @@ from torch import nn
 
 from .branches.sets import NONE, BranchSet, branch_set
 from .errors import InputError, suggest
+
+MOST = 2**16
+"""What a width is at most multiplied by, or a multiple of."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,10 @@ def make_control(
     for pattern in patterns:
         _check_pattern("keep", pattern, known)
     whole = isinstance(round_to, numbers.Integral) and not isinstance(round_to, bool)
-    if not whole or round_to < 1:
+    if not whole or not 1 <= round_to <= MOST:
         raise InputError(
-            f"round_to is {round_to!r}", remedy="pass a whole number of at least 1, for example 8"
+            f"round_to is {round_to!r}",
+            remedy=f"pass a whole number from 1 to {MOST}, for example 8",
         )
     sets = {p: branch_set(*given) for p, given in _by_pattern("branches", branches, known).items()}
     return Control(ratios, tuple(patterns), int(round_to), sets)
@@ -136,10 +139,10 @@ def _by_pattern(argument: str, given: Any, known: Iterable[str]) -> dict[str, tu
 
 def _number(what: str, given: Any) -> float:
     bad = not isinstance(given, numbers.Real) or isinstance(given, bool)
-    if bad or not math.isfinite(given) or given < 1:
+    if bad or not 1 <= given <= MOST:
         raise InputError(
             f"{what} is {given!r}",
-            remedy="pass a finite number of at least 1, for example 2 or 1.5, or a mapping from "
+            remedy=f"pass a number from 1 to {MOST}, for example 2 or 1.5, or a mapping from "
             'patterns to such numbers: {"*": 2, "layer4": 1.5}',
         )
     return float(given)

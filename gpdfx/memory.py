@@ -1,10 +1,18 @@
-"""What the process does with freed memory on a CPU."""
+"""What the process does with freed memory on a CPU, and how much there may be."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
+
+import torch
+
+from .errors import InputError
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
 
@@ -33,3 +41,41 @@ def give_back() -> None:
 
 def _glibc(name: str) -> Any:
     return getattr(ctypes.CDLL(None), name) if platform.libc_ver()[0] == "glibc" else None
+
+
+# --------------------------------------------------------------------------- how much there may be
+_MOST: ContextVar[tuple[int, str, str] | None] = ContextVar("most", default=None)
+UNKNOWN = 2**40
+"""Bytes of memory where the system does not say."""
+
+
+@contextmanager
+def at_most(size: int, why: str, remedy: str) -> Iterator[None]:
+    """While it lasts, ``check_room`` refuses more bytes, too."""
+    token = _MOST.set((size, why, remedy))
+    try:
+        yield
+    finally:
+        _MOST.reset(token)
+
+
+def check_room(what: str, size: int, device: torch.device) -> None:
+    """Raise ``InputError`` for so many bytes if the device has fewer in all, before they are
+    allocated."""
+    total = memory_of(device)
+    why = f"the memory of {device.type} has {total / 2**30:.3g} GiB"
+    own = total, why, "pass a smaller ratio, or keep= for the largest layers"
+    for most, why, remedy in (_MOST.get() or own, own):
+        if size > most:
+            text = f"{what} would take {size / 2**30:.3g} GiB of parameters, and {why}"
+            raise InputError(text, remedy=remedy)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has in all."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not a system of that kind
+        return UNKNOWN

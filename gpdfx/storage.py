@@ -2,55 +2,110 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import files
+from . import files, memory
 from .access.find import find_teacher
 from .access.states import check_keys, to_dtype
 from .branches.sets import read, spell
 from .calls import sparse
+from .calls.held import cast_each, has_gradient, registered
 from .compiler import expand
 from .control import ExpandOptions
 from .errors import InputError
 from .files import AsPath, Tensors
+from .passes.program import duplicate
 from .teacher.captured import Section
 from .teacher.module import Teacher
 
-FORMAT = "gpdfx teacher 1"
+FILE = files.Format(
+    "gpdfx teacher 2", key="gpdfx", what="teacher", remedy="pass what gpdfx.save wrote"
+)
+FORMS = {"dtypes": {str: str}, "trainable": [str]}
+HEADER = {
+    "versions": {str: str},
+    "recipe": {
+        "ratio": {str: (int, float)},
+        "keep": [str],
+        "round_to": int,
+        "branches": {str: (str, list)},
+        **dict.fromkeys(("scales", "shares", "extract", "randomness", "dynamic"), str),
+        "features": [str],
+        "seed": int,
+    },
+    "inputs": object,
+    "same": {str: str},
+    "unshared": [str],
+    "sizes": [{"free": [str], "conditions": [str]}],
+    "student": {"class": str, "tensors": {str: [int]}},
+    "expanded": FORMS,
+    "saved": FORMS,
+}
+"""What the header has to be, for ``files.first_misfit``. ``same``: other name of a tied tensor ->
+its name; ``expanded``: of the student's tensors when it was expanded; ``saved``: of the teacher's
+when it was saved."""
+DTYPES = {
+    name: getattr(torch, name)
+    for name in (
+        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+        *("float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128"),
+    )
+}
+"""What a student's tensors can be of, by name."""
+OTHER = "pass a module of the class and sizes that the teacher was made from"
+ROOM = 64, 2**28
+"""A teacher may take so many times the bytes of its file while it is made, or so many, before it is
+refused: what the check took apart is wider at first."""
 
 
 def save(teacher: nn.Module, path: AsPath) -> None:
     """Write a teacher: a safetensors file, tied tensors once, with a JSON header that holds how it
-    was made, so that ``load`` needs the student's class and this file. The file appears whole or
-    not at all."""
-    found = find_teacher("save", teacher)
-    facts = found._facts
+    was made, so that ``load`` needs the student's class and this file, and a checksum over all of
+    it (see ``files.Format`` for what that costs). Which parameters train and the dtype of each
+    tensor come back, too. The file appears whole or not at all."""
+    _write(path, find_teacher("save", teacher))
+
+
+def _write(
+    path: AsPath,
+    teacher: Teacher,
+    more_tensors: Mapping[str, Tensor] = MappingProxyType({}),
+    more_header: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """``save``, with more tensors, whose names begin with a dot, and more keys of the header."""
+    facts, student = teacher._facts, teacher._student
     first: dict[tuple[int, ...], str] = {}
     same: dict[str, str] = {}
     tensors: Tensors = {}
-    for name, x in found.state_dict(keep_vars=True).items():
+    for name, x in teacher.state_dict(keep_vars=True).items():
         known = first.setdefault((id(x),), name)
         if known == name:
             tensors[name] = x
         else:
             same[name] = known
     example, spec = _spell_inputs(facts.example)
+    names = {name: facts.alias.get(name, name) for name in registered(student)}
     header = {
-        "format": FORMAT,
         "versions": {"torch": torch.__version__, "gpdfx": version()},
         "recipe": _spell_options(facts.options),
         "inputs": spec,
         "same": same,
-        "unshared": [*found.own_parameters()],
-        "sizes": [[[*one.sizes.symbols], one.sizes.conditions] for one in _sections(found)],
-        "student": _structure(found._student),
+        "unshared": [*teacher.own_parameters()],
+        "sizes": [
+            {"free": [*one.sizes.symbols], "conditions": [*one.sizes.conditions]}
+            for one in _sections(teacher)
+        ],
+        "student": _structure(student),
+        "expanded": _forms(student, {name: facts.dtypes[own] for name, own in names.items()}),
+        "saved": _forms(teacher),
     }
-    header["hash"] = files.hash_json(header["student"])
-    files.write_tensors(path, files.cpu_copies(tensors | example), {"gpdfx": json.dumps(header)})
+    FILE.write(path, {**tensors, **example, **more_tensors}, {**header, **more_header})
 
 
 def load(
@@ -65,21 +120,82 @@ def load(
 
     Args:
         path: what ``save`` wrote.
-        student: a module of the student's class and sizes, whatever its weights.
+        student: a module of the student's class and sizes, whatever its weights, their dtypes, and
+            which of them train; it is not changed.
         example_inputs, example_kwargs: needed where the example's structure is more than tensors
             in tuples, lists and dicts.
         branches: needed where branches were of a kind of your own.
 
     Raises:
-        InputError: not such a file, or one of another architecture: the first difference.
+        InputError: not such a file, or one that is cut short or changed by a bit; a header with
+            anything unknown, missing or absurd; another architecture: the first difference.
     """
     if not isinstance(student, nn.Module):
         text = f"load takes the file and a module like the student, not {type(student).__name__}"
         raise InputError(text, remedy="gpdfx.load(path, student)")
-    header, stored = _read(path)
+    return _make(_read(path), student, example_inputs, example_kwargs, branches)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file's content. ``state``: the teacher's ``state_dict``; ``inputs``: its example, if it is
+    in the file; ``more``: tensors whose names begin with a dot."""
+
+    header: dict[str, Any]
+    state: Tensors
+    inputs: Any
+    more: Tensors
+
+
+def _read(path: AsPath, more: Mapping[str, Any] = MappingProxyType({})) -> Stored:
+    """Read and check a file. ``more``: kinds of further keys of its header."""
+    tensors, header = FILE.read(path)
+    state = {name: x for name, x in tensors.items() if not name.startswith(".")}
+    others = {name: x for name, x in tensors.items() if name.startswith(".")}
+    faults = _faults(header, {**HEADER, **more}, state)
+    inputs, fault = None, next(faults, None)
+    if fault is None:
+        state |= {name: state[known] for name, known in header["same"].items()}
+        try:
+            inputs = _read_inputs(header["inputs"], others)
+            if inputs is not None and [type(x) for x in inputs] != [tuple, dict]:
+                raise ValueError("they are no positional and keyword inputs")
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            fault = f"header.inputs cannot be read ({type(error).__name__}: {error})"
+    if fault is not None:
+        text = f"the header of the teacher {path} is not as gpdfx writes it: {fault}"
+        raise InputError(text, remedy=FILE.remedy)
+    return Stored(header, state, inputs, others)
+
+
+def _faults(header: Any, kinds: Mapping[str, Any], state: Tensors) -> Iterator[str]:
+    """What is wrong with a header."""
+    if misfit := files.first_misfit(header, kinds, "header"):
+        yield misfit
+        return
+    expanded, saved = (header[key]["dtypes"] for key in ("expanded", "saved"))
+    for known in header["same"].values():
+        if known not in state:
+            yield f"header.same names {known!r}, which is not in it"
+    for word in (*expanded.values(), *saved.values()):
+        if word not in DTYPES:
+            yield f"there is no dtype {word!r}"
+    for name, x in state.items():
+        if name in saved and DTYPES[saved[name]] != x.dtype:
+            yield f"{name} is not {saved[name]}"
+
+
+def _make(
+    stored: Stored,
+    student: nn.Module,
+    example_inputs: tuple[Any, ...] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    branches: Any = None,
+) -> Teacher:
+    """The teacher of a file's content; see ``load``."""
+    header, state, inputs = stored.header, stored.state, stored.inputs
     _check_structure(header["student"], _structure(student))
     options = dict(header["recipe"])
-    inputs = _read_inputs(header["inputs"], stored)
     if example_inputs is not None or example_kwargs is not None:
         inputs = (tuple(example_inputs or ()), dict(example_kwargs or {}))
     if inputs is None:
@@ -91,38 +207,56 @@ def load(
     spelled = options.pop("branches")
     chosen = branches if branches is not None else {p: read(s) for p, s in spelled.items()}
     given = {"branches": chosen, "example_inputs": inputs[0], "example_kwargs": inputs[1]}
-    state = {k: v for k, v in stored.items() if not k.startswith(_EXAMPLE)}
-    state |= {name: state[known] for name, known in header["same"].items()}
+    if _forms(student) != header["expanded"]:
+        student = duplicate(student)
+        _give_forms(student, header["expanded"])
+    times, least = ROOM
+    most = max(least, times * sum(x.nbytes for x in state.values()))
     for verify in (False, True):  # the check may have taken a module apart
-        teacher: Teacher = expand(student, **options, **given, verify=verify)
-        teacher.unshare(header.get("unshared", ()))
+        with memory.at_most(most, "the file holds far less", FILE.remedy):
+            teacher: Teacher = expand(student, **options, **given, verify=verify)
+        teacher.unshare(header["unshared"])
         own = teacher.state_dict()
         if own.keys() == state.keys() and all(own[k].shape == x.shape for k, x in state.items()):
             break
-    for section, (free, known) in zip(_sections(teacher), header.get("sizes", ()), strict=False):
-        section.sizes = section.sizes.settled(section.call.shapes, set(free), set(known))
-    teacher = to_dtype(teacher, state)
+    for section, one in zip(_sections(teacher), header["sizes"], strict=False):
+        free, known = set(one["free"]), set(one["conditions"])
+        section.sizes = section.sizes.settled(section.call.shapes, free, known)
     check_keys(state, teacher.state_dict(), "the teacher")
+    to_dtype(teacher, state)
+    _give_forms(teacher, header["saved"])
     teacher.load_state_dict(state)
     return teacher
 
 
-def _read(path: AsPath) -> tuple[dict[str, Any], Tensors]:
-    """Header and tensors of a file that ``save`` wrote."""
-    try:
-        tensors, metadata = files.read_tensors(path)
-        header: dict[str, Any] = json.loads(metadata.get("gpdfx", "{}"))
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}", remedy="pass what gpdfx.save wrote") from None
-    except Exception as error:  # truncated, corrupt or of another kind
-        raise InputError(
-            f"{path} is not a safetensors file: {error}", remedy="pass what gpdfx.save wrote"
-        ) from error
-    if header.get("format") != FORMAT or header.get("hash") != files.hash_json(
-        header.get("student")
-    ):
-        raise InputError(f"{path} holds no teacher", remedy="pass what gpdfx.save wrote")
-    return header, tensors
+# --------------------------------------------------------------------------- dtypes, what trains
+def _forms(module: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, Any]:
+    """Of all its tensors; ``dtypes``: others than it has now."""
+    dtypes = dtypes or {name: x.dtype for name, x in registered(module).items()}
+    return {
+        "dtypes": {name: _word(dtype) for name, dtype in dtypes.items()},
+        "trainable": [name for name, p in module.named_parameters() if p.requires_grad],
+    }
+
+
+def _give_forms(module: nn.Module, forms: Mapping[str, Any]) -> None:
+    """The inverse of ``_forms``, in place. Raises ``InputError`` for a tensor of another kind."""
+    dtypes = {name: DTYPES[word] for name, word in forms["dtypes"].items()}
+    for name, x in registered(module).items():
+        d = dtypes.get(name, x.dtype)
+        if (d.is_floating_point, d.is_complex) != (x.is_floating_point(), x.is_complex()):
+            text = f"{name} is {_word(x.dtype)}, in the file {_word(d)}"
+            raise InputError(f"the student is of another architecture: {text}", remedy=OTHER)
+    code = module._code.modules if isinstance(module, Teacher) else ()
+    for part in (module, *code):
+        cast_each(part, dtypes)
+    trainable = set(forms["trainable"])
+    for name, p in module.named_parameters():
+        p.requires_grad_(name in trainable and has_gradient(p))
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def version() -> str:
@@ -160,20 +294,17 @@ def _structure(student: nn.Module) -> dict[str, Any]:
 
 
 def _check_structure(saved: dict[str, Any], given: dict[str, Any]) -> None:
-    if files.hash_json(saved) == files.hash_json(given):
+    if saved == given:
         return
     difference = f"a {given['class']}, the file's a {saved['class']}"
     if tensor := files.first_difference(saved["tensors"], given["tensors"], absent="absent"):
         name, theirs, mine = tensor
         difference = f"{name} is {mine}, in the file {theirs}"
-    raise InputError(
-        f"the student is of another architecture: {difference}",
-        remedy="pass a module of the class and sizes that the teacher was made from",
-    )
+    raise InputError(f"the student is of another architecture: {difference}", remedy=OTHER)
 
 
 # --------------------------------------------------------------------------- example inputs
-_EXAMPLE = "example_input."
+_EXAMPLE = ".example_input."  # no tensor of a module has a name that begins with a dot
 
 
 def _spell_inputs(inputs: Any) -> tuple[Tensors, Any]:
@@ -207,11 +338,16 @@ def _read_inputs(spelled: Any, tensors: Tensors) -> Any:
         return None
     ((kind, x),) = spelled.items()
     match kind:
+        case "value":
+            return x
         case "tensor":
             return tensors[x]
         case "sparse":
             layout, *parts = x
-            return sparse.made(sparse.LAYOUTS[layout], [_read_inputs(y, tensors) for y in parts])
+            at, *rest = (_read_inputs(y, tensors) for y in parts)
+            if bool((at < 0).any()):  # beyond its size is left out
+                raise ValueError("an index of a sparse tensor is negative")
+            return sparse.made(sparse.LAYOUTS[layout], [at, *rest])
         case "tuple":
             return tuple(_read_inputs(y, tensors) for y in x)
         case "list":
@@ -219,4 +355,4 @@ def _read_inputs(spelled: Any, tensors: Tensors) -> Any:
         case "dict":
             return {k: _read_inputs(y, tensors) for k, y in x.items()}
         case _:
-            return x
+            raise ValueError(f"no kind {kind!r}")

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from math import prod
 
+import torch
 from torch import fx
 
 from ..algebra.axes import Axis, Leaf, leaves
 from ..algebra.frozen import Frozen, freeze
 from ..algebra.solver import Reason
-from ..algebra.widths import Widths, choose_widths
+from ..algebra.widths import Widths, choose_widths, width_of
 from ..control import covers
+from ..memory import check_room
 from .infer import Inferred
 from .program import extended
 from .rules.op import parts
@@ -65,9 +68,23 @@ def assign(program: Inferred) -> Assigned:
         stays,
         control.round_to,
     )
+    check_sizes(program, widths)
     differ = {leaf: by for leaf, by in asked.items() if len(set(by.values())) > 1}
     disputed = {x: by for x, by in differ.items() if x not in widths.held}
     return extended(Assigned, program, widths=replace(widths, disputed=disputed))
+
+
+def check_sizes(program: Inferred, widths: Widths, more: int = 0) -> None:
+    """Raise ``InputError`` where the teacher's tensors would not fit into memory. ``more``: bytes
+    that branches take."""
+    resolve = program.inference.solver.resolve
+    sizes: dict[torch.device, int] = {}
+    for name, axes in program.inference.tensors.items():
+        x = program.tensors[name]
+        size = prod(width_of(resolve(axis), widths.size) for axis in axes) * x.itemsize
+        sizes[x.device] = sizes.get(x.device, more) + size
+    for device, size in sizes.items():
+        check_room(f"a teacher of {program.options.control}", size, device)
 
 
 def _asked(

@@ -21,6 +21,7 @@ from ..branches.layer import Layer
 from ..branches.sets import NONE, BranchSet
 from ..kernels import copies
 from . import folded
+from .assign import check_sizes
 from .folded import Branched, kernel, merged, module_of, plain
 from .program import Program, bind, copied, shape, size_hint
 from .widen import Widened
@@ -57,11 +58,18 @@ def branch(program: Widened) -> Widened:
     }
     found = [one for one in each.values() if isinstance(one, Branched)]
     left = {name: why for name, why in each.items() if isinstance(why, str)}
+    check_sizes(program, program.widths, sum(map(partial(_bytes, program), found)))
     graphs = dict(program.graphs)
     for key, mode in program.modes.items() if found else ():
         graphs[key] = copied(graphs[key])
         read_folded(graphs[key], found, mode.site.training)
     return replace(program, graphs=graphs, branched=tuple(found), unbranched=left)
+
+
+def _bytes(program: Program, one: Branched) -> int:
+    """What the parameters of a weight's branches take."""
+    shapes = (shape for b in one.chosen.branches for shape in b.shapes(one.layer).values())
+    return sum(map(prod, shapes)) * program.tensors[one.weight].itemsize
 
 
 # --------------------------------------------------------------------------- finding layers

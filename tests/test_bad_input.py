@@ -15,6 +15,8 @@ import gpdfx
 
 from .networks import tensors_equal
 
+OTHERS = torch.int32, torch.complex64
+
 
 def small() -> nn.Module:
     torch.manual_seed(0)
@@ -238,6 +240,9 @@ def test_arguments_of_other_calls(tmp_path: Path) -> None:
     model: Any = small()
     teacher = gpdfx.expand(model, branches=None, verify=False)
     gpdfx.save(teacher, tmp_path / "t")
+    whole, odd = ({k: x.to(d) for k, x in model.state_dict().items()} for d in OTHERS)
+    small_floats = {k: x.to(torch.float8_e5m2) for k, x in teacher.state_dict().items()}
+    stray = {"state": {9: {}}, "param_groups": [{"params": [0, 1, 2, 3]}]}
     wrong: list[tuple[str, Callable[[], Any]]] = [
         ("no folder", lambda: gpdfx.save(teacher, tmp_path / "none" / "t")),
         ("is a folder", lambda: gpdfx.save(teacher, tmp_path)),
@@ -247,7 +252,16 @@ def test_arguments_of_other_calls(tmp_path: Path) -> None:
         ("no parameter is called", lambda: gpdfx.explain(teacher, 3)),  # type: ignore[arg-type]
         ("state_dict first", lambda: gpdfx.to_student(model, teacher)),
         ("state_dict first", lambda: gpdfx.to_teacher(None, teacher)),  # type: ignore[arg-type]
-        ("other sizes", lambda: gpdfx.to_teacher(dict.fromkeys(model.state_dict(), 3), teacher)),
+        ("weight is int", lambda: gpdfx.to_teacher(dict.fromkeys(model.state_dict(), 3), teacher)),
+        ("0.weight is torch.int32", lambda: gpdfx.to_teacher(whole, teacher)),
+        ("0.weight is torch.complex64", lambda: gpdfx.to_teacher(odd, teacher)),
+        ("0.weight is torch.float8_e5m2", lambda: gpdfx.to_student(small_floats, teacher)),
+        ("no optimizer's", lambda: gpdfx.to_student({"state": 3, "param_groups": 4}, teacher)),
+        (
+            "no optimizer's",
+            lambda: gpdfx.to_student({"state": {0: 3}, "param_groups": []}, teacher),
+        ),
+        ("state of 9 is of none", lambda: gpdfx.to_student(stray, teacher)),
         ("no parameter or buffer", lambda: teacher.widen("nope", torch.ones(1))),
         ("no parameter or buffer", lambda: teacher.narrow("0.wieght", torch.ones(1))),
         (r"is \(6, 4\)", lambda: teacher.widen("0.weight", torch.ones(1, 1))),

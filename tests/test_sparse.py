@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gpdfx
+from gpdfx import storage
 
 COO, CSR, CSC = Tensor.to_sparse_coo, Tensor.to_sparse_csr, Tensor.to_sparse_csc
 
@@ -86,6 +87,16 @@ def test_products_of_a_sparse_input_widen(
         for one in (teacher, teacher.student, copy.deepcopy(teacher), loaded):
             torch.testing.assert_close(one(*call), want, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(gpdfx.collapse(teacher)(*call), want, rtol=0, atol=0)
+
+
+def test_indices_of_a_file_are_checked(tmp_path: Path) -> None:
+    teacher = gpdfx.expand(Convolution(), 2, example_inputs=graph(5, COO), verify=False)
+    gpdfx.save(teacher, tmp_path / "t")
+    tensors, header = storage.FILE.read(tmp_path / "t")
+    (name,) = (n for n, x in tensors.items() if n[0] == "." and x.dtype == torch.int64)
+    storage.FILE.write(tmp_path / "t", tensors | {name: tensors[name] - 9}, header)
+    with pytest.raises(gpdfx.InputError, match="index of a sparse tensor is negative"):
+        gpdfx.load(tmp_path / "t", Convolution())
 
 
 def test_gradients_reach_the_values() -> None:

@@ -29,6 +29,7 @@ from gpdfx.train import log, networks, run
 from gpdfx.train import state as states
 from gpdfx.train.config import Compile, TrainConfig, read_config
 from gpdfx.train.evaluate import evaluate, export
+from gpdfx.train.folder import LOCK, hold
 from gpdfx.train.ranks import Ranks
 from gpdfx.train.recipes import RECIPES, TrainingRecipe, with_changes
 from gpdfx.train.step import Stepper
@@ -53,6 +54,21 @@ def start(argv: list[str], **environment: str) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+
+
+def python(code: str, *argv: str) -> subprocess.Popen[bytes]:
+    quiet = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    argv = (sys.executable, "-W", "ignore", "-c", code, *argv)
+    return subprocess.Popen(argv, cwd=ROOT, env=os.environ | quiet, stdout=subprocess.PIPE)
+
+
+def start_two(argv: list[str]) -> list[subprocess.Popen[bytes]]:
+    """Two ranks of one run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return [start(argv, RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(2)]
 
 
 def finish(process: subprocess.Popen[bytes]) -> str:
@@ -288,6 +304,98 @@ def test_killed_ten_times(tmp_path: Path) -> None:
     kill_and_resume(tmp_path, kills=10, epochs=40)
 
 
+# --------------------------------------------------------------------------- one run in a folder
+ALONE = Ranks(torch.device("cpu"))
+KILLED_WRITING = """
+import resource, signal, sys
+from gpdfx.cli.app import main
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))
+main(sys.argv[1:])
+"""
+KILLED_WITH_A_CHILD = """
+import os, signal, sys, time
+from pathlib import Path
+from tests.test_train import ALONE, hold
+with hold(Path(sys.argv[1]), ALONE):
+    if child := os.fork():
+        print(child, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(1)
+    time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kills itself as Linux does")
+def test_killed_in_its_first_checkpoint_it_begins_anew(tmp_path: Path) -> None:
+    """Amid the first file that it writes."""
+    out = tmp_path / "run"
+    (process := python(KILLED_WRITING, *command(out, "--epochs", "1"))).communicate()
+    assert process.returncode == -signal.SIGXFSZ
+    lock, left = sorted(p.name for p in out.iterdir())
+    assert (lock, left[:4]) == (LOCK, ".tmp")
+    for name in (f"{run.STATE}.0123abcd.tmp", f"{run.STUDENT}.00000000.tmp"):  # a moment later
+        (out / name).write_text("cut sho")
+    go(out, recipe=with_changes(TINY, epochs=1))
+    names = {p.name for p in out.iterdir()}
+    assert {run.STATE, run.STUDENT, run.TEACHER, run.SUMMARY} < names
+    assert not names & {lock, left}
+    assert not [n for n in names if n.endswith(".tmp")]
+
+
+def test_files_of_others_are_not_taken_for_left_overs(begun: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.tmp").write_text("mine")
+    with pytest.raises(gpdfx.InputError, match=r"holds no run: notes\.tmp"):
+        go(tmp_path)
+    assert contents(tmp_path) == {"notes.tmp": b"mine"}
+    left = begun / f"{run.STATE}.0123abcd.tmp"
+    left.write_text("cut sho")
+    with pytest.raises(gpdfx.InputError, match="other settings"):
+        go(begun, seed=3)
+    assert left.exists()
+    left.unlink()
+
+
+def test_a_folder_is_one_runs_at_a_time(begun: Path, tmp_path: Path) -> None:
+    before = contents(begun)
+    with hold(begun, ALONE):
+        with pytest.raises(gpdfx.InputError, match="another run is training in the folder"):
+            go(begun)
+        with hold(begun, dataclasses.replace(ALONE, rank=1)):  # another one of the same run
+            assert contents(begun) == before | {LOCK: b""}
+    assert contents(begun) == before
+    with hold(tmp_path / "a" / "b", ALONE):
+        assert (tmp_path / "a" / "b" / LOCK).exists()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(gpdfx.InputError, match="cannot be written to"):
+        go(tmp_path / "file" / "run")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_nothing_holds_the_folder_of_a_run_that_was_killed(tmp_path: Path) -> None:
+    """Not even a loader's process that lives a little longer."""
+    process = python(KILLED_WITH_A_CHILD, str(tmp_path))
+    child = int(process.communicate()[0])
+    try:
+        assert process.returncode == -signal.SIGKILL
+        with hold(tmp_path, ALONE):
+            os.kill(child, 0)  # it lives
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_all_ranks_are_refused(tmp_path: Path) -> None:
+    with hold(tmp_path / "run", ALONE):
+        two = start_two(command(tmp_path / "run", *SMOOTH))
+        said = [p.communicate(timeout=300)[0].decode() for p in two]
+    assert [p.returncode for p in two] == [1, 1]
+    assert "another run is training" in said[0]
+    assert "the first rank cannot have the folder" in said[1]
+    assert not any("Traceback" in text for text in said)
+
+
 # --------------------------------------------------------------------------- refused checkpoints
 def test_every_damage_is_noticed(tmp_path: Path) -> None:
     file = tmp_path / "state.safetensors"
@@ -482,12 +590,7 @@ def check_two_against_one(tmp_path: Path) -> None:
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    argv = command(tmp_path / "two", *SMOOTH)
-    two = [start(argv, RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(2)]
+    two = start_two(command(tmp_path / "two", *SMOOTH))
     assert "all files are in" in finish(two[0])
     assert "all files are in" not in finish(two[1])
     check_two_against_one(tmp_path)

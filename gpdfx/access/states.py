@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..calls.held import cast
+from ..calls.held import cast, has_gradient
 from ..errors import InputError
 from ..teacher.module import Teacher
 from .collapse import collapse
@@ -88,12 +88,21 @@ def to_dtype(module: Any, state: State) -> Any:
 def check_keys(given: State, known: State, whose: str) -> None:
     missing = [k for k in known if k not in given]
     unknown = [k for k in given if k not in known]
+    both = [(k, given[k], v) for k, v in known.items() if k in given and isinstance(v, Tensor)]
     other = [
-        f"{k} {tuple(getattr(given[k], 'shape', ()))} instead of {tuple(v.shape)}"
-        for k, v in known.items()
-        if k in given and isinstance(v, Tensor) and getattr(given[k], "shape", None) != v.shape
+        f"{k} {tuple(getattr(x, 'shape', ()))} instead of {tuple(v.shape)}"
+        for k, x, v in both
+        if not isinstance(x, Tensor) or x.shape != v.shape
     ]
-    for what, names in (("lacks", missing), ("has no", unknown), ("has other sizes:", other)):
+    bare = [f"{k} is {type(x).__name__}" for k, x, _ in both if not isinstance(x, Tensor)]
+    narrow = [f"{k} is {x.dtype}" for k, x, v in both if isinstance(x, Tensor) and not _holds(x, v)]
+    for what, names in (
+        ("lacks", missing),
+        ("has no", unknown),
+        ("has what is no tensor:", bare),
+        ("has other sizes:", other),
+        ("has dtypes that hold no weights:", narrow),
+    ):
         if names:
             subject = f"the state of {whose}" if what != "has no" else whose
             raise InputError(
@@ -102,6 +111,14 @@ def check_keys(given: State, known: State, whose: str) -> None:
                 remedy="pass the state_dict of the very network that was expanded, and a teacher "
                 "with the same ratio, branches and shares",
             )
+
+
+def _holds(x: Tensor, known: Tensor) -> bool:
+    """Whether a tensor can have the values of a known one: whole numbers cannot those of weights,
+    nor real ones complex ones, nor bytes, which need their scales."""
+    whole = not has_gradient(known)
+    alike = x.is_complex() == known.is_complex() and has_gradient(x)
+    return whole or (alike and x.itemsize > 1)
 
 
 def _unwrap(state: State) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -188,9 +205,17 @@ def _same(name: str, x: Tensor) -> Tensor:
 
 def _groups_of(state: State, known: list[str], whose: str) -> dict[str, tuple[Any, int]]:
     """Name of a parameter -> its number in the optimizer, and that of its group."""
-    groups = state["param_groups"]
-    given = [(k, g) for g, group in enumerate(groups) for k in group["params"]]
-    names = [n for group in groups for n in group.get("param_names", ())] or known
+    try:
+        groups = state["param_groups"]
+        given = [(k, g) for g, group in enumerate(groups) for k in group["params"]]
+        names = [n for group in groups for n in group.get("param_names", ())] or known
+        lost = {k: held.keys() for k, held in state["state"].items()}.keys() - dict(given).keys()
+    except (TypeError, KeyError, AttributeError) as error:
+        text = f"this has state and param_groups, but is no optimizer's state_dict ({error!r})"
+        raise InputError(text, remedy="pass optimizer.state_dict()") from error
+    if lost:
+        text = f"the optimizer's state of {next(iter(lost))!r} is of none of its groups"
+        raise InputError(text, remedy="pass optimizer.state_dict()")
     inside = {n.removeprefix(OF_GPD): n for n in known}  # of gpd.teacher's, and gpd is given
     names = [inside.get(n, n) if n not in known else n for n in names]
     if len(names) != len(given) or not set(names) <= set(known):

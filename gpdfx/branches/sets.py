@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..errors import InputError
 from .kinds import (
@@ -131,16 +131,23 @@ def spell(chosen: BranchSet) -> Any:
 
 def read(spelled: Any) -> Any:
     """The inverse of ``spell``, as ``expand`` takes it. Raises ``InputError`` for a branch that
-    this module does not have."""
+    this module does not have, or not with these fields."""
     if not isinstance(spelled, list):
         return None if spelled == "none" else spelled
-    kinds = {k.__name__: k for k in KINDS}
-    for one in spelled:
-        if one["branch"] not in kinds:
-            raise InputError(
-                f"the file has branches of your own kind {one['branch']!r}",
-                remedy="pass the same branches= to load",
-            )
-    return [
-        kinds[one["branch"]](**{k: v for k, v in one.items() if k != "branch"}) for one in spelled
-    ]
+    return [_branch(dict(one) if isinstance(one, dict) else {}) for one in spelled]
+
+
+def _branch(given: dict[str, Any]) -> Branch:
+    kinds: dict[Any, type[Branch]] = {k.__name__: k for k in KINDS}
+    name = given.pop("branch", None)
+    if not isinstance(name, str) or name not in kinds:
+        raise InputError(
+            f"the file has branches of your own kind {name!r}",
+            remedy="pass the same branches= to load",
+        )
+    types = get_type_hints(kinds[name])
+    for key, value in given.items():
+        if key not in types or not isinstance(value, types[key]):
+            text = f"the file has a branch {name} with {key}={value!r}"
+            raise InputError(text, remedy="pass branches= to load")
+    return kinds[name](**given)

@@ -277,6 +277,14 @@ def cast(module: Module, dtype: torch.dtype) -> Module:
     return module
 
 
+@torch.no_grad()
+def cast_each(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """In place: parameters and buffers in dtypes of their own, by name; the others stay."""
+    for name, x in registered(module).items():
+        if (dtype := dtypes.get(name, x.dtype)) != x.dtype:
+            x.grad, x.data = None, x.data.to(dtype)
+
+
 def converted(module: Module, dtype: torch.dtype) -> Module:
     """``cast``; where its Python holds a buffer, too, that is the new one."""
     held = HeldTensors(module)

@@ -89,13 +89,14 @@ class Compiled:
 class Facts:
     """What a teacher knows of its making. ``maps``: parameter or buffer -> one frozen axis for each
     dimension; ``alias``: other name of a tied tensor -> its name; ``shares``: weight -> what its
-    contraction is multiplied by."""
+    contraction is multiplied by; ``dtypes``: of the student's tensors when it was expanded."""
 
     maps: Mapping[str, tuple[Frozen, ...]]
     alias: Mapping[str, str]
     shares: Mapping[str, Shares]
     options: ExpandOptions
     example: Inputs
+    dtypes: Mapping[str, torch.dtype]
 
     def maps_of(self, name: str) -> tuple[Frozen, ...]:
         """The maps of a tensor, by any of its names."""

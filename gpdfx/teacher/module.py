@@ -64,7 +64,10 @@ class Teacher(nn.Module):
         super().__init__()
         program = compiled.program
         options, student = program.options, program.student
-        self._facts = Facts(program.maps, program.alias, program.uses, options, compiled.example)
+        dtypes = {name: x.dtype for name, x in program.tensors.items()}
+        self._facts = Facts(
+            program.maps, program.alias, program.uses, options, compiled.example, dtypes
+        )
         for maps in program.maps.values():
             settle(maps)
         self._parts = {path: Part(path) for path in program.parts}

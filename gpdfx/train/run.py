@@ -31,6 +31,7 @@ from . import log
 from . import state as states
 from .config import TrainConfig as TrainConfig
 from .evaluate import accuracies, measure
+from .folder import hold, sweep
 from .networks import example_inputs, freeze_idle, load_network, make_net
 from .ranks import Ranks, join
 from .runner import check_execution
@@ -48,12 +49,13 @@ def train(config: TrainConfig, *, quiet: bool = False) -> dict[str, Any]:
         ``validation`` and ``test`` accuracies, ``skipped`` steps, ``step_time``, ``seconds``.
 
     Raises:
-        InputError: something that does not fit: names, data, weights; or a folder with a run of
-            other settings, a damaged checkpoint or other files, which stay as they are.
+        InputError: something that does not fit: names, data, weights; or a folder in which another
+            run is training, or with a run of other settings, a damaged checkpoint or other files,
+            which stay as they are.
         TrainingError: ``config.patience`` steps in a row without a finite loss.
     """
     log.check_installed()
-    with join(config.device) as ranks:
+    with join(config.device) as ranks, hold(Path(config.out), ranks):
         return Run(config, ranks, quiet or ranks.rank > 0).finish()
 
 
@@ -77,6 +79,8 @@ class Run:
         }
         if saved is not None:
             states.check_same(saved[1]["identity"], self.identity, self.out)
+        if ranks.rank == 0:
+            sweep(self.out)
         self.progress, self.began = states.Progress(), time.perf_counter()
         self._build(begin=saved is None)
         if saved is not None:

@@ -3,16 +3,14 @@
     write_state("run/state.safetensors", tensors, {"epoch": 3, "config": {...}})
     tensors, facts = read_state("run/state.safetensors")
 
-A safetensors file: tensors by name, and in its metadata ``facts`` as JSON with a SHA-256 over both.
-Nothing in it is code. A file that is cut short, changed by a bit, or not ours is refused by name.
+See ``files.Format``: a file that is cut short, changed by a bit, or not ours is refused by name.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from platform import python_version
@@ -22,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import AsPath, Tensors, cpu_copies, first_difference, read_tensors, write_tensors
+from ..files import AsPath, Format, Tensors, first_difference, is_left_over
 from ..storage import version
+from .folder import LOCK
 
 # The files of a run.
 STATE, STUDENT = "state.safetensors", "student.safetensors"
 TEACHER, SUMMARY = "teacher.safetensors", "summary.json"
-FORMAT = "gpdfx run 1"
 MODEL, OPTIMIZER = "model.", "optimizer."  # what the names of their tensors begin with
 SAME_NETWORK = "use the network that the run began with, or another folder"
 Facts = dict[str, Any]
@@ -51,58 +49,26 @@ class Progress:
 
 
 # --------------------------------------------------------------------------- the file
-def write_state(path: AsPath, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write tensors and JSON-able facts, durably: whoever is killed meanwhile leaves the file that
-    was there before."""
-    text, copies = json.dumps(dict(facts)), cpu_copies(tensors)
-    metadata = {"format": FORMAT, "facts": text, "sha256": _checksum(text, copies)}
-    write_tensors(path, copies, metadata)
-
-
-def read_state(path: AsPath) -> tuple[Tensors, Facts]:
-    """What ``write_state`` wrote: tensors on the CPU, and the facts.
-
-    Raises:
-        InputError: no such file; not a file of a run; cut short or changed since.
-    """
-    remedy = "restore the file, or train in another folder; the file was left as it is"
-    try:
-        tensors, metadata = read_tensors(path)
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint {path}", remedy="name a run's folder") from None
-    except Exception as error:  # whatever a damaged header may lead to
-        raise InputError(
-            f"the checkpoint {path} is corrupt or no safetensors file: {error}", remedy=remedy
-        ) from error
-    if metadata.get("format") != FORMAT or not {"facts", "sha256"} <= metadata.keys():
-        raise InputError(f"{path} is no checkpoint of a gpdfx run", remedy=remedy)
-    if _checksum(metadata["facts"], tensors) != metadata["sha256"]:
-        raise InputError(
-            f"the checkpoint {path} is corrupt: its checksum does not fit", remedy=remedy
-        )
-    return tensors, json.loads(metadata["facts"])
+FILE = Format(
+    "gpdfx run 1",
+    key="facts",
+    what="checkpoint",
+    remedy="restore the file, or train in another folder; the file was left as it is",
+)
+write_state, read_state = FILE.write, FILE.read
 
 
 def find_checkpoint(folder: Path) -> tuple[Tensors, Facts] | None:
     """The checkpoint in a folder, if there is one; refuse a folder with anything else in it."""
     if (folder / STATE).exists():
         return read_state(folder / STATE)
-    strange = [p.name for p in folder.glob("*") if p.name != f"{STATE}.tmp"]
+    strange = [p.name for p in folder.glob("*") if p.name != LOCK and not is_left_over(p)]
     if strange:
         raise InputError(
             f"the folder {folder} is not empty and holds no run: {', '.join(strange[:3])}",
             remedy="give a new folder",
         )
     return None
-
-
-def _checksum(text: str, tensors: Tensors) -> str:
-    sha = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        x = tensors[name]
-        sha.update(f"\n{name} {x.dtype} {tuple(x.shape)}\n".encode())
-        sha.update(x.reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 # --------------------------------------------------------------------------- what is in it
