@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import files, memory
-from .access.find import find_teacher
+from .access.find import find_teacher, unwrapped
 from .access.states import check_keys, to_dtype
 from .branches.sets import read, spell
 from .calls import sparse
@@ -42,6 +41,7 @@ HEADER = {
     "inputs": object,
     "same": {str: str},
     "unshared": [str],
+    "gpd": {str: (int, float, type(None))},
     "sizes": [{"free": [str], "conditions": [str]}],
     "student": {"class": str, "tensors": {str: [int]}},
     "expanded": FORMS,
@@ -58,6 +58,7 @@ DTYPES = {
     )
 }
 """What a student's tensors can be of, by name."""
+_GPD = ".gpd."
 OTHER = "pass a module of the class and sizes that the teacher was made from"
 ROOM = 64, 2**28
 """A teacher may take so many times the bytes of its file while it is made, or so many, before it is
@@ -68,17 +69,17 @@ def save(teacher: nn.Module, path: AsPath) -> None:
     """Write a teacher: a safetensors file, tied tensors once, with a JSON header that holds how it
     was made, so that ``load`` needs the student's class and this file, and a checksum over all of
     it (see ``files.Format`` for what that costs). Which parameters train and the dtype of each
-    tensor come back, too. The file appears whole or not at all."""
-    _write(path, find_teacher("save", teacher))
+    tensor come back, too. The file appears whole or not at all.
+
+    ``teacher``: a teacher, or what holds one, as ``gpdfx.collapse`` takes it. The file of a ``GPD``
+    is read by ``load``, too, which gives its teacher, and by ``GPD.load``."""
+    holder = unwrapped(teacher)
+    settings, tensors = getattr(holder, "stored", dict)() or ({}, {})
+    _write(path, find_teacher("save", teacher), settings, tensors)
 
 
-def _write(
-    path: AsPath,
-    teacher: Teacher,
-    more_tensors: Mapping[str, Tensor] = MappingProxyType({}),
-    more_header: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """``save``, with more tensors, whose names begin with a dot, and more keys of the header."""
+def _write(path: AsPath, teacher: Teacher, gpd: Mapping[str, Any], more: Tensors) -> None:
+    """``gpd``: settings; ``more``: tensors beside the teacher's."""
     facts, student = teacher._facts, teacher._student
     first: dict[tuple[int, ...], str] = {}
     same: dict[str, str] = {}
@@ -104,8 +105,10 @@ def _write(
         "student": _structure(student),
         "expanded": _forms(student, {name: facts.dtypes[own] for name, own in names.items()}),
         "saved": _forms(teacher),
+        "gpd": dict(gpd),
     }
-    FILE.write(path, {**tensors, **example, **more_tensors}, {**header, **more_header})
+    more = {_GPD + name: x for name, x in more.items()}
+    FILE.write(path, {**tensors, **example, **more}, header)
 
 
 def load(
@@ -133,13 +136,13 @@ def load(
     if not isinstance(student, nn.Module):
         text = f"load takes the file and a module like the student, not {type(student).__name__}"
         raise InputError(text, remedy="gpdfx.load(path, student)")
-    return _make(_read(path), student, example_inputs, example_kwargs, branches)
+    return make(read_file(path), student, example_inputs, example_kwargs, branches)
 
 
 @dataclass(frozen=True)
 class Stored:
     """A file's content. ``state``: the teacher's ``state_dict``; ``inputs``: its example, if it is
-    in the file; ``more``: tensors whose names begin with a dot."""
+    in the file; ``more``: the tensors that a ``GPD`` has beside it."""
 
     header: dict[str, Any]
     state: Tensors
@@ -147,12 +150,12 @@ class Stored:
     more: Tensors
 
 
-def _read(path: AsPath, more: Mapping[str, Any] = MappingProxyType({})) -> Stored:
-    """Read and check a file. ``more``: kinds of further keys of its header."""
+def read_file(path: AsPath) -> Stored:
+    """Read and check a file."""
     tensors, header = FILE.read(path)
     state = {name: x for name, x in tensors.items() if not name.startswith(".")}
     others = {name: x for name, x in tensors.items() if name.startswith(".")}
-    faults = _faults(header, {**HEADER, **more}, state)
+    faults = _faults(header, state)
     inputs, fault = None, next(faults, None)
     if fault is None:
         state |= {name: state[known] for name, known in header["same"].items()}
@@ -165,12 +168,13 @@ def _read(path: AsPath, more: Mapping[str, Any] = MappingProxyType({})) -> Store
     if fault is not None:
         text = f"the header of the teacher {path} is not as gpdfx writes it: {fault}"
         raise InputError(text, remedy=FILE.remedy)
-    return Stored(header, state, inputs, others)
+    more = {k.removeprefix(_GPD): x for k, x in others.items() if k.startswith(_GPD)}
+    return Stored(header, state, inputs, more)
 
 
-def _faults(header: Any, kinds: Mapping[str, Any], state: Tensors) -> Iterator[str]:
+def _faults(header: Any, state: Tensors) -> Iterator[str]:
     """What is wrong with a header."""
-    if misfit := files.first_misfit(header, kinds, "header"):
+    if misfit := files.first_misfit(header, HEADER, "header"):
         yield misfit
         return
     expanded, saved = (header[key]["dtypes"] for key in ("expanded", "saved"))
@@ -185,7 +189,7 @@ def _faults(header: Any, kinds: Mapping[str, Any], state: Tensors) -> Iterator[s
             yield f"{name} is not {saved[name]}"
 
 
-def _make(
+def make(
     stored: Stored,
     student: nn.Module,
     example_inputs: tuple[Any, ...] | None = None,

@@ -131,6 +131,28 @@ def test_a_gpd_of_a_teacher(trained: gpdfx.GPD, tmp_path: Path) -> None:
         gpdfx.GPD(teacher, Net(), features=FitNet(["a"], ["a"]))
 
 
+def test_a_gpd_in_a_file(trained: gpdfx.GPD, tmp_path: Path) -> None:
+    """All of it, its losses of features and numbers too; its teacher alone where that is asked."""
+    path = tmp_path / "gpd.safetensors"
+    twin = copy.deepcopy(trained)
+    twin.lam, twin.epoch = 2.5, 4
+    for held in (twin, AveragedModel(twin), torch.compile(twin)):
+        gpdfx.save(held, path)
+        torch.manual_seed(1)
+        again = gpdfx.GPD.load(path, Net(), trained._static, features=FitNet(["b"], ["b"])).eval()
+        assert (again.lam, again.epoch) == (2.5, 4)
+        assert tensors_equal(again.state_dict(), twin.state_dict())
+        torch.testing.assert_close(again(X, Y).loss, twin(X, Y).loss, rtol=0, atol=0)
+    teacher = gpdfx.load(path, Net())
+    assert tensors_equal(teacher.state_dict(), twin.teacher.state_dict())
+    with pytest.raises(gpdfx.InputError, match=r"losses of features has no student\.parts\.0"):
+        gpdfx.GPD.load(path, Net())
+    gpdfx.GPD(teacher, lam=1.0).save(path)
+    assert gpdfx.GPD.load(path, Net(), temperature=2.0).temperature == 2.0
+    gpdfx.save(teacher, path)
+    assert gpdfx.GPD.load(path, Net()).lam == 3.0
+
+
 def test_the_static_teacher_is_not_touched() -> None:
     """Not even if it is the student; and it is not held twice."""
     torch.manual_seed(0)

@@ -271,18 +271,20 @@ def test_frozen_layers_stay_so_in_training(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- more than a teacher
 def test_more_tensors_are_of_the_checksum(tmp_path: Path) -> None:
     path, teacher = tmp_path / "t", expanded()
-    storage._write(path, teacher, {".own.x": torch.arange(3)}, {"own": {"lam": 0.5}})
-    stored = storage._read(path, {"own": {"lam": float}})
-    assert stored.header["own"] == {"lam": 0.5}
-    assert stored.more[".own.x"].tolist() == [0, 1, 2]
-    same(teacher, storage._make(stored, net()))
-    with pytest.raises(gpdfx.InputError, match=r"header\.own is unknown"):
-        gpdfx.load(path, net())
+    storage._write(path, teacher, {"lam": 0.5}, {"x": torch.arange(3)})
+    stored = storage.read_file(path)
+    assert stored.header["gpd"] == {"lam": 0.5}
+    assert stored.more["x"].tolist() == [0, 1, 2]
+    same(teacher, storage.make(stored, net()))
+    storage._write(path, teacher, {"lamm": 0.5}, {})
+    with pytest.raises(gpdfx.InputError, match="settings that are unknown: lamm"):
+        gpdfx.GPD.load(path, net())
+    storage._write(path, teacher, {"lam": 0.5}, {"x": torch.arange(3)})
     content = path.read_bytes()
     place = content.index(torch.arange(3).numpy().tobytes())
     path.write_bytes(content[: place + 8] + b"\7" + content[place + 9 :])
     with pytest.raises(gpdfx.InputError, match="its checksum does not fit"):
-        storage._read(path)
+        storage.read_file(path)
 
 
 def test_names_beside_a_file_are_of_one_call_alone(tmp_path: Path) -> None:

@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import storage
 from ..access.collapse import collapse
+from ..access.states import check_keys
 from ..calls.given import apart
 from ..compiler import expand
 from ..errors import InputError
+from ..files import AsPath
 from ..passes.capture.modes import TRAIN
 from ..passes.program import duplicate
 from ..report.report import Report
@@ -40,6 +43,8 @@ from .positions import CrossEntropy, find_class_dim, find_counts, rows
 from .unheld import warn_of_unheld
 
 Distillation = LogitLoss
+SETTINGS = ("lam", "temperature", "smoothing", "teacher_weight", "start_epoch", "class_dim")
+"""Numbers that a file holds."""
 
 
 class GPD(nn.Module):
@@ -289,6 +294,52 @@ class GPD(nn.Module):
     def report(self) -> Report:
         """The teacher's (see ``gpdfx.Report``)."""
         return self.teacher.report()
+
+    def save(self, path: AsPath) -> None:
+        """Write it to a file, without the static teacher (see ``gpdfx.save``)."""
+        storage.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: AsPath,
+        student: nn.Module,
+        static_teacher: nn.Module | None = None,
+        *,
+        example_inputs: tuple[Any, ...] | None = None,
+        example_kwargs: dict[str, Any] | None = None,
+        branches: Any = None,
+        **keywords: Any,
+    ) -> GPD:
+        """Make the ``GPD`` of a file again, also of one that holds a teacher alone.
+
+        Args:
+            path, student, example_inputs, example_kwargs, branches: as of ``gpdfx.load``.
+            static_teacher, keywords: as of ``GPD``, for what a file does not hold: functions
+                (``criterion``, ``kd``, ``logits``, ``counts``) and the loss of ``features``, whose
+                parameters it does hold. Numbers (``lam``, ``temperature`` ...) are the file's if
+                they are not given.
+
+        Raises:
+            InputError: as ``gpdfx.load``; losses of features that are not those of the file.
+        """
+        stored = storage.read_file(path)
+        settings = dict(stored.header["gpd"])
+        if unknown := settings.keys() - {*SETTINGS, "epoch"}:
+            text = f"the header of {path} has settings that are unknown: {', '.join(unknown)}"
+            raise InputError(text, remedy=storage.FILE.remedy)
+        teacher = storage.make(stored, student, example_inputs, example_kwargs, branches)
+        epoch = settings.pop("epoch", 0)
+        made = cls(teacher, static_teacher, **{**settings, **keywords})
+        made.epoch = epoch
+        check_keys(stored.more, made.features.state_dict(), "the losses of features")
+        made.features.load_state_dict(stored.more)
+        return made
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a file holds of it beside the teacher: settings, and tensors."""
+        settings = {name: getattr(self, name) for name in (*SETTINGS, "epoch")}
+        return settings, self.features.state_dict()
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that a weight decay leaves alone (see ``Teacher``)."""
