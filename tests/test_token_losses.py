@@ -200,6 +200,11 @@ def test_a_causal_lm_needs_no_criterion() -> None:
     torch.testing.assert_close(gpd(batch, labels).loss, out.loss)
     with pytest.raises(gpdfx.InputError, match="labels"):
         gpd(batch)
+    for held in (gpd, gpd.teacher):
+        with pytest.raises(AttributeError, match=r"gpdfx\.collapse\(\.\.\.\)\.generate"):
+            held.generate(ids)
+        with pytest.raises(AttributeError, match=r"no attribute 'generat'$"):
+            _ = held.generat
     plain = gpd.collapse()
     assert plain.generate(ids[:1, :3], max_new_tokens=2, do_sample=False).shape == (1, 5)
 

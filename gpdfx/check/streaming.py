@@ -183,7 +183,7 @@ class StreamingTeacher(Teacher):
             others = named(plain)
             own = named(self._student)  # has also the modules that its forward made
             memo |= {id(x): others[name] for name, x in own.items() if name in others}
-        keys: Sequence[tuple[str, str]] = self._attributes  # type: ignore[assignment]
+        keys: Sequence[tuple[str, str]] = self._attributes
         held = {key: vars(self._student.get_submodule(key[0])) for key in keys}
         kept = {key: of[key[1]] for key, of in held.items() if key[1] in of}
         for (path, name), value in duplicate(kept, memo, ours=True).items():

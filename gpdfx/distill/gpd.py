@@ -30,6 +30,7 @@ from ..passes.program import duplicate
 from ..report.report import Report
 from ..teacher.decay import matcher_of
 from ..teacher.module import Teacher
+from ..teacher.python import missing
 from . import streams
 from .collect import run_with_features
 from .features import FeatureLoss
@@ -382,6 +383,13 @@ class GPD(nn.Module):
         return collapse(self.teacher)
 
     # ---- nn.Module's other duties
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            teacher = self.__dict__.get("_modules", {}).get("teacher")
+            raise missing(self, getattr(teacher, "_code", None), name) from None
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GPD:
         super()._apply(fn, recurse)
         if self._static is not None:

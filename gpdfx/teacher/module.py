@@ -31,7 +31,7 @@ from .extract import Mean, settle, take_first
 from .fold import Fold
 from .folding import Folding, Lazy, operator_get
 from .inner import Inner, Modes, Ordered, add_module, attach, refuse_other
-from .python import StudentCode, moves_its_student, placeholder
+from .python import StudentCode, missing, moves_its_student, placeholder
 
 if TYPE_CHECKING:
     from ..report.report import Report
@@ -358,6 +358,12 @@ class Teacher(nn.Module):
     def training(self, training: bool) -> None:
         if "_modes" in self.__dict__:  # nn.Module sets it before there are any
             self._modes.set("", "training", training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise missing(self, self.__dict__.get("_code"), name) from None
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         refuse_other(self, name, module)

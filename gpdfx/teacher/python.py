@@ -246,6 +246,20 @@ class _Late(torch.autograd.Function):
 
 
 # --------------------------------------------------------------------------- placeholders
+def missing(holder: Any, code: StudentCode | None, name: str) -> AttributeError:
+    """Why what holds a student has not one of its methods, and what to do (``generate``)."""
+    text = f"{type(holder).__name__!r} object has no attribute {name!r}"
+    student = None if code is None else type(code.student)
+    if callable(getattr(student, name, None)):
+        text += (
+            f": it is a method of the student's class, {student.__name__}. What to do: call "  # type: ignore[union-attr]
+            f"gpdfx.collapse(...).{name}(...), which is of that class, with the student's weights; "
+            "the teacher itself has forward alone (to generate, take teacher(ids).logits[:, -1] "
+            "token by token; see gpdfx.plain_teacher for a wide network of its own)"
+        )
+    return AttributeError(text)
+
+
 def placeholder(p: nn.Parameter) -> nn.Parameter:
     """A parameter without values; of one of a class of its own a copy."""
     if type(p) is not nn.Parameter:
