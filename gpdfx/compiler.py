@@ -42,7 +42,13 @@ from .passes.widen import Widened
 from .report.report import Report, make_report
 from .teacher.compiled import Compiled, Inputs, Python, find_caches
 from .teacher.module import Teacher
-from .torch_private import is_compiled, is_fake, without_function_modes, without_modes
+from .torch_private import (
+    is_compiled,
+    is_fake,
+    local_norms,
+    without_function_modes,
+    without_modes,
+)
 
 LARGE = 2**28
 """Bytes of parameters from which on copies of them are looked for and freed."""
@@ -414,6 +420,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         for kind in filter(torch.amp.is_autocast_available, sorted(kinds)):
             stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(local_norms())  # others need not expand now
         stack.enter_context(keep_rng(cuda))
         stack.enter_context(_told())
         yield

@@ -13,7 +13,7 @@ from . import files, memory
 from .access.find import find_teacher, unwrapped
 from .access.states import check_keys, to_dtype
 from .branches.sets import read, spell
-from .calls import sparse
+from .calls import sharded, sparse
 from .calls.held import cast_each, has_gradient, registered
 from .compiler import expand
 from .control import ExpandOptions
@@ -69,11 +69,13 @@ def save(teacher: nn.Module, path: AsPath) -> None:
     """Write a teacher: a safetensors file, tied tensors once, with a JSON header that holds how it
     was made, so that ``load`` needs the student's class and this file, and a checksum over all of
     it (see ``files.Format`` for what that costs). Which parameters train and the dtype of each
-    tensor come back, too. The file appears whole or not at all.
+    tensor come back, too. The file appears whole or not at all. Under ``fully_shard`` every process
+    calls this, and the first one writes.
 
     ``teacher``: a teacher, or what holds one, as ``gpdfx.collapse`` takes it. The file of a ``GPD``
     is read by ``load``, too, which gives its teacher, and by ``GPD.load``."""
     holder = unwrapped(teacher)
+    sharded.release(holder)
     settings, tensors = getattr(holder, "stored", dict)() or ({}, {})
     _write(path, find_teacher("save", teacher), settings, tensors)
 
@@ -107,8 +109,14 @@ def _write(path: AsPath, teacher: Teacher, gpd: Mapping[str, Any], more: Tensors
         "saved": _forms(teacher),
         "gpd": dict(gpd),
     }
-    more = {_GPD + name: x for name, x in more.items()}
-    FILE.write(path, {**tensors, **example, **more}, header)
+    every = tensors | example | {_GPD + name: x for name, x in more.items()}
+    writes = all(map(sharded.is_first, every.values()))
+    for name in filter(lambda name: sharded.is_sharded(every[name]), [*every]):
+        found = sharded.gathered(every[name])
+        if writes:
+            every[name] = found.detach().cpu()
+    if writes:
+        FILE.write(path, every, header)
 
 
 def load(

@@ -492,9 +492,68 @@ def take_hooks(module: nn.Module) -> Callable[..., Any]:
     return plain._call_impl
 
 
+def drops_values(fn: Callable[..., Any]) -> bool:
+    """Whether what ``Module._apply`` is given is ``to_empty``'s. Relies on its name."""
+    return getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
+
+
+# --------------------------------------------------------------------------- fully_shard
+def is_sharding_hook(hook: Any) -> bool:
+    """Whether a hook on a module is one of ``torch.distributed.fsdp.fully_shard``."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
+
+
+def sharding_hooks(module: nn.Module) -> tuple[list[Any], list[Any]]:
+    """Those of a module: ``(module, args, kwargs) -> (args, kwargs)`` before its forward, and
+    ``(module, args, result) -> result`` after it, either ``None`` for no change. Relies on these
+    being all that gathers the parameters of its group, there and, by what they put on ``result``,
+    in the backward."""
+    registries: Any = module._forward_pre_hooks, module._forward_hooks
+    before, after = ([h for h in one.values() if is_sharding_hook(h)] for one in registries)
+    return before, after
+
+
+def in_sharded_forward(module: Any) -> bool:
+    """Whether the forward of a module of ``fully_shard`` is running that has this one in it."""
+    return module._get_fsdp_state()._state_ctx.iter_forward_root is not None
+
+
 # --------------------------------------------------------------------------- kinds
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm,)
 """The base of all batch norms, the synchronized one too."""
+
+
+@contextmanager
+def local_norms() -> Iterator[None]:
+    """While it lasts, a ``SyncBatchNorm`` is a batch norm of this process alone. Relies on its
+    forward being the same then."""
+    own = nn.SyncBatchNorm.forward
+    nn.SyncBatchNorm.forward = _LOCAL  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.SyncBatchNorm.forward = own  # type: ignore[method-assign]
+
+
+_LOCAL = nn.modules.batchnorm._BatchNorm.forward
+
+
+def norms_are_local() -> bool:
+    """Whether ``local_norms`` lasts."""
+    return nn.SyncBatchNorm.forward is _LOCAL
+
+
+def can_synchronize(x: Tensor) -> bool:
+    """Whether ``SyncBatchNorm`` has kernels for a tensor's device."""
+    return x.device.type in ("cuda", "hpu", "xpu", torch._C._get_privateuse1_backend_name())
+
+
+def synchronized_batch_norm(*args: Any) -> Any:
+    """What it computes: of input, weight, bias, running mean and variance, which it writes to, eps,
+    momentum, process group and the group's size."""
+    kind: Any = nn.modules.batchnorm
+    return kind.sync_batch_norm.apply(*args)
+
 
 NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._NormBase,)
 """The base of all batch and instance norms."""

@@ -14,7 +14,7 @@ from .branch import branch
 from .canonicalize import canonicalize
 from .capture.inline import inline
 from .features import add_features
-from .follow import follow_device, follow_dtype, follow_momentum
+from .follow import follow_device, follow_dtype, follow_norms
 from .infer import infer
 from .lower import lower
 from .rules.decompose import decompose
@@ -33,7 +33,7 @@ PASSES: tuple[Pass, ...] = (
     widen,  # the teacher's graphs, maps and shares
     branch,  # other ways to write a weight
     lower,  # layers that one fold computes together
-    follow_momentum,  # a baked momentum becomes the batch norm's
+    follow_norms,  # a baked momentum becomes the batch norm's
     add_features,  # results of inner modules become outputs
 )
 """From what capture gives to what a teacher is built from."""

@@ -1,5 +1,5 @@
-"""Follow: dtype and device constants that capture baked become the parameters' own, and momenta the
-batch norms'."""
+"""Follow: dtype and device constants that capture baked become the parameters' own, and batch
+norms have the momenta of theirs, and their synchronization."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ..calls.held import converted, has_gradient
 from ..calls.tree import Slot
 from ..errors import CaptureError
+from ..kernels.norms import synchronized
 from ..torch_private import BATCH_NORMS, tree_leaves
 from .capture.inline import inline
 from .capture.submodules import recapture
@@ -323,24 +324,28 @@ def _attribute(program: Program, node: fx.Node, name: str, baked: Any) -> Any:
 _NORMS = {aten.batch_norm.default, aten._native_batch_norm_legit_functional.default}
 
 
-def follow_momentum(program: Widened) -> Widened:
+def follow_norms(program: Widened) -> Widened:
     """Let the teacher's graphs read the momentum of a batch norm where it is the module's, which
-    may change (``swa_utils.update_bn`` sets it to ``None``)."""
+    may change (``swa_utils.update_bn`` sets it to ``None``); and let those that train on several
+    processes together do so there, too."""
     modules, graphs = dict(program.student.named_modules()), dict(program.graphs)
     for key, mode in program.modes.items():
         graph, calls = copied(graphs[key]), Counter[str]()
         paths = {node.name: origin(node).path for node in mode.nodes if node.target in _NORMS}
-        for node in (n for op in _NORMS for n in graph.find_nodes(op="call_function", target=op)):
+        for node in [n for op in _NORMS for n in graph.find_nodes(op="call_function", target=op)]:
             path, given = paths.get(node.meta.get("of", ""), ""), bind(node)
             norm: Any = modules.get(path)
             if isinstance(norm, BATCH_NORMS) and given["training"]:
                 calls[path] += 1
-                if norm.momentum in (None, given["momentum"]) and norm.track_running_stats:
-                    with graph.inserting_before(node):
+                with graph.inserting_before(node):
+                    module = graph.get_attr(path)
+                    if norm.momentum in (None, given["momentum"]) and norm.track_running_stats:
                         ahead = calls[path] if program.functional else 0
-                        read = graph.call_function(momentum, (graph.get_attr(path), ahead))
-                    node.args = tuple((given | {"momentum": read}).values())
-                    node.kwargs = {}
+                        given |= {"momentum": graph.call_function(momentum, (module, ahead))}
+                node.args, node.kwargs = tuple(given.values()), {}
+                if isinstance(norm, nn.SyncBatchNorm):
+                    node.args = node.target, module, *node.args
+                    node.target = synchronized
         graphs[key] = graph
     return replace(program, graphs=graphs)
 

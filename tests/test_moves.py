@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,6 +161,91 @@ def test_moved_to_channels_last_shares_and_branches_keep_their_order() -> None:
     torch.testing.assert_close(gpd.teacher(x), before)
     gpd.double()
     assert {t.dtype for t in gpd.parameters()} == {torch.float64}
+
+
+class Images(nn.Module):
+    """Has images as results, and numbers that no state_dict holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+        self.register_buffer("table", torch.arange(8.0).view(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b((self.norm(self.a(x)) + self.table).relu())
+        return y
+
+
+def images(**options: Any) -> tuple[gpdfx.GPD, Tensor, Tensor]:
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, 9, 9), torch.arange(4)[:, None, None].expand(4, 5, 5)
+    gpd = gpdfx.GPD(Images(), Images(), unshared="b.bias", example_inputs=(x,), **options)
+    return gpd, x, y
+
+
+def test_channels_last_is_another_order_alone() -> None:
+    gpd, x, y = images(extract="mean")
+    last: dict[str, Any] = {"memory_format": torch.channels_last}
+    moved = copy.deepcopy(gpd).to(**last)
+    out, want = moved(x.to(**last), y), gpd(x, y)
+    for one, other in zip(out[:3], want[:3], strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.ndim < 4 or one.is_contiguous(**last)
+    out.loss.backward(), want.loss.backward()
+    grads = [[p.grad for p in net.parameters()] for net in (moved, gpd)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    for net in (moved.teacher, moved.collapse()):
+        for path in ("a", "b"):
+            weight = net.get_submodule(path).weight
+            assert weight.is_contiguous(**last)
+            assert weight.grad is None or weight.grad.is_contiguous(**last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_all_of_gpd_takes_a_type(dtype: torch.dtype) -> None:
+    gpd, x, y = images()
+    want = gpd(x, y)
+    out = copy.deepcopy(gpd).to(dtype)(x.to(dtype), y)
+    for one, other in zip(out[1:4], want[1:4], strict=True):
+        assert one.dtype is dtype
+        torch.testing.assert_close(one.float(), other, rtol=0.05, atol=0.05)
+
+
+def test_a_copy_or_a_pickle_of_gpd_is_another() -> None:
+    gpd, x, y = images()
+    state = {k: v.clone() for k, v in gpd.state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save(gpd, buffer)
+    buffer.seek(0)
+    others = (copy.deepcopy(gpd), pickle.loads(pickle.dumps(gpd)))
+    others += (torch.load(buffer, weights_only=False),)
+    want = gpd.eval()(x, y).loss
+    for other in others:
+        assert torch.equal(other.eval()(x, y).loss, want)
+        optimizer = torch.optim.SGD(other.parameters(), lr=1.0)
+        other.train()(x, y).loss.backward()
+        optimizer.step()
+        assert not torch.equal(other.collapse().a.weight, gpd.collapse().a.weight)
+    assert all(torch.equal(v, state[k]) for k, v in gpd.state_dict().items())
+
+
+@pytest.mark.parametrize("by_meta", [True, False])
+def test_to_empty_leaves_what_a_state_dict_fills(by_meta: bool) -> None:
+    """Constants, and the static teacher, are in none."""
+    gpd, x, y = images(extract="mean")
+    want, state = gpd.eval()(x, y), gpd.state_dict()
+    other = copy.deepcopy(gpd)
+    if by_meta:
+        other.to("meta")
+        assert other(x.to("meta"), y.to("meta")).loss.is_meta
+        other.double()
+    other.to_empty(device="cpu").float()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.fill_(torch.nan)
+    other.load_state_dict(state)
+    torch.testing.assert_close(other(x, y), want, rtol=0, atol=0)
+    assert torch.equal(other.student(x), want.student_logits)
 
 
 @pytest.mark.parametrize("branches", ["dbb", "mobileone"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -603,3 +604,61 @@ def test_a_composite_is_the_calls_that_it_makes() -> None:
     assert node.target not in calls
     x, y = torch.randn(3, 4), torch.randn(5, 4)
     torch.testing.assert_close(torch.fx.GraphModule({}, made)(x, y), x @ y.T)
+
+
+# --------------------------------------------------------------------------- several processes
+def test_hooks_of_fully_shard_gather_and_reduce() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        net = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 2))
+        want = net[0].weight.detach().clone()
+        fully_shard(net[0]), fully_shard(net)
+        calls: list[int] = []
+        net.register_forward_hook(lambda *_: calls.append(1))
+        assert torch_private.sharding_hooks(net[1]) == ([], [])
+        (before,), (after,) = torch_private.sharding_hooks(net)  # the root
+        (before_0,), (after_0,) = torch_private.sharding_hooks(net[0])
+        assert not torch_private.in_sharded_forward(net[0])
+        args, _ = before(net, (torch.ones(1, 4),), {})
+        assert torch_private.in_sharded_forward(net[0])
+        args, _ = before_0(net[0], args, {})
+        assert torch.equal(net[0].weight, want)
+        assert type(net[0].weight) is nn.Parameter
+        result = after(net, args, after_0(net[0], args, args[0] @ net[0].weight.T))
+        assert not torch_private.in_sharded_forward(net[0])
+        result.sum().backward()
+        assert torch.equal(net[0].weight.grad.full_tensor(), torch.ones(3, 4))
+        assert not calls
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_synchronized_batch_norm_is_local_for_a_while() -> None:
+    norm, x = nn.SyncBatchNorm(3), torch.randn(4, 3)
+    own = nn.SyncBatchNorm.forward
+    assert not torch_private.norms_are_local()
+    with torch_private.local_norms():
+        with torch_private.local_norms():
+            pass
+        assert torch_private.norms_are_local()
+        torch.testing.assert_close(norm(x), nn.BatchNorm1d(3)(x))
+    assert nn.SyncBatchNorm.forward is own
+    assert not torch_private.can_synchronize(x)
+    names = [*inspect.signature(nn.modules.batchnorm.sync_batch_norm.forward).parameters][1:]
+    numbers = ["running_mean", "running_var", "eps", "momentum", "process_group", "world_size"]
+    assert names == ["input", "weight", "bias", *numbers]
+
+
+def test_to_empty_is_known_by_its_name() -> None:
+    seen = []
+
+    class Watched(nn.Module):
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            seen.append(torch_private.drops_values(fn))
+            return super()._apply(fn, recurse)
+
+    Watched().to_empty(device="cpu").to("cpu").double()
+    assert seen == [True, False, False]

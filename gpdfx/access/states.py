@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..calls.held import cast, has_gradient
+from ..calls import sharded
+from ..calls.held import cast, cast_tensor, has_gradient
 from ..errors import InputError
+from ..passes.program import duplicate
 from ..teacher.module import Teacher
-from .collapse import collapse
+from .collapse import filled
 from .find import OF_GPD, find_teacher, prefix_of, unwrapped
 
 State = Mapping[str, Any]
@@ -33,7 +37,8 @@ def to_student(state: State, teacher: nn.Module, *, strict: bool = True) -> dict
 
     Returns:
         The same kind of state, under the student's own names; tensors are copies. Losses of
-        features, which are of the training alone, are left out.
+        features, which are of the training alone, are left out. Of a state of DTensors all is
+        gathered: a collective.
 
     Raises:
         InputError: names the keys that do not fit, or the parameters that have no such state.
@@ -42,8 +47,13 @@ def to_student(state: State, teacher: nn.Module, *, strict: bool = True) -> dict
     if _of_optimizer(state, "to_student"):
         return _optimizer(state, teacher, found, strict, back=True)
     prefix, own, rest = _unwrap(state)
-    twin = _loaded(copy.deepcopy(found), _of_teacher(own, found), "the teacher")
-    return _wrap(prefix, collapse(twin).state_dict(), rest)
+    own = _of_teacher(own, found)
+    sharded.release(found)
+    check_keys(own, found.state_dict(), "the teacher")
+    like = to_dtype(duplicate(found._student), own)
+    with sharded.holding(found, _cast(found, own, own)):
+        plain = filled(found, like)
+    return _wrap(prefix, plain.state_dict(), rest)
 
 
 def to_teacher(state: State, teacher: nn.Module, *, strict: bool = True) -> dict[str, Any]:
@@ -52,17 +62,24 @@ def to_teacher(state: State, teacher: nn.Module, *, strict: bool = True) -> dict
 
     Every copy takes the student's value (of its moments, too); the branches keep their parameters
     and add nothing at first; shares, and losses of features, stay. Arguments, returns and raises:
-    as ``to_student``.
+    as ``to_student``; of a teacher under ``fully_shard``, whose branches it gathers, every process
+    calls this.
     """
     found = find_teacher("to_teacher(state, teacher)", teacher)
     if _of_optimizer(state, "to_teacher"):
         return _optimizer(state, teacher, found, strict, back=False)
     prefix, own, rest = _unwrap(state)
-    student = _loaded(collapse(found), own, "the student")
-    twin = to_dtype(copy.deepcopy(found), own)
-    twin.load_student(student)
-    made = {prefix_of(teacher) + name: x for name, x in twin.state_dict().items()}
-    return _wrap(prefix, unwrapped(teacher).state_dict() | made, rest)
+    sharded.release(unwrapped(teacher))
+    student = filled(found, found._student)
+    check_keys(own, student.state_dict(), "the student")
+    to_dtype(student, own).load_state_dict(own)
+    with found._settled():
+        tensors = _cast(found, {}, own, copies=True)
+    beside = {k: sharded.gathered(x) for k, x in unwrapped(teacher).state_dict().items()}
+    with sharded.holding(found, tensors):
+        found.load_student(student)
+        made = {prefix_of(teacher) + name: x for name, x in found.state_dict().items()}
+    return _wrap(prefix, beside | made, rest)
 
 
 def _of_teacher(state: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
@@ -72,17 +89,31 @@ def _of_teacher(state: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
     return inside if inside.keys() == known.keys() != state.keys() else state
 
 
-def _loaded(module: Any, state: State, whose: str) -> Any:
-    """A module with another one's state, in its dtype."""
-    check_keys(state, module.state_dict(), whose)
-    to_dtype(module, state).load_state_dict(state)
-    return module
+def _cast(teacher: Teacher, given: State, like: State, copies: bool = False) -> dict[str, Tensor]:
+    """All tensors of a teacher by name, or those given in their place, on its device and in the
+    dtype of a state; ``copies``: that may be written to."""
+    kind, made = _dtype_of(like), dict[tuple[int, int], Tensor]()
+    tensors: dict[str, Tensor] = {}
+    walks = teacher.named_parameters, teacher.named_buffers
+    for name, own in chain.from_iterable(walk(remove_duplicate=False) for walk in walks):
+        x = given.get(name, own)
+        if (key := (id(own), id(x))) not in made:  # tied ones stay tied
+            x = x.detach().to(own.device, own.dtype if kind is None else x.dtype, copy=copies)
+            made[key] = x if kind is None else cast_tensor(x, kind)
+        tensors[name] = made[key]
+    return tensors
 
 
 def to_dtype(module: Any, state: State) -> Any:
     """In the dtype of a state: averages are often kept in a wider one."""
+    kind = _dtype_of(state)
+    return module if kind is None else cast(module, kind)
+
+
+def _dtype_of(state: State) -> torch.dtype | None:
+    """The one that all its floating-point tensors have."""
     dtypes = {x.dtype for x in state.values() if isinstance(x, Tensor) and x.is_floating_point()}
-    return cast(module, dtypes.pop()) if len(dtypes) == 1 else module
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def check_keys(given: State, known: State, whose: str) -> None:
@@ -125,7 +156,7 @@ def _unwrap(state: State) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The prefix that a wrapper put before all names, the state without it, and what else the
     wrapper keeps (the number of averages)."""
     rest = {k: v for k, v in state.items() if k == "n_averaged"}
-    own = {k: v for k, v in state.items() if k not in rest}
+    own = {k: sharded.gathered(v) for k, v in state.items() if k not in rest}
     prefix = ""
     for word in ("module.", "_orig_mod.", "module."):
         if own and all(k.startswith(word) for k in own):
@@ -150,7 +181,7 @@ def _optimizer(
     state: State, holder: nn.Module, teacher: Teacher, strict: bool, *, back: bool
 ) -> dict[str, Any]:
     """``holder``: what the optimizer's parameters are of, the teacher or a ``GPD``."""
-    student = dict(collapse(teacher).named_parameters())
+    student = dict(teacher._student.named_parameters())
     wide = dict(unwrapped(holder).named_parameters())
     source, target = (wide, student) if back else (student, wide)
     groups = _groups_of(state, [*source], "teacher" if back else "student")
@@ -171,7 +202,9 @@ def _optimizer(
             refused[name] = f"its {odd[0]} is not of the parameter's shape"
         elif held:
             moments[end] = {
-                k: move(name, x).clone() if k in tensors and x.ndim else copy.deepcopy(x)
+                k: move(name, sharded.gathered(x)).clone()
+                if k in tensors and x.ndim
+                else copy.deepcopy(x)
                 for k, x in held.items()
             }
     if refused and strict:
@@ -208,7 +241,9 @@ def _groups_of(state: State, known: list[str], whose: str) -> dict[str, tuple[An
     try:
         groups = state["param_groups"]
         given = [(k, g) for g, group in enumerate(groups) for k in group["params"]]
-        names = [n for group in groups for n in group.get("param_names", ())] or known
+        names = [n for group in groups for n in group.get("param_names", ())]
+        keys = [k for k, _ in given]  # by names in those of torch.distributed.checkpoint
+        names = names or (keys if all(isinstance(k, str) for k in keys) else known)
         lost = {k: held.keys() for k, held in state["state"].items()}.keys() - dict(given).keys()
     except (TypeError, KeyError, AttributeError) as error:
         text = f"this has state and param_groups, but is no optimizer's state_dict ({error!r})"

@@ -16,14 +16,14 @@ import operator
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..torch_private import storage_key
+from ..torch_private import drops_values, storage_key
 from .tree import Pattern, Slot
 
 T = TypeVar("T")
@@ -270,8 +270,7 @@ class HeldTensors:
 def cast(module: Module, dtype: torch.dtype) -> Module:
     """``module.to(dtype)``, but for complex numbers, which that would make real."""
     if any(x.is_complex() for x in registered(module).values()):
-        kinds = {True: dtype.to_complex(), False: dtype}
-        module._apply(lambda x: x.to(kinds[x.is_complex()]) if has_gradient(x) else x)
+        module._apply(lambda x: cast_tensor(x, dtype))
     else:
         module.to(dtype)
     return module
@@ -283,6 +282,32 @@ def cast_each(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     for name, x in registered(module).items():
         if (dtype := dtypes.get(name, x.dtype)) != x.dtype:
             x.grad, x.data = None, x.data.to(dtype)
+
+
+def cast_tensor(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, if it has one that autograd knows; a complex one stays complex."""
+    if not has_gradient(x):
+        return x
+    return x.to(dtype.to_complex() if x.is_complex() else dtype)
+
+
+@torch.no_grad()
+def apply_keeping(
+    kept: dict[str, Tensor],
+    named: Callable[[], Iterable[tuple[str, Tensor]]],
+    fn: Callable[..., Any],
+    move: Callable[[], Any],
+) -> None:
+    """``move()``, which is ``_apply(fn)`` of a module; ``named`` tensors of it keep their values
+    where ``to_empty`` or the meta device takes them. ``kept``: by name, while they are on meta."""
+    before = {name: x.detach() for name, x in named()}
+    move()
+    for name, x in named():
+        own = kept.pop(name, before[name])
+        if x.is_meta:
+            kept[name] = own
+        elif before[name].is_meta or drops_values(fn):
+            x.copy_(own)
 
 
 def converted(module: Module, dtype: torch.dtype) -> Module:

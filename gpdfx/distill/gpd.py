@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import storage
-from ..access.collapse import collapse
+from ..access.collapse import collapse, filled
 from ..access.states import check_keys
+from ..calls import sharded
 from ..calls.given import apart
+from ..calls.held import apply_keeping, registered
 from ..compiler import expand
 from ..errors import InputError
 from ..files import AsPath
@@ -163,9 +166,12 @@ class GPD(nn.Module):
         self._logits = logits or find_logits
         example = self.teacher._facts.example
         if criterion is None:
-            criterion = own_loss(collapse(self.teacher), example) or CrossEntropy()
+            criterion = (
+                own_loss(filled(self.teacher, self.teacher._student), example) or CrossEntropy()
+            )
         self.criterion, self.class_dim, self.counts = criterion, class_dim, counts
         self._labels_stay = LABELS in example[1]
+        self._lasting: dict[str, Tensor] = {}
         object.__setattr__(self, "_static", _frozen(static_teacher))
         self._student_layers = layers
         self._static_layers = features.static_layers if features is not None else ()
@@ -290,7 +296,8 @@ class GPD(nn.Module):
 
     def student(self, *args: Any, **kwargs: Any) -> Any:
         """The student alone."""
-        return self.teacher.student(*args, **kwargs)
+        function, callers = self.teacher._call_student, (self, self.teacher)
+        return self._sharded(function, args, kwargs, callers)
 
     def report(self) -> Report:
         """The teacher's (see ``gpdfx.Report``)."""
@@ -360,6 +367,17 @@ class GPD(nn.Module):
         static = streams.start(
             lambda: self._run_static(*apart(call)), call, beside=self.overlap_static
         )
+        teacher, student = self._sharded(self._call_both, args, kwargs, (self.teacher,))
+        return teacher, student, static()
+
+    def _sharded(self, function: Any, args: Any, kwargs: Any, callers: Any) -> Any:
+        """A function on the teacher's parameters, also where these are spread over processes."""
+        inside = self.teacher
+        return sharded.run(function, args, kwargs, inside=inside, callers=callers, within=self)
+
+    def _call_both(self, *args: Any, **kwargs: Any) -> tuple[Outputs, Outputs]:
+        """Teacher and student."""
+        call = args, kwargs
         folded, features = self.teacher._fold(), []  # type: ignore[var-annotated]
         output = self.teacher._run_teacher(folded, *apart(call), features=features)
         teacher = Outputs(self._logits(output), features)
@@ -368,7 +386,7 @@ class GPD(nn.Module):
             self._student_layers,
             lambda: self.teacher._run_student(folded, *apart(call)),
         )
-        return teacher, Outputs(self._logits(output), features), static()
+        return teacher, Outputs(self._logits(output), features)
 
     @torch.no_grad()
     def _run_static(self, args: Any, kwargs: Any) -> Outputs | None:
@@ -378,9 +396,9 @@ class GPD(nn.Module):
         output, features = run_with_features(net, self._static_layers, lambda: net(*args, **kwargs))
         return Outputs(self._logits(output).detach(), features)
 
-    def collapse(self) -> nn.Module:
+    def collapse(self, *, average: bool = False) -> nn.Module:
         """The plain student (see ``gpdfx.collapse``)."""
-        return collapse(self.teacher)
+        return collapse(self, average=average)
 
     # ---- nn.Module's other duties
     def __getattr__(self, name: str) -> Any:
@@ -392,8 +410,9 @@ class GPD(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GPD:
         super()._apply(fn, recurse)
-        if self._static is not None:
-            self._static._apply(fn, recurse)
+        if (static := self._static) is not None:  # which no state_dict gives its values again
+            named, move = lambda: registered(static).items(), partial(static._apply, fn, recurse)
+            apply_keeping(self._lasting, named, fn, move)
         return self
 
 

@@ -16,7 +16,7 @@ from torch.ao.quantization import FakeQuantizeBase
 from ..errors import InputError
 from ..passes.capture.modes import EVAL, TRAIN, enter
 from ..passes.program import Flags
-from ..torch_private import BATCH_NORMS
+from ..torch_private import BATCH_NORMS, is_sharding_hook
 
 
 class Modes:
@@ -138,9 +138,24 @@ class Inner(nn.Module):
     def _refuse_hook(self, *_: Any, **__: Any) -> NoReturn:
         self._refuse("a hook on a module inside a teacher would never run: it is a graph", _HOOK)
 
-    register_forward_hook = register_forward_pre_hook = _refuse_hook
+    def register_forward_pre_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_sharding_hook(hook):  # which run around the teacher's calls
+            self._refuse_hook()
+        return super().register_forward_pre_hook(hook, *args, **kwargs)
+
+    def register_forward_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_sharding_hook(hook):
+            self._refuse_hook()
+        return super().register_forward_hook(hook, *args, **kwargs)
+
     register_full_backward_hook = register_full_backward_pre_hook = _refuse_hook
     register_backward_hook = _refuse_hook
+
+    def __getitem__(self, key: int | str) -> nn.Module:
+        """A child, as the student's own module gives it: a ``Sequential``, a ``ModuleList``."""
+        own: Any = self._own
+        names = {id(child): name for name, child in own._modules.items()}
+        return self.get_submodule(names[id(own[key])])
 
     def extra_repr(self) -> str:
         return f"of {type(self._own).__name__}"
@@ -150,6 +165,7 @@ class Inner(nn.Module):
 
 
 _AGAIN = "change the model, and expand it then"
+_CONVERT = "expand (or give to GPD) nn.SyncBatchNorm.convert_sync_batchnorm(model) instead"
 _HOOK = (
     "take what a module returns out of the teacher by features= of expand, and what comes to a "
     "parameter by its register_hook; or register the hook on the model, and expand it then"
@@ -161,7 +177,8 @@ def refuse_other(parent: nn.Module, name: str, module: nn.Module | None) -> None
     ``SyncBatchNorm.convert_sync_batchnorm`` has it."""
     own = parent._modules.get(name)
     if isinstance(own, Inner) and module is not own:
-        own._refuse("another module inside a teacher would never run: it is a graph", _AGAIN)
+        remedy = _CONVERT if isinstance(module, nn.SyncBatchNorm) else _AGAIN
+        own._refuse("another module inside a teacher would never run: it is a graph", remedy)
 
 
 class _Norm(Inner):
@@ -171,6 +188,12 @@ class _Norm(Inner):
     def momentum(self) -> float | None:
         own: Any = self._own
         return own.momentum  # type: ignore[no-any-return]
+
+    @property
+    def process_group(self) -> Any:
+        """Of a ``SyncBatchNorm``."""
+        own: Any = self._own
+        return own.process_group
 
     @property
     def num_features(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 
 from ..algebra.frozen import Frozen
 from ..algebra.gather import gather
-from ..calls import tree
+from ..calls import sharded, tree
 from ..calls.given import apart
-from ..calls.held import importable
+from ..calls.held import apply_keeping, importable
 from ..control import covers
 from ..errors import InputError, suggest
 from ..passes.capture.export import first_line
@@ -102,6 +102,7 @@ class Teacher(nn.Module):
         self._folding = Folding(net, program.lowered, singles)
         self._begin_parts()
         self._enter(self._modes.mode or TRAIN)
+        self._lasting: dict[str, Tensor] = {}
         self._report = describe(self) if describe else None
 
     # ---- construction
@@ -157,17 +158,26 @@ class Teacher(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the dynamic teacher. Raises ``InputError`` for inputs of another structure than the
         example's, or of another size where the network has that size baked in."""
+        return sharded.run(self._call, args, kwargs, inside=self)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         whole = self._code.shell is None
         folded = self._folding.for_call(student=not whole, late=whole)
         return self._run_teacher(folded, args, kwargs)
 
     def student(self, *args: Any, **kwargs: Any) -> Any:
         """Run the student on the teacher's parameters; gradients flow into the teacher's."""
+        return sharded.run(self._call_student, args, kwargs, inside=self, callers=(self,))
+
+    def _call_student(self, *args: Any, **kwargs: Any) -> Any:
         return self._run_student(self._folding.for_call(teacher=False), args, kwargs)
 
     def both(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """``(teacher(...), teacher.student(...))``, the branches folded once for both. Where these
         put results into a dict or list that they are called with, it is each one's own copy."""
+        return sharded.run(self._call_both, args, kwargs, inside=self, callers=(self,))  # type: ignore[no-any-return]
+
+    def _call_both(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         folded, call = self._folding.for_call(late=self._code.shell is None), (args, kwargs)
         teacher = self._run_teacher(folded, *apart(call))
         return teacher, self._run_student(folded, *apart(call))
@@ -184,7 +194,20 @@ class Teacher(nn.Module):
     def _folded_once(self) -> AbstractContextManager[None]:
         """Fold the branches once for all calls inside, as an evaluation wants it: parameters must
         not change meanwhile, and get no gradient."""
-        return self._folding.once(self._fold)
+        return self._folding.once(sharded.whole(self)(self._fold))
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """While it lasts, all parameters are whole, and in the dtype that they are kept in."""
+        sharded.release(self)
+        for name, p in self._student.named_parameters():
+            if (found := self._tensor(name).dtype) != p.dtype:
+                raise InputError(
+                    f"{name} is {found} for a forward that is over, and kept in {p.dtype}",
+                    remedy="call reshard() of the module that fully_shard was applied to first",
+                )
+        with sharded.whole(self):
+            yield
 
     def folds(self) -> Iterator[Fold]:
         """The branches of each layer."""
@@ -292,6 +315,12 @@ class Teacher(nn.Module):
     def load_student(self, student: nn.Module) -> None:
         """IR: take over all parameters and buffers of a module like the student; branches add
         nothing to them at first."""
+        if any(map(sharded.is_sharded, self.parameters())):
+            raise InputError(
+                "the teacher's parameters are spread over processes",
+                remedy="load the student before fully_shard, or gpdfx.to_teacher(state, teacher) "
+                "by torch.distributed.checkpoint.state_dict.set_model_state_dict",
+            )
         own = self.own_parameters()
         for name, tensor in student.named_parameters():
             self._load(name, tensor)
@@ -374,10 +403,20 @@ class Teacher(nn.Module):
         return self._net.get_submodule(target) if target else self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Teacher:
-        super()._apply(fn, recurse)
+        """What no state_dict holds keeps its values, also where ``to_empty`` or the meta device
+        takes those of everything else."""
+        move = partial(super()._apply, fn, recurse)
+        apply_keeping(self._lasting, self._constants, fn, move)
         options = {} if recurse else {"recurse": False}  # which an override need not know
         self._code.apply(fn, **options)
         return self
+
+    def _constants(self) -> Iterator[tuple[str, Tensor]]:
+        """Buffers that are not in the state_dict."""
+        for path, module in self.named_modules():
+            for leaf in module._non_persistent_buffers_set:
+                if (x := module._buffers.get(leaf)) is not None:
+                    yield f"{path}.{leaf}", x
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         """As ``expand`` copies: whatever the student's Python holds."""

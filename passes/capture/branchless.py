@@ -37,7 +37,7 @@ def without_branches(module: nn.Module) -> None:
     own, run without branches."""
     for part in module.modules():
         if isinstance(part, BATCH_NORMS) and part.momentum is None:
-            part.momentum = 0.1  # for a graph, which reads it anew (see ``follow_momentum``)
+            part.momentum = 0.1  # for a graph, which reads it anew (see ``follow_norms``)
         spelled = _spelled(part)
         if spelled is not None:
             part.forward = partial(spelled, part)
