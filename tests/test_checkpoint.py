@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gpdfx
@@ -129,6 +130,23 @@ def test_moments_go_both_ways(which: str) -> None:
         for key in keys:
             want = teacher.widen(name, mine.state[own[name]][key])
             assert torch.equal(optimizer.state[p][key], want), (name, key)
+
+
+def test_states_of_optimizers_may_be_by_name() -> None:
+    """As ``torch.distributed.checkpoint`` has them, in any order."""
+    make, keys = OPTIMIZERS["adamw"]
+    _, teacher, optimizer = trained("gpt", make=make, branches=None)
+    state = get_optimizer_state_dict(teacher, optimizer)
+    for group in state["param_groups"]:
+        group["params"].reverse()
+    plain = gpdfx.collapse(teacher)
+    mine = make([*plain.named_parameters()])
+    mine.load_state_dict(gpdfx.to_student(state, teacher))
+    own, wide = dict(plain.named_parameters()), dict(teacher.named_parameters())
+    for name, p in own.items():
+        for key in keys:
+            want = teacher.narrow(name, optimizer.state[wide[name]][key])
+            assert torch.equal(mine.state[p][key], want), (name, key)
 
 
 def test_moments_of_branched_weights_are_refused_or_left_out() -> None:

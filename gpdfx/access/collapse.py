@@ -17,7 +17,7 @@ from ..torch_private import BATCH_NORMS
 from .find import find_teacher, unwrapped
 
 
-def collapse(teacher: nn.Module, *, average: bool = False) -> nn.Module:
+def collapse(teacher: nn.Module, *, average: bool | None = None) -> nn.Module:
     """The plain student: the user's own class, state_dict keys and ties, trained values.
 
     Parameters are the first copies of the teacher's, bit for bit; buffers are those the student
@@ -27,14 +27,15 @@ def collapse(teacher: nn.Module, *, average: bool = False) -> nn.Module:
         teacher: a teacher, or what holds one: a ``GPD``, an average of either (``AveragedModel``,
             timm's ``ModelEmaV3``), any of them compiled or wrapped for data parallelism.
         average: give every process the same student where each has statistics of its own batches:
-            their mean, and the largest of what is counted (a collective: call it on all).
+            their mean, and the largest of what is counted (a collective: call it on all). If false,
+            each takes its own; if not given, it does so with a warning.
     """
     found = find_teacher("collapse", teacher)
     sharded.release(unwrapped(teacher))
     plain = filled(found, found._student)
     if average:
         _average(plain)
-    elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    elif average is None and _world() > 1:
         _warn_of_statistics(plain)
     return plain
 
@@ -57,14 +58,16 @@ def filled(teacher: Teacher, like: nn.Module) -> nn.Module:
 
 
 # --------------------------------------------------------------------------- several processes
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def _average(plain: nn.Module) -> None:
     """Give all processes the mean of floating-point buffers, and the largest of other ones."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    for buffer in plain.buffers():
+    for buffer in plain.buffers() if _world() > 1 else ():
         if has_gradient(buffer):
             dist.all_reduce(buffer)
-            buffer /= dist.get_world_size()
+            buffer /= _world()
         else:
             dist.all_reduce(buffer, dist.ReduceOp.MAX)
 

@@ -396,7 +396,7 @@ class GPD(nn.Module):
         output, features = run_with_features(net, self._static_layers, lambda: net(*args, **kwargs))
         return Outputs(self._logits(output).detach(), features)
 
-    def collapse(self, *, average: bool = False) -> nn.Module:
+    def collapse(self, *, average: bool | None = None) -> nn.Module:
         """The plain student (see ``gpdfx.collapse``)."""
         return collapse(self, average=average)
 

@@ -56,7 +56,7 @@ def accuracies(
 
 def measure(net: Net, split: Split, config: TrainConfig, ranks: Ranks) -> dict[str, float]:
     """Accuracies of the plain student and the dynamic teacher, and the gap."""
-    networks = {"student": net.eval().collapse(), "teacher": net.teacher}
+    networks = {"student": net.eval().collapse(average=False), "teacher": net.teacher}
     measured = accuracies(split, networks, config, ranks)
     net.train()
     if "teacher" in measured:

@@ -53,7 +53,7 @@ class Plain(nn.Module):
         loss = torch.stack([*terms.values()]).sum()
         return Distilled(loss, logits, logits, static_logits, terms)
 
-    def collapse(self) -> nn.Module:
+    def collapse(self, *, average: bool | None = None) -> nn.Module:
         """The student."""
         return self.student
 

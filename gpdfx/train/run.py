@@ -192,7 +192,7 @@ class Run:
 
     # ---- the end
     def _finish(self) -> dict[str, Any]:
-        student = self.net.collapse()
+        student = self.net.collapse(average=False)
         summary = self._summarize(student)
         if self.ranks.rank == 0:
             files.write_tensors(self.out / STUDENT, files.cpu_copies(student.state_dict()))

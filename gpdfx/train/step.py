@@ -146,7 +146,9 @@ class TimedStepper:
 
     def _make_plain(self) -> Stepper:
         stepper = self.stepper
-        student = Plain(stepper.net.collapse(), make_criterion(stepper.config.numbers)).train()
+        student = Plain(
+            stepper.net.collapse(average=False), make_criterion(stepper.config.numbers)
+        ).train()
         patient = dataclasses.replace(stepper.config, patience=2**62)  # its loss decides nothing
         return Stepper(student, patient, Ranks(stepper.ranks.device), stepper.steps)
 
