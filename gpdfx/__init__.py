@@ -29,5 +29,6 @@ from .report.report import Report as Report
 from .storage import load as load
 from .storage import save as save
 from .teacher.module import Teacher as Teacher
+from .teacher.plain.deploy import plain_teacher as plain_teacher
 
 __version__ = "0.1.0"

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._C._functorch import maybe_get_bdim, maybe_get_level
 from torch._functorch.predispatch import _remove_batch_dim
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -702,3 +702,24 @@ def composed(op: Any, arguments: Callable[[list[Any]], Any], values: list[Any]) 
 
     trace = make_fx(call, decomposition_table={op: op.decompose}, pre_dispatch=True)
     return trace(*map(given, values)).graph
+
+
+# --------------------------------------------------------------------------- writing graphs
+def is_higher_order(held: Any) -> bool:
+    """True for an op that calls graphs (``cond``), which no tracer of ``torch.fx`` takes."""
+    return isinstance(held, torch._ops.HigherOrderOperator)
+
+
+def holds_ops(held: Any) -> bool:
+    """True for the parts of a path to one: ``torch.ops``, ``torch.ops.aten``, ``.add``."""
+    kinds = torch._ops._Ops | torch._ops._OpNamespace | torch._ops.OpOverloadPacket
+    return isinstance(held, kinds)
+
+
+def call_whole(
+    graph: fx.Graph, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> fx.Node:
+    """A call that no tracer looks into, as of ``fx.wrap``; of no function of torch."""
+    node = graph.call_function(function, args, kwargs)
+    node.meta["is_wrapped"] = True
+    return node

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
+import pickle
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -304,6 +305,25 @@ def test_operators_are_told_apart() -> None:
     assert not torch_private.is_overload(torch.add)
     assert torch_private.op_name(aten.add.Tensor) == "add"
     assert torch_private.custom_overload(aten.add) is aten.add
+
+
+def test_paths_to_operators_end_in_what_is_called() -> None:
+    assert all(map(torch_private.holds_ops, (torch.ops, torch.ops.aten, aten.add)))
+    assert not any(map(torch_private.holds_ops, (torch, aten.add.Tensor)))
+    assert torch_private.is_higher_order(torch.ops.higher_order.cond)
+    assert not torch_private.is_higher_order(aten.add.Tensor)
+
+
+def test_a_whole_call_is_not_looked_into() -> None:
+    """By the tracer that unpickles a graph."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    made = torch_private.call_whole(graph, OrderedDict, (), {"a": x, "b": 2})
+    graph.output(made)
+    again = pickle.loads(pickle.dumps(fx.GraphModule(nn.Module(), graph)))
+    (call,) = again.graph.find_nodes(op="call_function", target=OrderedDict)
+    assert call.kwargs["b"] == 2
+    assert again(torch.ones(1)) == OrderedDict(a=torch.ones(1), b=2)
 
 
 def test_custom_operators_give_their_overload() -> None:

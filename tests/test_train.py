@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -136,6 +137,25 @@ def test_export_is_onnxruntimes(finished: Path, tmp_path: Path) -> None:
     x = torch.randn(7, 1, 8, 8)
     (logits,) = session.run(None, {"input": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), student.eval()(x))
+
+
+def test_a_teacher_is_exported_plain(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    file = tmp_path / "teacher.onnx"
+    assert main(["export", str(finished), "--onnx", str(file), "--teacher"]) == 0
+    assert f"wrote {file}" in capsys.readouterr().out
+    student = models.load("tests.small_networks:tiny", classes=10, shape=(1, 8, 8))
+    teacher = gpdfx.load(finished / "teacher.safetensors", student).eval()
+    x = torch.randn(7, 1, 8, 8)
+    (logits,) = onnxruntime.InferenceSession(str(file)).run(None, {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), teacher(x), rtol=1e-4, atol=1e-5)
+    without = shutil.copytree(finished, tmp_path / "run")
+    (without / "teacher.safetensors").unlink()
+    with pytest.raises(gpdfx.InputError, match=r"holds no teacher\.safetensors"):
+        export(without, file, teacher=True)
 
 
 def test_a_wrong_export_is_not_written(

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from types import CodeType
 from typing import Any
 
@@ -89,6 +89,12 @@ class Sizes:
             self.check(flat, [""] * len(flat))
             return True
         return False
+
+    def texts(self, names: list[str]) -> list[tuple[str, str]]:
+        """What ``check`` asks of the tensors ``flat``: as Python, and for people."""
+        demands: tuple[_Demand, ...] = self.__dict__["_all"]
+        named = [(f"flat[{k}]", name) for k, name in enumerate(names)]
+        return [(d.text, reduce(lambda t, n: t.replace(*n), named, d.text)) for d in demands]
 
     @property
     def doubts(self) -> tuple[str, ...]:

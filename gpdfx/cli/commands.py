@@ -87,9 +87,11 @@ def add_training(commands: Any) -> None:
     command = add_command(commands, "eval", _eval, text, parents=[run])
     command.add_argument("--data", metavar="SOURCE", help="another source with the same classes")
     command.add_argument("--device", choices=get_args(Device), default="auto")
-    text = "write a run's student as ONNX, and check it"
+    text = "write a run's student, or its teacher, as ONNX, and check it"
     command = add_command(commands, "export", _export, text, parents=[run])
     command.add_argument("--onnx", metavar="FILE", required=True, help="the file to write")
+    text = "the wide network instead, plain, its branches merged"
+    command.add_argument("--teacher", action="store_true", help=text)
 
 
 def _add_fields(group: Any, kind: type, names: Iterable[str], *, defaults: bool) -> None:
@@ -163,7 +165,7 @@ def _eval(options: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _export(options: argparse.Namespace) -> tuple[str, Any]:
-    done = export(options.folder, options.onnx)
+    done = export(options.folder, options.onnx, teacher=options.teacher)
     text = (
         f"wrote {done['file']} ({done['bytes']:,} bytes, opset {done['opset']}); onnxruntime's "
         f"logits are torch's to {done['error']:.1e}"

@@ -23,6 +23,7 @@ from ..distill.gpd import find_logits
 from ..errors import GpdfxError, InputError
 from ..files import AsPath, replacing
 from ..teacher.module import Teacher
+from ..teacher.plain.deploy import plain_teacher
 from .config import TrainConfig, read_config
 from .networks import Net, check_logits
 from .ranks import Ranks, join
@@ -110,15 +111,16 @@ def evaluate(folder: AsPath, data: str | None = None, device: str = "auto") -> d
     return {"data": splits.name, "validation": validation, "test": test}
 
 
-def export(folder: AsPath, file: AsPath) -> dict[str, Any]:
-    """Write a run's student as ONNX, for batches of any size, and check it with onnxruntime
-    against torch. The file appears if it is right, or not at all.
+def export(folder: AsPath, file: AsPath, *, teacher: bool = False) -> dict[str, Any]:
+    """Write a run's student as ONNX, or its ``teacher`` (``gpdfx.plain_teacher``), for batches of
+    any size, and check it with onnxruntime against torch. The file appears if it is right, or not
+    at all.
 
     Returns ``file``, its ``bytes``, ``opset``, ``inputs``, ``outputs`` and the relative ``error``.
 
     Raises:
-        InputError: no finished run, or the packages are missing.
-        GpdfxError: the student does not export, or computes something else in onnxruntime.
+        InputError: no finished run, none that kept its teacher, or the packages are missing.
+        GpdfxError: the network does not export, or computes something else in onnxruntime.
     """
     try:
         import onnxruntime
@@ -127,11 +129,20 @@ def export(folder: AsPath, file: AsPath) -> dict[str, Any]:
         raise InputError(
             f"the export needs {error.name}", remedy="pip install 'gpdfx[onnx]'"
         ) from error
-    config, summary, student = load_run(folder)
+    config, summary, network = load_run(folder)
+    state, of = STUDENT, config.student
+    if teacher:
+        state, of = TEACHER, f"the teacher of {config.student}"
+        if not (Path(folder) / TEACHER).exists():
+            raise InputError(
+                f"{folder} holds no {TEACHER}",
+                remedy="train with a teacher, and keep it in the folder of the run",
+            )
+        network = plain_teacher(storage.load(Path(folder) / TEACHER, network).eval())
     draw = generator("onnx", 0)
     batches = [torch.randn(n, *summary["shape"], generator=draw) for n in (2, 1, 5)]
-    model = Logits(student).eval()
-    program = _to_onnx(model, batches[0], config.student)
+    model = Logits(network).eval()
+    program = _to_onnx(model, batches[0], of, state)
     with replacing(file) as fresh:
         program.save(str(fresh))
         session = onnxruntime.InferenceSession(str(fresh), providers=["CPUExecutionProvider"])
@@ -139,7 +150,7 @@ def export(folder: AsPath, file: AsPath) -> dict[str, Any]:
         if not worst <= TOLERANCE:
             raise GpdfxError(
                 f"onnxruntime's logits differ from torch's by {worst:.1e} of the largest",
-                remedy=f"nothing was written; {STUDENT} is the student's state_dict",
+                remedy=f"nothing was written; {state} holds the weights",
             )
     return {
         "file": str(file),
@@ -162,7 +173,7 @@ class Logits(nn.Module):
         return find_logits(self.network(x))
 
 
-def _to_onnx(model: nn.Module, example: Tensor, name: str) -> Any:
+def _to_onnx(model: nn.Module, example: Tensor, name: str, state: str) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as quiet:
             logging.disable(logging.WARNING)  # the exporter's chatter
@@ -180,12 +191,12 @@ def _to_onnx(model: nn.Module, example: Tensor, name: str) -> Any:
         raise GpdfxError(
             f"{name} does not export to ONNX: {error}",
             remedy="torch.onnx.export(dynamo=True) has to take the network; "
-            f"{STUDENT} is its state_dict",
+            f"{state} holds its weights",
         ) from error
 
 
 @torch.no_grad()
 def _difference(session: Any, model: nn.Module, x: Tensor) -> float:
     (logits,) = session.run(["logits"], {"input": x.numpy()})
-    expected = model(x)
+    expected = model(torch.cat([x, x]))[: len(x)]  # loaded teachers take no batch of one
     return float((torch.from_numpy(logits) - expected).abs().max() / expected.abs().max())
