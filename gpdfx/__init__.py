@@ -8,6 +8,7 @@ plain = gpdfx.collapse(teacher)            # the user's own class again
 from . import _links as _links
 from .access.collapse import collapse as collapse
 from .access.groups import param_groups as param_groups
+from .access.plain.deploy import plain_teacher as plain_teacher
 from .access.states import to_student as to_student
 from .access.states import to_teacher as to_teacher
 from .compiler import expand as expand
@@ -29,6 +30,5 @@ from .report.report import Report as Report
 from .storage import load as load
 from .storage import save as save
 from .teacher.module import Teacher as Teacher
-from .teacher.plain.deploy import plain_teacher as plain_teacher
 
 __version__ = "0.1.0"

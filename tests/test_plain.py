@@ -133,7 +133,7 @@ def test_normalized_branches_have_no_plain_form_in_train_mode() -> None:
     with pytest.raises(gpdfx.InputError, match="mode is 'both'"):
         gpdfx.plain_teacher(teacher, mode="both")
     with pytest.raises(gpdfx.InputError, match="takes a teacher"):
-        gpdfx.plain_teacher(nn.Linear(2, 2))  # type: ignore[arg-type]
+        gpdfx.plain_teacher(nn.Linear(2, 2))
 
 
 # --------------------------------------------------------------------------- ties and layers

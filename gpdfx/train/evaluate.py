@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import models, storage
+from ..access.plain.deploy import plain_teacher
 from ..data.loaders import eval_loader
 from ..data.splits import Split, generator
 from ..distill.gpd import find_logits
 from ..errors import GpdfxError, InputError
 from ..files import AsPath, replacing
 from ..teacher.module import Teacher
-from ..teacher.plain.deploy import plain_teacher
 from .config import TrainConfig, read_config
 from .networks import Net, check_logits
 from .ranks import Ranks, join

@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 
 from ...passes.program import bind
-from ..compiled import REGISTRIES
-from ..inner import add_module
+from ...teacher.compiled import REGISTRIES
+from ...teacher.inner import add_module
 
 aten = torch.ops.aten
 Names = Mapping[str, list[str]]

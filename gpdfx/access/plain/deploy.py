@@ -7,21 +7,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ...calls import sparse, tree
 from ...errors import GpdfxError, InputError, check_choice
 from ...passes.capture.modes import EVAL, TRAIN
 from ...passes.program import has_effect
+from ...teacher.captured import Section
+from ...teacher.module import Teacher
 from ...torch_private import tree_leaves
-from ..captured import Section
-from ..module import Teacher, check_teacher
+from ..find import find_teacher
 from .calls import write_inputs, write_output, write_sizes
 from .retrace import Retrace, Seen
 from .tensors import Written, assembled, meanings, names_of
 
 
-def plain_teacher(teacher: Teacher, *, mode: str = EVAL) -> fx.GraphModule:
+def plain_teacher(teacher: nn.Module, *, mode: str = EVAL) -> fx.GraphModule:
     """The dynamic teacher as a plain ``torch.fx.GraphModule``, which runs, pickles and exports
     without gpdfx, with the call signature of the teacher and the structure of its outputs.
 
@@ -36,6 +37,7 @@ def plain_teacher(teacher: Teacher, *, mode: str = EVAL) -> fx.GraphModule:
     not (an embedding that is the head, too), each layer gets its own and a warning says so; if
     the student has no name for each, the shares stay in the graph.
 
+    ``teacher``: one, or what holds one (see ``gpdfx.collapse``).
     ``mode``: ``"eval"`` gives what ``teacher.eval()`` computes. ``"train"`` gives what it computes
     in train mode (batch statistics, dropout), to go on training the wide network alone. Either is
     one graph: ``train()`` and ``eval()`` of the result do not turn one into the other. Autocast
@@ -50,8 +52,13 @@ def plain_teacher(teacher: Teacher, *, mode: str = EVAL) -> fx.GraphModule:
             own, and functions with a backward of their own. Says what to do.
         GpdfxError: no graph can be written, or it computes something else on the example.
     """
-    check_teacher("plain_teacher", teacher)
+    own = find_teacher("plain_teacher", teacher)
     check_choice("mode", mode, (EVAL, TRAIN))
+    with own._settled():
+        return _plain(own, mode)
+
+
+def _plain(teacher: Teacher, mode: str) -> fx.GraphModule:
     section = _section(teacher, mode)
     args, kwargs = _example(teacher)
     flat = section.flatten(args, kwargs)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...passes.program import unused
-from ..inner import add_module, attach
-from ..module import Teacher
+from ...teacher.inner import add_module, attach
+from ...teacher.module import Teacher
 from .layers import Names, call_layer, layers_of
 from .retrace import RAW, Variant, keep_traceable
 
@@ -91,7 +91,7 @@ def assembled(teacher: Teacher, written: Written, training: bool) -> fx.GraphMod
             warnings.warn(
                 f"{' and '.join(own)} are tied in the student, and here not any more: their layers "
                 "weigh the copies differently",
-                stacklevel=4,
+                stacklevel=5,
             )
     lasting = teacher.state_dict(keep_vars=True)
     order = [n for n, _ in student.named_parameters(remove_duplicate=False)]

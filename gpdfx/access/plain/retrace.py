@@ -21,6 +21,7 @@ from ...errors import InputError
 from ...kernels import copies, regions
 from ...kernels.user_function import UserFunction
 from ...passes.folded import Folded, merged, read, teachers
+from ...teacher.captured import Region, _Code
 from ...torch_private import (
     enter_autocast,
     exit_autocast,
@@ -29,7 +30,6 @@ from ...torch_private import (
     is_overload,
     tree_leaves,
 )
-from ..captured import Region, _Code
 
 Variant = tuple[Any, ...]
 """What of a tensor is read: itself, its fold by the name of ``passes.folded``, or either times
