@@ -14,7 +14,7 @@ from benchmarks.layers import LAYERS, Case
 from gpdfx.branches.kinds import Full
 from gpdfx.branches.layer import Layer
 from gpdfx.branches.term import Term
-from gpdfx.kernels.fold import Site, reference
+from gpdfx.kernels.fold import Site, key_of, op, reference
 from gpdfx.passes.folded import students, teachers
 
 from .helpers import folding, hidden_student, parts, run_teacher
@@ -337,3 +337,54 @@ def test_channels_last_weights_stay_so() -> None:
     teacher = gpdfx.expand(model, 2, example_inputs=(x,), branches="orepa")
     for weight in folding(teacher)().values():
         assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# --------------------------------------------------------------------------- compilers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("asked", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("which", "name", "mean"), [("grouped", "orepa", True), ("linear", "lowrank", False)]
+)
+def test_the_operator_gives_what_plain_torch_does(
+    which: str,
+    name: str,
+    mean: bool,
+    asked: tuple[bool, bool],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Tensor, "new_empty", Tensor.new_zeros)  # between results, too
+    case = Case(LAYERS[which], name, dtype, mean=mean)
+    key, tensors = key_of((case.site,)), [t.detach() for t in case.tensors]
+    given = tensors, key, *asked, None
+    weights = op.by_operator(None, *given, False)
+    assert tensors_equal(
+        _numbered(weights), _numbered(reference.forward(case.site, tensors, *asked))
+    )
+    grads = [None if w is None else torch.randn_like(w) for w in weights]
+    want = reference.backward(case.site, tensors, *grads)  # type: ignore[arg-type]
+    assert tensors_equal(_numbered(op.by_operator(grads, *given, False)), _numbered(want))
+    if dtype is torch.float32:
+        torch.library.opcheck(op.fold_op, (*given, False))
+
+
+def _numbered(tensors: Any) -> dict[str, Tensor]:
+    return {str(k): x for k, x in enumerate(tensors) if x is not None}
+
+
+def test_compilers_are_given_a_fold_as_one_op() -> None:
+    """Its many small ones would take a compiler for CPUs longer than the networks do."""
+    _, teacher, x = plain_teacher("auto")
+    run = torch.compile(teacher.both, backend="aot_eager", fullgraph=True)
+    run(x)
+    with torch.profiler.profile() as seen:
+        sum(y.square().mean() for y in run(x)).backward()  # type: ignore[union-attr]
+    counts = {event.key: event.count for event in seen.key_averages()}
+    folds = len(list(teacher.folds()))
+    assert [counts[name] for name in ("gpdfx::fold", "gpdfx::fold_backward")] == [folds] * 2
+
+
+def test_what_is_exported_has_no_operator_of_ours() -> None:
+    _, teacher, x = plain_teacher("auto")
+    graph = torch.export.export(teacher.eval(), (x,)).graph
+    assert not [node for node in graph.nodes if "gpdfx" in str(node.target)]

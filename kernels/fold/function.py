@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .op import by_kernels, sizes_of, taken
-from .site import Site, key_of, owned, sites_of
+from .op import by_kernels, by_operator, plainly, sizes_of, taken
+from .site import Site, key_of, owned
 
 KERNELS = {"cuda"}
 """Devices with kernels."""
@@ -32,8 +32,9 @@ def fold(
 
     ``key``: ``key_of`` the sites. ``index``: which of ``tensors`` are those of the sites, one site
     after the other. Nothing is kept for the backward but these tensors. Where there are kernels,
-    they fold what they can (``refusal``); else plain torch does, and compilers fold in their own
-    way.
+    they fold what they can (``refusal``); else plain torch does. Compilers are given operators
+    either way, for they take longer over the many small ops of folds than over the networks; what
+    is exported has none.
     """
     kind, kept = tensors[0].device.type, (tensors[0].dtype, torch.int64, torch.int32)
     asked = teacher, student, reference.autocast_type(kind)
@@ -42,11 +43,11 @@ def fold(
     made: Sequence[Tensor | None]
     if len({*fused}) > 1:
         made = _in_two(sites, fused, [tensors[k] for k in index], asked)
-    elif fused[0] or not torch.compiler.is_compiling():
-        made = _Fold.apply(key, index, fused[0], *asked, *tensors)
-    else:
+    elif torch.compiler.is_exporting():
         each = owned(sites, [tensors[k] for k in index])
         made = [w for one in each for w in reference.plain(*one, teacher, student)]
+    else:
+        made = _Fold.apply(key, index, fused[0], *asked, *tensors)
     pairs = list(zip(made[::2], made[1::2], strict=True))
     if not (teacher and student):
         return pairs
@@ -67,6 +68,12 @@ def _in_two(
     return [next(made[own]) for own in fused for _ in range(2)]
 
 
+def _without_kernels(grads: Any, *given: Any) -> list[Tensor | None]:
+    if torch.compiler.is_compiling():
+        return by_operator(grads, *given, False)
+    return plainly(grads, *given)
+
+
 class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -78,11 +85,10 @@ class _Fold(torch.autograd.Function):
         half: torch.dtype | None,
         *tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        own = [tensors[k] for k in index]
+        given = [tensors[k] for k in index], key, teacher, student, half
         if kernels:
-            return tuple(by_kernels(None, own, key, teacher, student, half))
-        each = owned(sites_of(key), own)
-        return tuple(x for one in each for x in reference.forward(*one, teacher, student))
+            return tuple(by_kernels(None, *given))
+        return tuple(_without_kernels(None, *given))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -99,14 +105,13 @@ class _Fold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, (key, index, kernels, *asked) = ctx.saved_tensors, ctx.rest
-        own, twice = [tensors[k] for k in index], torch.is_grad_enabled()
-        if kernels and not twice:
-            made = by_kernels(grads, own, key, *asked)
+        given, twice = ([tensors[k] for k in index], key, *asked), torch.is_grad_enabled()
+        if twice:
+            made = plainly(grads, *given, back=reference.back_plainly)
+        elif kernels:
+            made = by_kernels(grads, *given)
         else:
-            back, half = reference.back_plainly if twice else reference.backward, asked[2]
-            each = zip(owned(sites_of(key), own), grads[::2], grads[1::2], strict=True)
-            with torch.autocast(own[0].device.type, half, enabled=half is not None):
-                made = [grad for one, *pair in each for grad in back(*one, *pair)]
+            made = _without_kernels(grads, *given)
         found, needed = [None] * len(tensors), ctx.needs_input_grad[6:]
         for k, grad in zip(index, made, strict=True):
             if grad is not None and needed[k]:  # of one site: it is no constant
