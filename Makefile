@@ -2,13 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
-CODE = gpdfx passes kernels benchmarks tests setup.py
+CODE = gpdfx passes kernels benchmarks examples tests setup.py
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test lint slow bench gpu
+.PHONY: help demo test lint slow examples bench gpu
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed ## train, expand, collapse and report: the main job, about a minute
 	$(RUN) -m gpdfx.cli.demo
@@ -23,6 +23,10 @@ test: lint ## lint, and all default tests
 
 slow: $(VENV)/installed ## the tests that take minutes each
 	$(RUN) -m pytest -n 2 --dist loadfile -m slow
+
+examples: $(VENV)/installed ## every recipe under examples/, each as a program of its own
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[examples]'
+	$(RUN) -m pytest tests/test_examples.py -m examples
 
 bench: $(VENV)/installed ## benchmarks of a few minutes: lines, import, steps (files in build/)
 	$(RUN) -m benchmarks.code_lines

@@ -125,6 +125,8 @@ class Inner(nn.Module):
             self._modes.set(self._path, name, value)
         elif name in self._baked:
             self._refuse(f"{name} of a module inside a teacher is a number in its graphs", _AGAIN)
+        elif name == "qconfig":  # torch.ao.quantization sets it on every module before it begins
+            self._refuse("a teacher is not quantized: it is a graph", _QUANTIZE)
         else:
             super().__setattr__(name, value)
 
@@ -166,6 +168,7 @@ class Inner(nn.Module):
 
 _AGAIN = "change the model, and expand it then"
 _CONVERT = "expand (or give to GPD) nn.SyncBatchNorm.convert_sync_batchnorm(model) instead"
+_QUANTIZE = "quantize gpdfx.collapse(teacher), or prepare the model and expand it then"
 _HOOK = (
     "take what a module returns out of the teacher by features= of expand, and what comes to a "
     "parameter by its register_hook; or register the hook on the model, and expand it then"

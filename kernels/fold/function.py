@@ -43,7 +43,7 @@ def fold(
     made: Sequence[Tensor | None]
     if len({*fused}) > 1:
         made = _in_two(sites, fused, [tensors[k] for k in index], asked)
-    elif torch.compiler.is_exporting():
+    elif torch.compiler.is_exporting() or torch.jit.is_tracing():
         each = owned(sites, [tensors[k] for k in index])
         made = [w for one in each for w in reference.plain(*one, teacher, student)]
     else:
