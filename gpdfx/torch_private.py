@@ -268,6 +268,12 @@ def is_traced() -> bool:
     return get_proxy_mode() is not None
 
 
+def is_exporting() -> bool:
+    """True where ``torch.export`` or ``torch.jit.trace`` makes a program that runs without Python.
+    ``torch.compiler.is_exporting`` is true in all compiled code of torch 2.11."""
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
 @contextmanager
 def own_numbers(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Numbers that are read out of these tensors without data are unknown ones, of which no node of

@@ -682,3 +682,15 @@ def test_to_empty_is_known_by_its_name() -> None:
 
     Watched().to_empty(device="cpu").to("cpu").double()
     assert seen == [True, False, False]
+
+
+def test_only_exports_are_exports() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + int(torch_private.is_exporting())
+
+    net, x = Net(), torch.zeros(1)
+    exported = [torch.export.export(net, (x,), strict=strict).module() for strict in (True, False)]
+    exported += [torch.jit.trace(net, (x,), check_trace=False)]
+    assert [int(made(x)) for made in exported] == [1, 1, 1]
+    assert [int(made(x)) for made in (net, torch.compile(net, backend="eager"))] == [0, 0]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...torch_private import is_exporting
 from . import reference
 from .op import by_kernels, by_operator, plainly, sizes_of, taken
 from .site import Site, key_of, owned
@@ -43,7 +44,7 @@ def fold(
     made: Sequence[Tensor | None]
     if len({*fused}) > 1:
         made = _in_two(sites, fused, [tensors[k] for k in index], asked)
-    elif torch.compiler.is_exporting() or torch.jit.is_tracing():
+    elif is_exporting():
         each = owned(sites, [tensors[k] for k in index])
         made = [w for one in each for w in reference.plain(*one, teacher, student)]
     else:

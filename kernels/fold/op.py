@@ -68,7 +68,8 @@ def by_kernels(grads: Grads | None, *given: Any) -> list[Tensor | None]:
 def by_operator(grads: Grads | None, *given: Any) -> list[Tensor | None]:
     """The same for compilers; the last of ``given`` says whether by kernels."""
     flat = fold_op(*given) if grads is None else backward_op(list(grads), *given)
-    return viewed(flat, layout_of(*given[:4])[grads is not None])
+    weights, trained = layout_of(*given[:4])
+    return viewed(flat, weights if grads is None else trained)
 
 
 def plainly(
