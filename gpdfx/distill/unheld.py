@@ -24,7 +24,7 @@ def warn_of_unheld(module: nn.Module) -> None:
     _WATCHED.add(module)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def _listen() -> None:
     """Once a process: hooks that end while optimizers step would disturb them."""
     register_optimizer_step_post_hook(_stepped)
