@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -143,6 +144,39 @@ def test_unlabeled_samples_are_left_out() -> None:
     want = DKD()(logits[counts], static[counts], y[counts])
     torch.testing.assert_close(DKD()(logits, static, y, counts=counts), want)
     assert find_counts(F.cross_entropy, logits, y.float().softmax(0), 1) is None
+
+
+def test_rows_that_a_criterion_leaves_out() -> None:
+    """Of logits (N, C) too; a margin that is met is none of them."""
+    logits, y = 9 * torch.eye(5)[[0, 1, 2, 3]], torch.tensor([0, 1, 3, 4])
+
+    def ignores(logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits, y, ignore_index=3)
+
+    counts = find_counts(ignores, logits, y, 1)
+    assert counts is not None
+    assert counts.tolist() == [True, True, False, True]
+    counts = find_counts(F.multi_margin_loss, logits, y, 1)
+    assert counts is not None
+    assert counts.all()
+    smooth = partial(F.cross_entropy, label_smoothing=0.1, ignore_index=3)
+    counts = find_counts(smooth, logits, y, 1)
+    assert counts is not None
+    assert counts.tolist() == [True, True, False, True]
+    assert find_counts(F.mse_loss, logits, torch.randn(4, 5), 1) is None
+
+
+def test_without_a_gap_there_need_be_no_classes() -> None:
+    """A map of depths, say."""
+    torch.manual_seed(0)
+    x, depth = torch.randn(2, 3, 5, 5), torch.randn(2, 4, 5, 5)
+    options = {"example_inputs": (x,), "verify": False, "branches": None, "criterion": F.mse_loss}
+    gpd = gpdfx.GPD(Maps(), lam=0.0, **options)
+    out = gpd(x, depth)
+    torch.testing.assert_close(out.terms["student"], F.mse_loss(out.student_logits, depth))
+    gpd.lam = 1.0
+    with pytest.raises(gpdfx.InputError, match="class_dim="):
+        gpd(x, depth)
 
 
 def test_where_targets_do_not_tell_the_gradient_does() -> None:

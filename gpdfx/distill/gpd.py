@@ -83,7 +83,7 @@ class GPD(nn.Module):
         counts: targets -> which positions count for the gap and for ``kd``, booleans of the shape
             of the logits without the classes. By default those that the criterion counts
             (``ignore_index``, padding, shifted labels), for which one of your own runs once more
-            on logits that are zero, where they have more than two dimensions.
+            on logits that are zero.
         unshared: patterns (see ``gpdfx.control``) of parameters that the student has for itself;
             ``"*"`` shares nothing.
         overlap_static: run the static teacher on a CUDA stream of its own, beside the other two;
@@ -219,13 +219,15 @@ class GPD(nn.Module):
                 raise InputError(text, remedy="gpd(inputs, targets), or gpd(**batch) with labels")
             targets = kwargs[LABELS] if self._labels_stay else kwargs.pop(LABELS)
         teacher, student, static = self._run(args, kwargs)
-        dim = self._dim_of_classes(student.logits, targets)
+        gap, kd = self.gap_counts and self.lam, static is not None and self._kd_counts
+        dim, counts = 1, None
+        if gap or kd or isinstance(self.criterion, CrossEntropy):
+            dim = self._dim_of_classes(student.logits, targets)
         terms = {
             "teacher": self.teacher_weight * self._task_loss(teacher.logits, targets, dim),
             "student": self._task_loss(student.logits, targets, dim),
         }
-        gap, counts = self.gap_counts and self.lam, None
-        if gap or (self._kd_counts and static is not None):
+        if gap or kd:
             counts = self._counted(student.logits, targets, dim)
         if gap:
             ours, soft = rows(student.logits, dim), rows(teacher.logits.detach(), dim)

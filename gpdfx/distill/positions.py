@@ -59,7 +59,7 @@ def find_counts(criterion: Criterion, logits: Tensor, targets: Any, dim: int) ->
     if base is F.cross_entropy or isinstance(base, CrossEntropy | nn.CrossEntropyLoss):
         aligned = is_classes(targets) and targets.shape == _positions(logits, dim)
         return targets != options.get("ignore_index", IGNORED) if aligned else None
-    if logits.ndim <= 2:
+    if logits.ndim <= 2 and not is_classes(targets):  # soft ones leave nothing out
         return None
     gradient = _gradient(criterion, logits, targets)
     return None if gradient is None else (gradient != 0).any(dim)
