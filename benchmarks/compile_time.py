@@ -1,0 +1,66 @@
+"""How long ``torch.compile`` takes over a GPD: its first two steps, with nothing in a cache.
+
+    python -m benchmarks.compile_time        # a minute or two
+
+The student is three convolutions with batch norm, batches are 16 images of 32 x 32. The plain
+student is compiled before, in a process and with a cache of its own, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+from torch import nn
+
+from benchmarks import timing
+from gpdfx import GPD
+
+
+def student() -> nn.Module:
+    """Three convolutions."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 16), (16, 32), (32, 32)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
+        layers += [nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+
+
+def measure(what: str) -> float:
+    """Seconds of two steps."""
+    images, classes = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+    net = student()
+    run = torch.compile(GPD(net, example_inputs=(images,)) if what == "gpd" else net)
+    start = time.perf_counter()
+    for _ in range(2):
+        out = run(images, classes).loss if what == "gpd" else run(images).square().mean()
+        out.backward()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_time")
+    parser.add_argument("what", nargs="?", choices=("plain", "gpd"), help="in this process, alone")
+    given = parser.parse_args()
+    if given.what:
+        print(f"{measure(given.what):.1f}")
+        return
+    for what in ("plain", "gpd"):
+        with tempfile.TemporaryDirectory() as cache:
+            environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+            argv = [sys.executable, "-m", "benchmarks.compile_time", what]
+            done = subprocess.run(
+                argv, env=environment, check=True, stdout=subprocess.PIPE, text=True
+            )
+        print(f"{what:6} {done.stdout.split()[-1]} s")
+    print(timing.machine())
+
+
+if __name__ == "__main__":
+    main()
