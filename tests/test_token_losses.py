@@ -245,6 +245,9 @@ def test_a_causal_lm_needs_no_criterion() -> None:
 
 def test_a_classifier_needs_no_criterion() -> None:
     from transformers import BertConfig, BertForSequenceClassification
+    from transformers.utils import find_labels
+
+    assert find_labels(gpdfx.GPD) == ["labels"]  # without which Trainer.evaluate has no loss
 
     sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     config = BertConfig(**sizes, num_attention_heads=2, num_labels=3)

@@ -204,7 +204,9 @@ class GPD(nn.Module):
         self._epoch, self.gap_counts = epoch, epoch >= self.start_epoch
 
     # ---- running
-    def forward(self, inputs: Any = None, targets: Any = None, **keywords: Any) -> Distilled:
+    def forward(
+        self, inputs: Any = None, targets: Any = None, *, labels: Any = None, **keywords: Any
+    ) -> Distilled:
         """All networks on one batch.
 
         ``inputs``: a tensor, a tuple of positional or a dict of keyword inputs; or the keyword
@@ -212,7 +214,7 @@ class GPD(nn.Module):
         given, ``labels`` among the keyword inputs.
         """
         args, kwargs = arguments({} if inputs is None else inputs)
-        kwargs |= keywords
+        kwargs |= keywords if labels is None else {**keywords, LABELS: labels}
         if targets is None:
             if LABELS not in kwargs:
                 text = "the targets are missing, and there are no labels among the inputs"

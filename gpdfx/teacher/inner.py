@@ -168,7 +168,10 @@ class Inner(nn.Module):
 
 _AGAIN = "change the model, and expand it then"
 _CONVERT = "expand (or give to GPD) nn.SyncBatchNorm.convert_sync_batchnorm(model) instead"
-_QUANTIZE = "quantize gpdfx.collapse(teacher), or prepare the model and expand it then"
+_QUANTIZE = (
+    "quantize gpdfx.collapse(teacher), or gpdfx.plain_teacher(teacher) for the wide network; or "
+    "prepare the model and expand it then"
+)
 _HOOK = (
     "take what a module returns out of the teacher by features= of expand, and what comes to a "
     "parameter by its register_hook; or register the hook on the model, and expand it then"
