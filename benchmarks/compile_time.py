@@ -8,17 +8,18 @@ student is compiled before, in a process and with a cache of its own, too.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from benchmarks import timing
+from benchmarks.tables import RESULTS, Table, command_line
 from gpdfx import GPD
 
 
@@ -45,12 +46,15 @@ def measure(what: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_time")
+    parser = command_line("compile_time", __doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS / "compile_time.csv", help="a CSV")
     parser.add_argument("what", nargs="?", choices=("plain", "gpd"), help="in this process, alone")
     given = parser.parse_args()
     if given.what:
         print(f"{measure(given.what):.1f}")
         return
+    columns = ("what", "seconds", *timing.machine())
+    table = Table(given.out, columns, key=("what", "torch", "machine"))
     for what in ("plain", "gpd"):
         with tempfile.TemporaryDirectory() as cache:
             environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
@@ -58,8 +62,10 @@ def main() -> None:
             done = subprocess.run(
                 argv, env=environment, check=True, stdout=subprocess.PIPE, text=True
             )
-        print(f"{what:6} {done.stdout.split()[-1]} s")
-    print(timing.machine())
+        row = {"what": what, "seconds": done.stdout.split()[-1], **timing.machine()}
+        table.replace([row])
+        print(f"{what:6} {row['seconds']} s")
+    print(f"{table.path}: torch {row['torch']}, {row['machine']}")
 
 
 if __name__ == "__main__":

@@ -64,13 +64,14 @@ def test_each_is_as_good_as_a_teacher(trained: gpdfx.GPD, holder: str, whole: bo
     prefix = "module." if "n_averaged" in state else ""
     state.pop("n_averaged", None)
     assert tensors_equal(want, {k.removeprefix(prefix): x for k, x in state.items()})
-    plain = gpdfx.to_student(trained.state_dict(), held)
-    assert tensors_equal(want, plain)
+    inside = nn.ModuleDict({"net": held, "metric": nn.Linear(2, 2)})  # as Lightning's modules
+    for state in (trained.state_dict(), inside.state_dict()):
+        assert tensors_equal(want, gpdfx.to_student(state, held))
     torch.manual_seed(1)
     other = Net()
-    inside = gpdfx.to_teacher(other.state_dict(), held)
     twin = copy.deepcopy(trained)
-    (twin if whole else twin.teacher).load_state_dict(inside)
+    state = nn.ModuleDict({"net": other, "metric": nn.Linear(2, 2)}).state_dict()
+    (twin if whole else twin.teacher).load_state_dict(gpdfx.to_teacher(state, held))
     torch.testing.assert_close(twin.student(X), other.eval()(X))
     torch.testing.assert_close(twin.teacher(X), other(X), rtol=1e-4, atol=1e-5)
     assert tensors_equal(twin.features.state_dict(), trained.features.state_dict())

@@ -78,7 +78,7 @@ def param_groups(
         of = name.removeprefix(prefix) if name.startswith(prefix) else None
         names = [name] if of is None else [of, student_name(found, of)]
         kept = p.ndim < 2 if of is None else of in undecayed
-        kept = kept or any(covers(pattern, names) for pattern in no_decay)
+        kept = kept or any(covers(pattern, [name, *names]) for pattern in no_decay)
         r = copies.get(names[0], 1)
         key = 0.0 if kept else weight_decay * r**decay, r**rate * scales.get(names[-1], 1.0)
         group = groups.setdefault(key, {"params": [], "param_names": [], "weight_decay": key[0]})

@@ -28,8 +28,9 @@ def to_student(state: State, teacher: nn.Module, *, strict: bool = True) -> dict
     Args:
         state: a ``state_dict`` of a teacher like this one, or of a ``GPD``; that of moving averages
             of it (``torch.optim.swa_utils.AveragedModel``); or of an optimizer over its parameters,
-            in the order of ``teacher.named_parameters()`` or with ``param_names``. Wrappers'
-            prefixes (``module.``, ``_orig_mod.``, ``teacher.``) are understood.
+            in the order of ``teacher.named_parameters()`` or with ``param_names``. What wrappers
+            put before all names is understood (``module.``, ``_orig_mod.``, the attribute of a
+            module of the user's), and what is not of the teacher left out.
         teacher: a teacher, or what holds one, as ``collapse`` takes it.
         strict: refuse an optimizer's state of weights that have branches: what moved are their
             branches, and no momentum of the merged weight follows from theirs. If false, the
@@ -46,10 +47,10 @@ def to_student(state: State, teacher: nn.Module, *, strict: bool = True) -> dict
     found = find_teacher("to_student(state, teacher)", teacher)
     if _of_optimizer(state, "to_student"):
         return _optimizer(state, teacher, found, strict, back=True)
-    prefix, own, rest = _unwrap(state)
-    own = _of_teacher(own, found)
     sharded.release(found)
-    check_keys(own, found.state_dict(), "the teacher")
+    known = found.state_dict()
+    prefix, own, rest = _unwrap(state, known)
+    check_keys(own, known, "the teacher")
     like = to_dtype(duplicate(found._student), own)
     with sharded.holding(found, _cast(found, own, own)):
         plain = filled(found, like)
@@ -68,9 +69,9 @@ def to_teacher(state: State, teacher: nn.Module, *, strict: bool = True) -> dict
     found = find_teacher("to_teacher(state, teacher)", teacher)
     if _of_optimizer(state, "to_teacher"):
         return _optimizer(state, teacher, found, strict, back=False)
-    prefix, own, rest = _unwrap(state)
     sharded.release(unwrapped(teacher))
     student = filled(found, found._student)
+    prefix, own, rest = _unwrap(state, student.state_dict())
     check_keys(own, student.state_dict(), "the student")
     to_dtype(student, own).load_state_dict(own)
     with found._settled():
@@ -80,13 +81,6 @@ def to_teacher(state: State, teacher: nn.Module, *, strict: bool = True) -> dict
         found.load_student(student)
         made = {prefix_of(teacher) + name: x for name, x in found.state_dict().items()}
     return _wrap(prefix, beside | made, rest)
-
-
-def _of_teacher(state: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
-    """What a teacher's state is in that of a ``GPD``; a teacher's own stays as it is."""
-    known = teacher.state_dict()
-    inside = {k.removeprefix(OF_GPD): x for k, x in state.items() if k.startswith(OF_GPD)}
-    return inside if inside.keys() == known.keys() != state.keys() else state
 
 
 def _cast(teacher: Teacher, given: State, like: State, copies: bool = False) -> dict[str, Tensor]:
@@ -152,17 +146,17 @@ def _holds(x: Tensor, known: Tensor) -> bool:
     return whole or (alike and x.itemsize > 1)
 
 
-def _unwrap(state: State) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """The prefix that a wrapper put before all names, the state without it, and what else the
-    wrapper keeps (the number of averages)."""
+def _unwrap(state: State, known: State) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The prefix for the result, the state of what has these names without the prefix that wrappers
+    put before all of them, and what an average keeps beside it (their number)."""
     rest = {k: v for k, v in state.items() if k == "n_averaged"}
-    own = {k: sharded.gathered(v) for k, v in state.items() if k not in rest}
-    prefix = ""
-    for word in ("module.", "_orig_mod.", "module."):
-        if own and all(k.startswith(word) for k in own):
-            own = {k.removeprefix(word): v for k, v in own.items()}
-            prefix += word if rest else ""  # other wrappers are of the training, not of the model
-    return prefix, own, rest
+    first = next(iter(known), "")
+    before = sorted({k.removesuffix(first) for k in state if k.endswith(first)}, key=len)
+    fits = (p for p in before if all(p + k in state for k in known))
+    prefix = next(fits, next(iter(before), ""))
+    own = {k: v for k, v in state.items() if k.startswith(prefix) and k not in rest}
+    own = {k.removeprefix(prefix): sharded.gathered(v) for k, v in own.items()}
+    return "module." if rest else "", own, rest
 
 
 def _wrap(prefix: str, own: State, rest: dict[str, Any]) -> dict[str, Any]:
