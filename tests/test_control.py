@@ -260,7 +260,7 @@ def test_random_wishes() -> None:
 
     @seed(0)
     @settings(
-        max_examples=10,
+        max_examples=6,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),

@@ -13,7 +13,7 @@ from .helpers import thinned
 from .networks import NETWORKS, WRITTEN, tensors_equal
 
 # Of large networks these run by default; the rest are slow, and rows of the coverage benchmark.
-LARGE = {("resnet18", 2), ("mobilenet_v3_small", 1.5), ("shufflenet_v2_x1_0", 3), ("vit_tiny", 2)}
+LARGE = {("resnet18", 2), ("mobilenet_v3_small", 1.5), ("vit_tiny", 2)}
 RATIOS = (1.5, 2, 3)
 USUAL = {*LARGE, *itertools.product(WRITTEN, RATIOS)}
 

@@ -306,8 +306,8 @@ def test_a_warning_names_what_no_optimizer_holds() -> None:
     sgd = torch.optim.SGD
     with pytest.warns(UserWarning, match=r"no optimizer holds teacher\.head\.weight, teacher\.hea"):
         step(lambda gpd: [sgd(gpd.teacher.embedding.parameters(), 0.1)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         step(lambda gpd: [sgd(gpdfx.param_groups(gpd), 0.1)])
         step(
             lambda gpd: [
@@ -315,3 +315,4 @@ def test_a_warning_names_what_no_optimizer_holds() -> None:
                 sgd(gpd.teacher.head.parameters(), 0.1),
             ]
         )
+    assert not [one for one in seen if "no optimizer holds" in str(one.message)]
