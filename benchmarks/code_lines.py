@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("gpdfx", "passes", "kernels", "benchmarks", "tests")
+FOLDERS = ("gpdfx", "passes", "kernels", "benchmarks", "examples", "tests")
 LAYOUT = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -30,7 +30,7 @@ LAYOUT = {
 }
 FOLD = {"gpdfx/teacher/fold.py", "gpdfx/teacher/folding.py", "passes/folded.py"}
 SUMS = {
-    "core": ("algebra", "calls", "passes", "rules", "teacher", "check"),
+    "core": ("algebra", "calls", "passes", "rules", "teacher", "access", "check"),
     "fold": ("branches", "kernels", "fold"),
     "training": ("train", "data", "models"),
     "benchmarks": ("benchmarks",),
