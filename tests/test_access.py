@@ -118,6 +118,11 @@ def test_optimizers_of_a_gpd(of_gpd: bool) -> None:
     torch.testing.assert_close(again.state[shared]["momentum_buffer"], want)
 
 
+def test_an_average_is_deployed(trained: gpdfx.GPD) -> None:
+    for held in (trained, torch.compile(AveragedModel(trained))):
+        torch.testing.assert_close(gpdfx.plain_teacher(held)(X), trained.teacher(X))
+
+
 def test_a_gpd_of_a_teacher(trained: gpdfx.GPD, tmp_path: Path) -> None:
     """Of one that was loaded, or that expand made otherwise."""
     gpdfx.save(trained.teacher, tmp_path / "teacher.safetensors")
