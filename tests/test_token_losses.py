@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -166,6 +168,19 @@ def test_rows_that_a_criterion_leaves_out() -> None:
     assert find_counts(F.mse_loss, logits, torch.randn(4, 5), 1) is None
 
 
+def test_logits_without_classes() -> None:
+    """One number a sample: the task's loss is computed, the gap is refused."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1), nn.Flatten(0))
+    x, y = torch.randn(5, 4), torch.rand(5)
+    loss = F.binary_cross_entropy_with_logits
+    gpd = gpdfx.GPD(model, lam=0.0, criterion=loss, example_inputs=(x,), verify=False)
+    out = gpd(x, y)
+    torch.testing.assert_close(out.terms["student"], loss(out.student_logits, y))
+    gpd.lam = 1.0
+    with pytest.raises(gpdfx.InputError, match=r"give both as \(N, C\)"):
+        gpd(x, y)
+
+
 def test_without_a_gap_there_need_be_no_classes() -> None:
     """A map of depths, say."""
     torch.manual_seed(0)
@@ -232,6 +247,8 @@ def test_a_causal_lm_needs_no_criterion() -> None:
     torch.testing.assert_close(out.terms["gap"], 3.0 * each[counts].mean())
     torch.testing.assert_close(gpd(**batch, labels=labels).loss, out.loss)
     torch.testing.assert_close(gpd(batch, labels).loss, out.loss)
+    for twin in (copy.deepcopy(gpd), pickle.loads(pickle.dumps(gpd))):
+        torch.testing.assert_close(twin(batch, labels).loss, out.loss)
     with pytest.raises(gpdfx.InputError, match="labels"):
         gpd(batch)
     for held in (gpd, gpd.teacher):
@@ -264,6 +281,20 @@ def test_a_classifier_needs_no_criterion() -> None:
     with_labels = {"input_ids": ids, "labels": y}
     gpd = gpdfx.GPD(bert, example_kwargs=with_labels, **options).eval()
     torch.testing.assert_close(gpd(**with_labels).loss, out.loss)
+
+
+def test_labels_that_were_tried_say_nothing_of_others() -> None:
+    """The kind of problem is found by the first real labels: several classes at once, here."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = BertConfig(**sizes, num_attention_heads=2, num_labels=3)
+    bert, ids = BertForSequenceClassification(config).eval(), draw(4, T)
+    y = torch.randint(0, 2, (4, 3)).float()
+    gpd = gpdfx.GPD(bert, example_kwargs={"input_ids": ids}, branches=None, verify=False).eval()
+    assert bert.config.problem_type is None
+    out = gpd(input_ids=ids, labels=y)
+    torch.testing.assert_close(out.terms["student"], bert(input_ids=ids, labels=y).loss)
 
 
 def test_a_loss_that_is_not_known_is_not_made_up() -> None:

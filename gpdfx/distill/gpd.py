@@ -41,7 +41,7 @@ from .losses import KD, LogitLoss, soft_cross_entropy
 from .outputs import Distilled as Distilled
 from .outputs import Outputs, arguments
 from .outputs import find_logits as find_logits
-from .own_loss import LABELS, own_loss
+from .own_loss import LABELS, own_loss, takes_labels
 from .positions import Criterion as Criterion
 from .positions import CrossEntropy, find_class_dim, find_counts, rows
 from .unheld import warn_of_unheld
@@ -164,13 +164,10 @@ class GPD(nn.Module):
         self.teacher_weight, self.start_epoch, self.epoch = teacher_weight, start_epoch, 0
         self.overlap_static = overlap_static
         self._logits = logits or find_logits
-        example = self.teacher._facts.example
         if criterion is None:
-            criterion = (
-                own_loss(filled(self.teacher, self.teacher._student), example) or CrossEntropy()
-            )
+            criterion = self._own_loss() or CrossEntropy()
         self.criterion, self.class_dim, self.counts = criterion, class_dim, counts
-        self._labels_stay = LABELS in example[1]
+        self._labels_stay = LABELS in self.teacher._facts.example[1]
         self._lasting: dict[str, Tensor] = {}
         object.__setattr__(self, "_static", _frozen(static_teacher))
         self._student_layers = layers
@@ -179,6 +176,13 @@ class GPD(nn.Module):
         if features is not None:
             self._build_features(features)
         warn_of_unheld(self)
+
+    def _own_loss(self) -> Criterion | None:
+        """The loss that the network computes from labels, if it takes such."""
+        student = self.teacher._student
+        if not takes_labels(student):
+            return None
+        return own_loss(filled(self.teacher, student), self.teacher._facts.example)
 
     def _build_features(self, features: FeatureLoss) -> None:
         """One loss for the teacher, one for the student, each for its own widths."""

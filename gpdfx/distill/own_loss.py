@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..check.observe import keep_rng
-from ..passes.program import duplicate
 from .outputs import find_logits
 from .positions import Criterion, CrossEntropy
 
@@ -27,7 +26,7 @@ class OwnLoss:
     def __init__(self, network: Any) -> None:
         self.function: Callable[..., Tensor] = network.loss_function
         self.config = copy.deepcopy(getattr(network, "config", None))
-        self.names = inspect.signature(self.function).parameters.keys()
+        self.names = tuple(inspect.signature(self.function).parameters)
 
     def __call__(self, logits: Tensor, labels: Any) -> Tensor:
         given = {"logits": logits, "pooled_logits": logits, "labels": labels}
@@ -42,24 +41,25 @@ def takes_labels(network: nn.Module) -> bool:
 
 @torch.no_grad()
 def own_loss(network: nn.Module, example: tuple[Any, Any]) -> Criterion | None:
-    """The criterion that gives what a network's forward does with labels; ``None`` if there is
-    none, or no way is known to come to the same number."""
-    if not takes_labels(network):
-        return None
+    """The criterion that gives what the forward of a network does with labels, which it takes;
+    ``None`` if no way is known to come to the same number. The network is one to be thrown away:
+    its mode and its configuration change."""
+    ways: list[Criterion] = [CrossEntropy()]
+    with contextlib.suppress(Exception):  # it does not say
+        ways.insert(0, OwnLoss(network))
     args, kwargs = example
     given = {name: x for name, x in kwargs.items() if name != LABELS}
     with contextlib.suppress(Exception), keep_rng([]):  # another network's labels are other things
-        twin = duplicate(network).eval()
-        logits = find_logits(twin(*args, **given))
+        logits = find_logits(network.eval()(*args, **given))
         labels = kwargs.get(LABELS)
         if labels is None:
             shape = logits.shape[:-1] if logits.ndim > 2 else logits.shape[:1]
             labels = torch.randint(logits.shape[-1], shape, device=logits.device)
-        output = twin(*args, **given, labels=labels)
+        output = network(*args, **given, labels=labels)
         loss = output["loss"] if isinstance(output, Mapping) else output.loss
-        ways: list[Callable[[], Criterion]] = [lambda: OwnLoss(network), CrossEntropy]
-        for way in ways:  # made again, for what it learns of labels that were drawn
+        for way in ways:
+            tried = copy.deepcopy(way)  # which may take labels that were drawn for all to come
             with contextlib.suppress(Exception):
-                if torch.allclose(way()(logits, labels), loss, rtol=1e-3, atol=1e-5):
-                    return way()
+                if torch.allclose(tried(logits, labels), loss, rtol=1e-3, atol=1e-5):
+                    return way
     return None

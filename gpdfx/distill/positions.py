@@ -54,7 +54,8 @@ def find_class_dim(criterion: Criterion, logits: Tensor, targets: Any) -> int:
 def find_counts(criterion: Criterion, logits: Tensor, targets: Any, dim: int) -> Tensor | None:
     """Which positions a criterion counts, of the shape of the logits without the classes; ``None``
     for all."""
-    options = criterion.keywords if isinstance(criterion, partial) else vars(criterion)
+    own = getattr(criterion, "__dict__", {})
+    options = criterion.keywords if isinstance(criterion, partial) else own
     base = criterion.func if isinstance(criterion, partial) else criterion
     if base is F.cross_entropy or isinstance(base, CrossEntropy | nn.CrossEntropyLoss):
         aligned = is_classes(targets) and targets.shape == _positions(logits, dim)
@@ -88,7 +89,7 @@ def rows(logits: Tensor, dim: int) -> Tensor:
     """Classes in dimension 1: tokens (B, T, V) become (B T, V), a view; maps stay."""
     if logits.ndim > 2 and dim == logits.ndim - 1:
         return logits.flatten(0, -2)
-    return logits.movedim(dim, 1)
+    return logits if dim == 1 else logits.movedim(dim, 1)
 
 
 class CrossEntropy:
