@@ -44,9 +44,11 @@ def find_class_dim(criterion: Criterion, logits: Tensor, targets: Any) -> int:
         g = _gradient(criterion, logits, targets)
         fit = [] if g is None else [d for d in fit if g.sum(d).abs().max() <= 1e-3 * g.abs().max()]
     if len(fit) != 1:
+        of = f"targets {tuple(targets.shape)}" if isinstance(targets, Tensor) else "these targets"
         raise InputError(
-            f"which dimension of logits {tuple(logits.shape)} holds the classes?",
-            remedy="pass class_dim= to GPD: 1 for maps (B, C, ...), -1 for tokens (B, T, V)",
+            f"which dimension of logits {tuple(logits.shape)} holds the classes, for {of}?",
+            remedy="pass class_dim= to GPD: 1 for maps (B, C, ...), -1 for tokens (B, T, V); for "
+            "targets of another size criterion=, too",
         )
     return fit[0]
 
