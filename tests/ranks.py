@@ -418,7 +418,9 @@ def main() -> None:
     if dist.get_rank() == 0:
         (Path(sys.argv[1]) / "results.json").write_text(json.dumps(results))
         print({k: v.strip().splitlines()[-1][:150] if v else "" for k, v in results.items()})
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # threads of PyTorch's own sometimes abort a process that ends as usual
 
 
 if __name__ == "__main__":

@@ -558,8 +558,8 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def poisoned(recipe: TrainingRecipe) -> Any:
-        calls = iter(range(10**6))  # two of a step: teacher and student
-        return lambda out, y: F.cross_entropy(out, y) * (torch.nan if next(calls) > 14 else 1)
+        calls = iter(range(10**6))  # three of a step: teacher, student, and what it counts
+        return lambda out, y: F.cross_entropy(out, y) * (torch.nan if next(calls) > 21 else 1)
 
     monkeypatch.setattr(networks, "make_criterion", poisoned)
     out = tmp_path / "run"
