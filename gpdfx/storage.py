@@ -76,7 +76,8 @@ def save(teacher: nn.Module, path: AsPath) -> None:
     is read by ``load``, too, which gives its teacher, and by ``GPD.load``."""
     holder = unwrapped(teacher)
     sharded.release(holder)
-    settings, tensors = getattr(holder, "stored", dict)() or ({}, {})
+    stored = getattr(type(holder), "stored", None)  # of a GPD, not a module of the student's
+    settings, tensors = stored(holder) if stored else ({}, {})
     _write(path, find_teacher("save", teacher), settings, tensors)
 
 

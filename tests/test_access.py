@@ -159,6 +159,15 @@ def test_a_gpd_in_a_file(trained: gpdfx.GPD, tmp_path: Path) -> None:
     assert gpdfx.GPD.load(path, Net()).lam == 3.0
 
 
+def test_a_student_may_call_a_module_like_a_method_of_gpd(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("stored", nn.Linear(4, 6))
+    teacher = gpdfx.expand(model, example_inputs=(torch.randn(3, 4),), verify=False)
+    gpdfx.save(teacher, tmp_path / "t")
+    again = gpdfx.load(tmp_path / "t", copy.deepcopy(model))
+    assert tensors_equal(again.state_dict(), teacher.state_dict())
+
+
 def test_the_static_teacher_is_not_touched() -> None:
     """Not even if it is the student; and it is not held twice."""
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import storage
 from ..access.collapse import collapse, filled
+from ..access.find import OF_GPD
 from ..access.states import check_keys
 from ..calls import sharded
 from ..calls.given import apart
@@ -360,12 +361,12 @@ class GPD(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that a weight decay leaves alone (see ``Teacher``)."""
         vectors = {name for name, p in self.features.named_parameters("features") if p.ndim < 2}
-        return vectors | {f"teacher.{name}" for name in self.teacher.no_weight_decay()}
+        return vectors | {OF_GPD + name for name in self.teacher.no_weight_decay()}
 
     @property
     def group_matcher(self) -> Callable[..., Any]:
         """The layers of parameters (a protocol of timm's), where the student says them."""
-        return matcher_of(self.teacher, "teacher.")
+        return matcher_of(self.teacher, OF_GPD)
 
     def _run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -74,13 +74,14 @@ def _positions(logits: Tensor, dim: int) -> tuple[int, ...]:
 
 def _gradient(criterion: Criterion, logits: Tensor, targets: Any) -> Tensor | None:
     """Of a criterion by logits that are zero; ``None`` if it has none."""
-    zeros = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
+    options: Any = {"dtype": torch.float32, "device": logits.device}
     if torch.compiler.is_compiling():  # which knows no autograd inside
+        zeros = torch.zeros(logits.shape, **options)
         found: Tensor = torch.func.grad(lambda x: criterion(x, targets))(zeros)
         return found
     targets = tree.copied(targets) if torch.is_inference_mode_enabled() else targets
     with torch.inference_mode(False), torch.enable_grad():
-        zeros = zeros.clone().requires_grad_()
+        zeros = torch.zeros(logits.shape, requires_grad=True, **options)
         loss = criterion(zeros, targets)
         if not loss.requires_grad:
             return None
