@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy search                     # learning rates, on validation sets
     python -m benchmarks.accuracy final                      # 20 fresh seeds, on test sets
-    python -m benchmarks.accuracy summary --readme README.md # table, pairs and picture
+    python -m benchmarks.accuracy summary --into docs/accuracy.md # table, pairs and picture
 
 ``search`` trains every method of every task at the task's four learning rates with seeds 0 to 4 and
 looks at validation sets alone. The best mean is frozen in
@@ -32,7 +32,7 @@ import torch
 from benchmarks import accuracy_summary
 from benchmarks.accuracy_methods import METHODS, Method, Rates, accuracy, step_times, train
 from benchmarks.accuracy_tasks import TASKS, Task, load
-from benchmarks.tables import RESULTS, Table, command_line, write_readme
+from benchmarks.tables import RESULTS, Table, command_line, write_between
 
 SEARCH_SEEDS, FINAL_SEEDS = range(5), range(100, 120)
 
@@ -162,7 +162,7 @@ def main() -> None:
     parser = command_line("accuracy", __doc__)
     parser.add_argument("command", choices=("search", "final", "summary"))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSVs")
-    parser.add_argument("--readme", type=Path, help="summary: a file with the marks of the table")
+    parser.add_argument("--into", type=Path, help="summary: a file with the marks of the table")
     given = parser.parse_args()
     out = tables(given.out)
     torch.set_num_threads(1)  # tensors this small gain nothing from threads, and wait for them
@@ -176,8 +176,8 @@ def main() -> None:
         text = accuracy_summary.summary(rows, rates)
         accuracy_summary.write_pairs(rows, rates, given.out / "accuracy_pairs.csv")
         accuracy_summary.draw(rows, rates, given.out / "accuracy.svg")
-        if given.readme:
-            write_readme(given.readme, text, "accuracy")
+        if given.into:
+            write_between(given.into, text, "accuracy")
         print(text)
 
 

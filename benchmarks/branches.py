@@ -3,7 +3,7 @@
     python -m benchmarks.branches              # both tables, about ten minutes on two cores
     python -m benchmarks.branches time --size 64 --batch 16
     python -m benchmarks.branches memory
-    python -m benchmarks.branches summary --readme README.md
+    python -m benchmarks.branches summary --into docs/speed.md
 
 ``time``: forward and backward of ``teacher.student`` against those of the plain student, runs
 interleaved, the ratio of each pair; ``derive`` is the fold and the extraction alone, forward and
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table as Grid
 
-from benchmarks.tables import RESULTS, Table, command_line, markdown, read, write_readme
+from benchmarks.tables import RESULTS, Table, command_line, markdown, read, write_between
 from benchmarks.timing import Row, machine, paired, quantiles
 from gpdfx import Teacher, expand, keep_memory
 
@@ -152,12 +152,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--readme", type=Path, help="with summary: write the table there")
+    parser.add_argument("--into", type=Path, help="with summary: write the table there")
     parser.add_argument("--out", type=Path, default=RESULTS / "branches.csv")
     given = parser.parse_args()
     if given.table == "summary":
         text = markdown(COLUMNS, map(cells, read(given.out)))
-        write_readme(given.readme, text, "branches") if given.readme else print(text)
+        write_between(given.into, text, "branches") if given.into else print(text)
         return
     out = Table(given.out, FIELDS, ("table", "size", "batch"))
     rows: list[Row] = []

@@ -7,7 +7,7 @@
     python -m benchmarks.coverage tasks
     python -m benchmarks.coverage libraries      # packages: libraries/requirements.txt
     python -m benchmarks.coverage names timm:convnext_atto torchvision:resnet18
-    python -m benchmarks.coverage summary --readme README.md
+    python -m benchmarks.coverage summary --into docs/breadth.md
 
 Each network runs in a process of its own: a crash, a hang or a leak costs only its row. A rerun
 does what is missing in the CSV; ``--redo timeout error`` also repeats rows of those statuses.
@@ -38,7 +38,7 @@ from torch.utils import _pytree as pytree
 
 from benchmarks import libraries, networks
 from benchmarks.coverage_summary import summary
-from benchmarks.tables import RESULTS, Table, command_line, write_readme
+from benchmarks.tables import RESULTS, Table, command_line, write_between
 from benchmarks.uses import USES, uses
 from gpdfx import CaptureError, GpdfxError, InputError, LossyError, collapse, expand
 from gpdfx.passes.capture.limits import LEVELS
@@ -301,12 +301,12 @@ def main() -> None:
     named.add_argument("names", nargs="+", help="<suite>:<model>, timm and torchvision included")
     tables = suites.add_parser("summary")
     tables.add_argument("csv", type=Path, nargs="*", help="default: all of results")
-    tables.add_argument("--readme", type=Path, help="write it between the marks in this file")
+    tables.add_argument("--into", type=Path, help="write it between the marks in this file")
     given = parser.parse_args()
     match given.suite:
         case "summary":
             text = summary(given.csv or sorted(RESULTS.glob("coverage_*.csv")))
-            write_readme(given.readme, text, "coverage") if given.readme else print(text)
+            write_between(given.into, text, "coverage") if given.into else print(text)
         case "torchvision":
             run(given.suite, networks.torchvision_all(), given)
         case "timm-files":

@@ -3,7 +3,7 @@
     python -m benchmarks.speed                          # defaults of this device, all rows
     python -m benchmarks.speed --only teacher fold --branches none auto --size 64 --batch 16
     python -m benchmarks.speed --peer PATH              # and those of a checkout of guoyongcs/GPD
-    python -m benchmarks.speed summary --readme README.md
+    python -m benchmarks.speed summary --into docs/speed.md
 
 A step is zero_grad, forward, backward and optimizer step (SGD with momentum). All runs in one
 process, in interleaved pairs; a row is the median of the pairs' ratios with 20 % and 80 %. Both of
@@ -257,7 +257,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", choices=KINDS, default=KINDS, metavar="ROW", help=", ".join(KINDS))
     add("--peer", type=Path, help="a checkout of github guoyongcs/GPD")
     add("--out", type=Path, help="the CSV")
-    add("--readme", type=Path, help="with summary: write the table there")
+    add("--into", type=Path, help="with summary: write the table there")
     given = parser.parse_args(argv)
     usual = (224, 256, "bf16", 20, 10, WAYS) if given.device == "cuda" else (64, 16, "fp32", 5, 1)
     names = ("size", "batch", "dtype", "pairs", "steps", "compile")
@@ -294,8 +294,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = read(given.out)
     speed_summary.draw(rows, given.out.with_suffix(".svg"))
     speed_summary.show(rows)
-    if given.readme:
-        speed_summary.write(given.readme, given.out.parent)
+    if given.into:
+        speed_summary.write(given.into, given.out.parent)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.tables import markdown, read, write_readme
+from benchmarks.tables import markdown, read, write_between
 from benchmarks.timing import Row
 
 HEAD = ("row", "branches", "way", "ratio", "20 %", "80 %", "multiply-adds", "seconds", "ops")
@@ -73,7 +73,7 @@ def write(readme: Path, folder: Path) -> None:
     """All devices' tables between the marks of a README."""
     rows = [row for path in sorted(folder.glob("speed_*.csv")) for row in read(path)]
     texts = [f"{title}\n\n{markdown(HEAD, map(cells, g))}" for title, g in groups(rows).items()]
-    write_readme(readme, "\n\n".join(texts), "speed")
+    write_between(readme, "\n\n".join(texts), "speed")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

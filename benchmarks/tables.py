@@ -94,7 +94,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def write_readme(readme: Path, text: str, name: str) -> None:
+def write_between(readme: Path, text: str, name: str) -> None:
     """Put a text between its marks in the README."""
     first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, rest = readme.read_text().split(first)

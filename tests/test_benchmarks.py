@@ -14,7 +14,7 @@ from torch import nn
 
 import gpdfx
 from benchmarks import expand_time, libraries
-from benchmarks.tables import Table, read, write_readme
+from benchmarks.tables import Table, read, write_between
 from benchmarks.uses import USES, uses
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,7 +96,7 @@ def test_a_table_goes_on_after_a_kill(tmp_path: Path, end: str) -> None:
 def test_a_table_is_written_between_its_marks(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- t -->\nold\n<!-- end of t -->\nb\n")
-    write_readme(readme, "new", "t")
+    write_between(readme, "new", "t")
     assert readme.read_text() == "a\n<!-- t -->\nnew\n<!-- end of t -->\nb\n"
 
 

@@ -82,7 +82,8 @@ def test_every_script_is_run_here_and_short() -> None:
 
 def test_the_table_names_what_exists() -> None:
     """A row is ``| habit | verdict | `tests/FILE.py::NAME` or `examples/FILE.py`, ... |``."""
-    rows = re.findall(r"^\| (?!habit|---)(.+) \|$", (ROOT / "docs/loops.md").read_text(), re.M)
+    table = (ROOT / "docs/loops.md").read_text().partition("| habit |")[2]
+    rows = re.findall(r"^\| (?!---)(.+) \|$", table, re.M)
     assert len(rows) > 20
     for row in rows:
         named = re.findall(r"`((?:tests|examples)/\w+\.py)(?:::(\w+))?`", row.split(" | ")[-1])

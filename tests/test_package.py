@@ -22,7 +22,7 @@ from gpdfx.kernels.fold.site import key_of, sites_of
 from gpdfx.teacher import extract
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("gpdfx", "passes", "kernels", "setup.py", "pyproject.toml", "README.md")
+PARTS = ("gpdfx", "passes", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 BESIDE = ("passes", "kernels")
 BUILD = ("-q", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
 EXPAND = """

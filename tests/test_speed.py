@@ -51,7 +51,7 @@ def test_rows_files_and_table(
     assert float(both["macs"]) == pytest.approx(3 * float(fold["macs"]), rel=0.05)
     assert float(orepa["macs"]) == pytest.approx(1 + float(both["macs"]), abs=2e-3)
     assert out.with_suffix(".svg").read_text().startswith("<?xml")
-    speed.main(["summary", "--out", str(out), "--readme", str(readme)])
+    speed.main(["summary", "--out", str(out), "--into", str(readme)])
     text = readme.read_text()
     assert text.startswith("before\n<!-- speed -->\ngpdfx:cnn x2, 12 px, batch 3, fp32;")
     assert text.endswith("<!-- end of speed -->\nafter\n")
