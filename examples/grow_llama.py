@@ -1,6 +1,6 @@
 """Grow a Llama by two, and run the wide one in the class that it came from.
 
-    pip install gpdfx transformers && python examples/grow_llama.py
+    python examples/grow_llama.py
 
 What doubles: hidden size, intermediate size, heads. What stays: the size of a head, since rotary
 embeddings turn pairs of its channels and attention is scaled by its root, and the vocabulary. So

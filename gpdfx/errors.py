@@ -95,10 +95,15 @@ def near(name: str, known: Collection[str]) -> str:
     return suggest(name, known, f"choose from {', '.join(known)}")
 
 
+def install(extras: str) -> str:
+    """The remedy where what ``extras`` bring is missing; gpdfx is in no registry."""
+    return f"in a checkout of gpdfx: pip install '.[{extras}]'"
+
+
 @contextlib.contextmanager
 def needs_extra(extra: str, why: str) -> Iterator[None]:
     """Around imports of what an extra of gpdfx brings: where they fail, name it."""
     try:
         yield
     except ImportError as error:
-        raise InputError(f"{why} ({error})", remedy=f"pip install 'gpdfx[{extra}]'") from error
+        raise InputError(f"{why} ({error})", remedy=install(extra)) from error

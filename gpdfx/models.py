@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .errors import InputError, suggest
+from .errors import InputError, install, suggest
 
 Shape = tuple[int, ...]
 Options = dict[str, Any]
@@ -75,7 +75,7 @@ def load(
     try:
         create = find(model, options, shape) if find else _imported(library, model, options)
     except ImportError as error:
-        raise InputError(str(error), remedy="pip install 'gpdfx[vision]'") from error
+        raise InputError(str(error), remedy=install("vision")) from error
     torch.manual_seed(seed)
     return create()
 

@@ -421,8 +421,8 @@ def test_bad_sources(source: str, options: dict[str, Any], words: tuple[str, ...
 def test_missing_extras(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("sklearn.datasets", "torchvision.datasets"):
         monkeypatch.setitem(__import__("sys").modules, name, None)
-    refused(lambda: load_data("digits"), "pip install 'gpdfx[train]'")
-    refused(lambda: load_data(f"imagefolder:{tmp_path}"), "pip install 'gpdfx[vision]'")
+    refused(lambda: load_data("digits"), "pip install '.[train]'")
+    refused(lambda: load_data(f"imagefolder:{tmp_path}"), "pip install '.[vision]'")
     load_data("mnist1d")
 
 

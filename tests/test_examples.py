@@ -49,7 +49,7 @@ def run(*command: str) -> str:
 def needs(name: str) -> None:
     for package in EXAMPLES[name]:
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs {package}: pip install 'gpdfx[examples]'")
+            pytest.skip(f"needs {package}: pip install '.[examples]'")
 
 
 def test_the_plain_loop() -> None:

@@ -13,13 +13,14 @@ import torch
 import gpdfx
 
 from .. import models
+from ..errors import install
 from ..train.recipes import RECIPES, with_changes
 from ..train.run import TrainConfig, train
 
 try:
     from rich.console import Console
 except ImportError as error:
-    raise ImportError(f"{error}; the demo needs: pip install 'gpdfx[train,vision]'") from error
+    raise ImportError(f"{error}; {install('train,vision')}") from error
 
 console = Console(highlight=False)
 
@@ -52,7 +53,7 @@ def known_networks() -> None:
         import timm
         import torchvision
     except ImportError as error:
-        print(f"skipped ({error}); for this step: pip install 'gpdfx[vision]'")
+        print(f"skipped ({error}); for this step, {install('vision')}")
         return
     size = 64
     images = torch.randn(2, 3, size, size)

@@ -21,7 +21,7 @@ from ..access.plain.deploy import plain_teacher
 from ..data.loaders import eval_loader
 from ..data.splits import Split, generator
 from ..distill.gpd import find_logits
-from ..errors import GpdfxError, InputError
+from ..errors import GpdfxError, InputError, install
 from ..files import AsPath, replacing
 from ..teacher.module import Teacher
 from .config import TrainConfig, read_config
@@ -126,9 +126,7 @@ def export(folder: AsPath, file: AsPath, *, teacher: bool = False) -> dict[str, 
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise InputError(
-            f"the export needs {error.name}", remedy="pip install 'gpdfx[onnx]'"
-        ) from error
+        raise InputError(f"the export needs {error.name}", remedy=install("onnx")) from error
     config, summary, network = load_run(folder)
     state, of = STUDENT, config.student
     if teacher:

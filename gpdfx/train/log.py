@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, install
 from ..files import replacing
 
 Row = Mapping[str, Any]
@@ -27,9 +27,7 @@ def check_installed() -> None:
     """Raise ``InputError`` if what a run shows itself with is missing."""
     missing = [name for name in ("rich", "matplotlib") if find_spec(name) is None]
     if missing:
-        raise InputError(
-            f"training needs {', '.join(missing)}", remedy="pip install 'gpdfx[train]'"
-        )
+        raise InputError(f"training needs {', '.join(missing)}", remedy=install("train"))
 
 
 class RunLog:
