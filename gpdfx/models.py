@@ -132,13 +132,65 @@ def _taken(options: Options, names: Collection[str]) -> Options:
 
 
 # --------------------------------------------------------------------------- weights
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+WRAPPERS = "module.", "_orig_mod."
+"""What DistributedDataParallel and torch.compile put before every key."""
+
+
+def load_weights(
+    model: nn.Module, path: str | os.PathLike[str], more: Builder | None = None
+) -> dict[str, torch.Size]:
     """Read a ``state_dict`` into a model: a safetensors file, or one of ``torch.save`` that holds
     tensors (also under ``state_dict`` or ``model``). No code of the file runs.
 
+    Args:
+        more: builds the network for more classes. What the file has for another number of classes
+            is left out: what differs from the model in no size but those that differ in ``more()``.
+
+    Returns:
+        What was left out, and its size in the file.
+
     Raises:
-        InputError: no such file, or the keys or sizes that do not fit.
+        InputError: no such file, or the first keys that do not fit.
     """
+    state, own = read_weights(path), model.state_dict()
+    sizes = {k: (state[k].shape, x.shape) for k, x in own.items() if k in state}
+    other = {k: pair for k, pair in sizes.items() if pair[0] != pair[1]}
+    wider = more().state_dict() if other and more is not None else {}
+    left = {k for k, pair in other.items() if k in wider and _by_classes(*pair, wider[k].shape)}
+    faults = {
+        "of another size": [
+            f"{k} {(*a,)}, not {(*b,)}" for k, (a, b) in other.items() if k not in left
+        ]
+    }
+    if other.keys() == left:
+        found = model.load_state_dict(state | {k: own[k] for k in left}, strict=False)
+        faults = {"missing": found.missing_keys, "unknown": found.unexpected_keys}
+    wrong = [f"{what}: {_first(names)}" for what, names in faults.items() if names]
+    if wrong:
+        raise InputError(
+            f"the weights of {path} do not fit {type(model).__name__}: {'; '.join(wrong)}",
+            remedy="give weights of this very network; its classifier alone may be of other "
+            "classes, where training begins and the network's constructor takes num_classes",
+        )
+    return {k: theirs for k, (theirs, _) in other.items()}
+
+
+def _by_classes(theirs: torch.Size, mine: torch.Size, wider: torch.Size) -> bool:
+    """Whether sizes differ by the number of classes alone.
+
+    (1000, 64), (10, 64), (11, 64) -> True; (1000, 32), (10, 64), (11, 64) -> False
+    """
+    same_rank = len(theirs) == len(mine) == len(wider)
+    return same_rank and all(a == b or b != c for a, b, c in zip(theirs, mine, wider, strict=True))
+
+
+def _first(names: list[str], count: int = 3) -> str:
+    rest = len(names) - count
+    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The ``state_dict`` of a file; see ``load_weights``."""
     file = Path(path)
     if not file.is_file():
         raise InputError(f"there is no file {file}", remedy="name a state_dict in a file")
@@ -147,8 +199,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         state = read(file)
     except Exception as error:  # damaged, of another kind, or one that wants to run code
+        said = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"cannot read weights from {file}: {error}",
+            f"cannot read weights from {file}: {said or type(error).__name__}",
             remedy="save the state_dict with safetensors.torch.save_file or torch.save",
         ) from error
     for key in ("state_dict", "model"):
@@ -156,12 +209,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
         raise InputError(f"{file} holds no state_dict", remedy="save model.state_dict()")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): x for name, x in state.items()}
-    try:
-        model.load_state_dict(dict(state))
-    except RuntimeError as error:
-        raise InputError(
-            f"the weights of {file} do not fit: {error}",
-            remedy="give weights of this very network, with as many classes as the data has",
-        ) from error
+    for prefix in WRAPPERS:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): x for name, x in state.items()}
+    return dict(state)

@@ -71,6 +71,18 @@ def load_network(name: str, data: Data, seed: int, weights: str | None = None) -
     return network
 
 
+def fine_tune(student: nn.Module, config: TrainConfig, data: Data) -> list[str]:
+    """Give a student the weights of the run, but for a classifier of other classes; a note on
+    that."""
+    if config.weights is None:
+        return []
+    more = partial(models.load, config.student, classes=data.classes + 1, shape=data.shape)
+    left = models.load_weights(student, config.weights, more)
+    sizes = ", ".join(f"{name} {tuple(size)}" for name, size in left.items())
+    note = f"{sizes} of {config.weights} are left out: the data has {data.classes} classes"
+    return [note] if left else []
+
+
 def example_inputs(data: Data, seed: int) -> Tensor:
     """Two random inputs."""
     return torch.randn(2, *data.shape, generator=generator("example", seed))
