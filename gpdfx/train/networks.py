@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,9 @@ from ..access.groups import Group, param_groups
 from ..data.splits import Data, generator
 from ..distill.gpd import GPD, Criterion, Distillation, Distilled, find_logits
 from ..distill.losses import DKD, KD
-from ..errors import InputError
+from ..errors import GpdfxError, InputError, described
 from ..passes.capture.modes import flags_of, set_flags
+from ..passes.program import source_line
 from ..teacher.module import Teacher
 from .config import TrainConfig, refuse
 from .recipes import TrainingRecipe
@@ -94,9 +96,12 @@ def check_logits(name: str, network: nn.Module, data: Data, seed: int) -> None:
     flags, example = flags_of(network), example_inputs(data, seed)
     try:
         logits = find_logits(network.eval()(example))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except (GpdfxError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of the network's own
         raise InputError(
-            f"{name} does not run on inputs {tuple(example.shape)}: {error}",
+            f"{name} does not run on inputs {tuple(example.shape)}: {described(error)}",
+            source=source_line("".join(traceback.format_tb(error.__traceback__))) or None,
             remedy="name a network for inputs of this shape; one of your own may take num_classes "
             "and in_chans",
         ) from error
