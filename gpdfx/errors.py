@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,33 @@ def suggest(
     name: str, known: Iterable[str], otherwise: str = "see the model's named_parameters()"
 ) -> str:
     """A remedy that names what comes near, or else says what to do ``otherwise``."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    close = nearest(name, known)
     return f"did you mean {', '.join(close)}?" if close else otherwise
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.5) -> list[str]:
+    """Known names that are like one that was typed, the nearest first: by common letters, and by
+    beginning with it, letter by letter and number by number. A digit and the letter that looks like
+    it are the same beside a digit.
+
+    nearest("resnet1o", ["resnet18", "resnet101", "resnet10t"]) -> ["resnet10t", "resnet101", ...]
+    """
+    typed, words = _typed(name)
+    scores = {}
+    for other in known:
+        text, found = _typed(other)
+        begins = text.startswith(typed), found[: len(words)] == words
+        scores[other] = difflib.SequenceMatcher(None, typed, text).ratio() + sum(begins) / 4
+    close = sorted((k for k, x in scores.items() if x >= cutoff), key=lambda k: (-scores[k], k))
+    return close[:count]
+
+
+def _typed(name: str) -> tuple[str, list[str]]:
+    """A name without what is easily typed wrong, and its letters and numbers apart."""
+    text = name.lower().replace("-", "_")
+    for letter, digit in (("o", "0"), ("[li]", "1")):
+        text = re.sub(rf"(?<=\d){letter}|{letter}(?=\d)", digit, text)
+    return text, re.findall(r"\d+|[^\W\d_]+", text)
 
 
 def near(name: str, known: Collection[str]) -> str:
@@ -98,6 +124,12 @@ def near(name: str, known: Collection[str]) -> str:
 def install(extras: str) -> str:
     """The remedy where what ``extras`` bring is missing; gpdfx is in no registry."""
     return f"in a checkout of gpdfx: pip install '.[{extras}]'"
+
+
+def described(error: BaseException) -> str:
+    """An error of other code in one line: ``"TypeError: 'x' is no number"``."""
+    said = str(error).strip().partition("\n")[0]
+    return type(error).__name__ + (f": {said}" if said else "")
 
 
 @contextlib.contextmanager

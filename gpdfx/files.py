@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from .errors import InputError, check_place
 
 AsPath = str | os.PathLike[str]
 Tensors = dict[str, Tensor]
+UNWRITTEN = "make room there, or give another place; what stood there before is as it was"
 
 
 # --------------------------------------------------------------------------- whole or not at all
@@ -33,13 +34,20 @@ def replacing(path: AsPath) -> Iterator[Path]:
     target = check_place(path)
     fresh = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
     try:
+        fresh.touch()
+        mode = fresh.stat().st_mode  # as the user's umask has it, which some writers pass over
         yield fresh
+        fresh.chmod(mode)
+        _flush(fresh)
+        os.replace(fresh, target)
+        _flush(target.parent)
+    except (OSError, SafetensorError) as error:
+        fresh.unlink(missing_ok=True)
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{target} cannot be written: {why}", remedy=UNWRITTEN) from error
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
-    _flush(fresh)
-    os.replace(fresh, target)
-    _flush(target.parent)
 
 
 def is_left_over(path: Path) -> bool:

@@ -21,6 +21,7 @@ def config(out: Path, **changes: Any) -> TrainConfig:
     """Five steps an epoch, two epochs."""
     usual: dict[str, Any] = {
         "student": "tests.small_networks:tiny",
+        "data": "digits",
         "labels": 13,
         "recipe": TINY,
         "device": "cpu",
@@ -37,8 +38,20 @@ def go(out: Path, **changes: Any) -> dict[str, Any]:
 def command(out: Path, *more: str) -> list[str]:
     """The run of ``config(out)`` as a command."""
     recipe = ["--epochs", "2", "--batch-size", "26", "--warmup-epochs", "0", "--lr", "0.05"]
-    name = ["--student", "tests.small_networks:tiny", "--labels", "13", "--device", "cpu"]
-    return ["train", *name, *recipe, "--out", str(out), "--no-verify", "--time-steps", "0", *more]
+    name = ["--student", "tests.small_networks:tiny", "--data", "digits", "--labels", "13"]
+    return [
+        "train",
+        *name,
+        *recipe,
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--no-verify",
+        "--time-steps",
+        "0",
+        *more,
+    ]
 
 
 X, Y = torch.randn(6, 3, 9, 9), torch.tensor([0, 1, 2, 3, 4, 0])

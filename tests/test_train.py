@@ -108,7 +108,7 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
     state = load_file(finished / "student.safetensors")
     assert state.keys() == student.state_dict().keys()
     assert summary["parameters"]["student"] == sum(p.numel() for p in student.parameters())
-    assert set(summary["test"]) == {"student", "teacher", "gap", "static"}
+    assert set(summary["test"]) == {"student", "best", "teacher", "gap", "static"}
     assert summary["step_time"]["pairs"] == 2
     assert summary["step_time"]["ratio"] > 0
     assert states.as_json(read_config(summary["config"])) == summary["config"]
@@ -352,14 +352,14 @@ def test_killed_in_its_first_checkpoint_it_begins_anew(tmp_path: Path) -> None:
     out = tmp_path / "run"
     (process := python(KILLED_WRITING, *command(out, "--epochs", "1"))).communicate()
     assert process.returncode == -signal.SIGXFSZ
-    lock, left = sorted(p.name for p in out.iterdir())
-    assert (lock, left[:4]) == (LOCK, ".tmp")
+    lock, left, ours = sorted(p.name for p in out.iterdir())
+    assert (lock, left[:4], ours[: len(run.STATE)]) == (LOCK, ".tmp", run.STATE)
     for name in (f"{run.STATE}.0123abcd.tmp", f"{run.STUDENT}.00000000.tmp"):  # a moment later
         (out / name).write_text("cut sho")
     go(out, recipe=with_changes(TINY, epochs=1))
     names = {p.name for p in out.iterdir()}
     assert {run.STATE, run.STUDENT, run.TEACHER, run.SUMMARY} < names
-    assert not names & {lock, left}
+    assert not names & {lock, left, ours}
     assert not [n for n in names if n.endswith(".tmp")]
 
 
@@ -627,6 +627,9 @@ def test_torchrun(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------- the command line
+STATIC = ("--static-teacher", "gpdfx:cnn")
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -638,8 +641,11 @@ def test_torchrun(tmp_path: Path) -> None:
         (["--data", "cifar10:x", "--student", ""], ("no student of its own", "timm:resnet18")),
         (["--weights", "nowhere.pt"], ("no file nowhere.pt", "state_dict")),
         (["--weights", "README.md"], ("cannot read weights", "save_file")),
-        (["--static-weights", "x"], ("no static teacher", "static_teacher")),
-        (["--static-teacher", "gpdfx:cnn", "--kd", "reviewkd"], ("features", "dkd")),
+        (["--static-weights", "x"], ("no static teacher", "torchvision:resnet34")),
+        (
+            ["--static-teacher", "gpdfx:cnn", "--static-random", "--kd", "reviewkd"],
+            ("features", "dkd"),
+        ),
         (["--patience", "0"], ("patience is 0", "at least 1")),
         (["--unshared", "nothing"], ("matches no parameter", "what to do")),
         (["--out", "gpdfx"], ("not empty and holds no run", "new folder")),
@@ -680,7 +686,7 @@ def test_every_setting_has_an_option(capsys: pytest.CaptureFixture[str]) -> None
         name = field.name if field.name != "verify" else "no_verify"
         assert f"--{name.replace('_', '-')}" in text
     words = field_words(TrainConfig)
-    assert words["data"] == ", ".join(SOURCES)
+    assert words["data"].startswith(", ".join(SOURCES))
     assert words["compile"].endswith(", ".join(get_args(Compile)[2:]))
     assert words.keys() | {"ratio", "branches", "recipe", "verify"} == {
         field.name for field in dataclasses.fields(TrainConfig)

@@ -83,15 +83,19 @@ def add_training(commands: Any) -> None:
     run = argparse.ArgumentParser(add_help=False)
     run.add_argument("folder", metavar="RUN", help="the folder of a finished run")
     run.add_argument("--json", action="store_true", help="print JSON")
+    best = "the student that was the best on validation, not the last"
     text = "measure a run's student and teacher again"
     command = add_command(commands, "eval", _eval, text, parents=[run])
+    command.add_argument("--best", action="store_true", help=best)
     command.add_argument("--data", metavar="SOURCE", help="another source with the same classes")
     command.add_argument("--device", choices=get_args(Device), default="auto")
     text = "write a run's student, or its teacher, as ONNX, and check it"
     command = add_command(commands, "export", _export, text, parents=[run])
     command.add_argument("--onnx", metavar="FILE", required=True, help="the file to write")
     text = "the wide network instead, plain, its branches merged"
-    command.add_argument("--teacher", action="store_true", help=text)
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--best", action="store_true", help=best)
+    group.add_argument("--teacher", action="store_true", help=text)
 
 
 def _add_fields(group: Any, kind: type, names: Iterable[str], *, defaults: bool) -> None:
@@ -137,8 +141,8 @@ def _shape(name: str, kind: Any) -> dict[str, Any]:
 def make_config(options: argparse.Namespace) -> TrainConfig:
     """The configuration that the options of ``gpdfx train`` ask for."""
     given = dict(vars(options))
-    source, name = given.get("data", TrainConfig.data), given.pop("recipe", None)
-    recipe = default_recipe(source) if name is None else get_recipe(name)
+    name = given.pop("recipe", None)
+    recipe = default_recipe(given.get("data", "")) if name is None else get_recipe(name)
     if "ratio" in given:
         given["ratio"] = ratios(given["ratio"])
     if "branches" in given:
@@ -160,12 +164,12 @@ def _train(options: argparse.Namespace) -> tuple[str, Any]:
 
 def _eval(options: argparse.Namespace) -> tuple[str, Any]:
     log.check_installed()
-    measured = evaluate(options.folder, options.data, options.device)
+    measured = evaluate(options.folder, options.data, options.device, best=options.best)
     return log.accuracy_table(measured), measured
 
 
 def _export(options: argparse.Namespace) -> tuple[str, Any]:
-    done = export(options.folder, options.onnx, teacher=options.teacher)
+    done = export(options.folder, options.onnx, teacher=options.teacher, best=options.best)
     text = (
         f"wrote {done['file']} ({done['bytes']:,} bytes, opset {done['opset']}); onnxruntime's "
         f"logits are torch's to {done['error']:.1e}"

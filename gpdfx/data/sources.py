@@ -136,9 +136,10 @@ def _records(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def load_imagefolder(*, path: Path, size: int, augment: bool, **_: Any) -> Data:
-    """A folder with train/CLASS/IMAGE and val/CLASS/IMAGE."""
+    """A folder with train/CLASS/IMAGE and val/CLASS/IMAGE, and with test/CLASS/IMAGE or without."""
     with needs_extra("vision", "imagefolder reads images by torchvision"):
         from torchvision.datasets import ImageFolder
+        from torchvision.datasets.folder import default_loader
         from torchvision.transforms import v2
     missing = [str(path / name) for name in ("train", "val") if not (path / name).is_dir()]
     if missing:
@@ -150,19 +151,37 @@ def load_imagefolder(*, path: Path, size: int, augment: bool, **_: Any) -> Data:
     standard += [v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), v2.ToPureTensor()]
     whole = v2.Compose([v2.Resize(math.ceil(size * 8 / 7)), v2.CenterCrop(size), *standard])
     random = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *standard])
+    names = ["train", "val", *["test"] * any(path.glob("test/*/"))]
+    changes = {"train": random if augment else whole}
+
+    def load(file: str) -> Any:
+        try:
+            return default_loader(file)
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow finds wrong with it
+            raise InputError(
+                f"the image {file} cannot be read: {error}", remedy="replace it, or take it away"
+            ) from error
+
     try:
-        train = ImageFolder(str(path / "train"), random if augment else whole)
-        val = ImageFolder(str(path / "val"), whole)
+        folders = {
+            name: ImageFolder(str(path / name), changes.get(name, whole), loader=load)
+            for name in names
+        }
     except FileNotFoundError as error:  # says which folder or class
         raise InputError(str(error), remedy="every class needs at least one image") from error
-    if train.classes != val.classes:
-        only = sorted(set(train.classes) ^ set(val.classes))
-        raise InputError(
-            f"train and val have different classes: only one of them has {', '.join(only[:5])}",
-            remedy="give both the same folders",
-        )
-    a, b = (Split(x, torch.arange(len(x)), torch.tensor(x.targets)) for x in (train, val))
-    return Data(path.resolve().name, a, b, b, len(val.classes), (3, size, size))
+    classes = folders["train"].classes
+    for name in names[1:]:
+        if only := sorted({*classes} ^ {*folders[name].classes}):
+            raise InputError(
+                f"train and {name} have different classes: only one of them has "
+                f"{', '.join(only[:5])}",
+                remedy="give both the same folders",
+            )
+    train, val, *test = (
+        Split(x, torch.arange(len(x)), torch.tensor(x.targets)) for x in folders.values()
+    )
+    shape = (3, size, size)
+    return Data(path.resolve().name, train, val, test[0] if test else val, len(classes), shape)
 
 
 # --------------------------------------------------------------------------- by name
@@ -194,8 +213,8 @@ def load_data(
     digits              (1, 8, 8)     1347 / 150 / 300       shift by up to one pixel
     mnist1d             (1, 40)       3600 / 400 / 1000      none
     cifar10:PATH        (3, 32, 32)   45000 / 5000 / 10000   pad 4 and crop, flip
-    imagefolder:PATH    (3, size,     train / val / val      random resized crop, flip
-                        size)
+    imagefolder:PATH    (3, size,     train / val / test,    random resized crop, flip
+                        size)         else val once more
     =================== ============= ====================== ==========================
 
     ``digits`` and ``cifar10`` are standardised by their training samples, ``imagefolder`` by

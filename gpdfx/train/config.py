@@ -23,8 +23,12 @@ OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # on GPUs they make CUDA graph
 # What a run that is continued may change: where, how fast and how carefully, not what.
 CHANGEABLE = (
     *("out", "device", "compile", "cuda_graph", "workers", "checkpoint_every", "patience"),
-    *("verify", "time_steps"),
+    *("verify", "time_steps", "static_random"),
 )
+
+
+DATA = "digits"
+"""What a run without a name for anything trains on."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class TrainConfig:
         weights: fine-tune these: a state_dict as safetensors, or of torch.save
         static_teacher: a trained network to distil from as well
         static_weights: its weights
-        data: digits, mnist1d, cifar10:PATH, imagefolder:PATH
+        static_random: distil from it as it is built, without weights
+        data: digits, mnist1d, cifar10:PATH, imagefolder:PATH; digits if no student is named
         labels: keep this many training samples of a class
         noise: the part of the training labels to make wrong
         size: height and width of the images of imagefolder
@@ -77,7 +82,8 @@ class TrainConfig:
     weights: str | None = None
     static_teacher: str | None = None
     static_weights: str | None = None
-    data: str = "digits"
+    static_random: bool = False
+    data: str = ""
     labels: int | None = None
     noise: float = 0.0
     size: int | None = None
@@ -105,11 +111,20 @@ class TrainConfig:
     time_steps: int = 10
 
     def __post_init__(self) -> None:
+        refuse(
+            self.student and not self.data,
+            f"the student {self.student} has no data",
+            "name it, too: data='imagefolder:PATH'",
+        )
+        object.__setattr__(self, "data", self.data or DATA)
         kind = self.data.partition(":")[0]
         object.__setattr__(self, "out", str(self.out))
         object.__setattr__(self, "unshared", tuple(self.unshared))
         object.__setattr__(self, "student", self.student or DEFAULTS.get(kind, ""))
-        object.__setattr__(self, "recipe", self.recipe or default_recipe(self.data))
+        recipe = self.recipe or default_recipe(self.data)
+        if recipe.kd == "auto":
+            recipe = dataclasses.replace(recipe, kd="dkd" if self.static_teacher else "none")
+        object.__setattr__(self, "recipe", recipe)
         # What does not fit is refused.
         alone = f"{self.data} has no student of its own"
         refuse(not self.student, alone, "name one: timm:resnet18")
@@ -128,7 +143,22 @@ class TrainConfig:
             "name it: static_teacher='torchvision:resnet34'",
         )
         refuse(
-            self.static_teacher and self.numbers.kd == "reviewkd",
+            self.static_random and (self.static_weights or not self.static_teacher),
+            "static_random is for a static teacher without weights",
+            "leave out static_random",
+        )
+        refuse(
+            self.static_teacher and not self.static_weights and not self.static_random,
+            f"the static teacher {self.static_teacher} has no weights: it would be random",
+            "give static_weights='FILE'; static_random=True distils from it as it is built",
+        )
+        refuse(
+            self.numbers.kd != "none" and not self.static_teacher,
+            f"kd is {self.numbers.kd!r}, and there is no static teacher",
+            "name it: static_teacher='torchvision:resnet34', or leave out kd",
+        )
+        refuse(
+            self.numbers.kd == "reviewkd",
             "training distils logits, and reviewkd is a loss of features",
             "take kd='kd' or 'dkd', or write the loop with gpdfx.features.ReviewKD",
         )
@@ -167,9 +197,24 @@ def refuse(wrong: object, message: str, remedy: str) -> None:
         raise InputError(message, remedy=remedy)
 
 
+def notes_on(config: TrainConfig, data: Data) -> list[str]:
+    """What a person should know before the run begins: sentences."""
+    batch, samples = config.numbers.batch_size, len(data.train)
+    few = f"{samples} training samples" + (f" for a batch of {batch}" if samples < batch else "")
+    notes = {
+        f"an epoch is one step: there are {few}": samples < 2 * batch,
+        f"{config.data} has no test set: test accuracies are those of the validation set": (
+            data.test is data.validation
+        ),
+        f"the static teacher has no weights: it is as {config.static_teacher} builds it, untrained "
+        "unless that loads some": config.static_random,
+    }
+    return [text for text, holds in notes.items() if holds]
+
+
 def default_recipe(source: str) -> TrainingRecipe:
     """The recipe of a source of data."""
-    return RECIPES.get(source.partition(":")[0], RECIPES["resnet18"])
+    return RECIPES.get(source.partition(":")[0] or DATA, RECIPES["resnet18"])
 
 
 def read_config(plain: Mapping[str, Any]) -> TrainConfig:

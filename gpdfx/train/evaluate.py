@@ -27,7 +27,7 @@ from ..teacher.module import Teacher
 from .config import TrainConfig, read_config
 from .networks import Net, check_logits
 from .ranks import Ranks, join
-from .state import STUDENT, SUMMARY, TEACHER
+from .state import BEST, STUDENT, SUMMARY, TEACHER
 
 TOLERANCE = 1e-4  # of ONNX's logits, relative to the largest
 
@@ -66,8 +66,9 @@ def measure(net: Net, split: Split, config: TrainConfig, ranks: Ranks) -> dict[s
 
 
 # --------------------------------------------------------------------------- of a finished run
-def load_run(folder: AsPath) -> tuple[TrainConfig, dict[str, Any], nn.Module]:
-    """Configuration, summary and plain student of a finished run.
+def load_run(folder: AsPath, best: bool = False) -> tuple[TrainConfig, dict[str, Any], nn.Module]:
+    """Configuration, summary and plain student of a finished run: that of the last epoch, or the
+    ``best`` one on validation.
 
     Raises ``InputError`` if the folder holds none.
     """
@@ -86,23 +87,26 @@ def load_run(folder: AsPath) -> tuple[TrainConfig, dict[str, Any], nn.Module]:
             f"{path} is no summary of a run: {error!r}", remedy="give the folder of a run"
         ) from error
     student = models.load(config.student, classes=classes, shape=shape)
-    models.load_weights(student, Path(folder) / STUDENT)
+    models.load_weights(student, Path(folder) / (BEST if best else STUDENT))
     return config, summary, student.eval()
 
 
-def evaluate(folder: AsPath, data: str | None = None, device: str = "auto") -> dict[str, Any]:
+def evaluate(
+    folder: AsPath, data: str | None = None, device: str = "auto", *, best: bool = False
+) -> dict[str, Any]:
     """Accuracies of the plain student, and of the dynamic teacher if the run has kept it, on the
-    run's data or on another source with the same classes.
+    run's data or on another source with the same classes; or of the ``best`` student alone, for
+    the teacher of its epoch is not kept.
 
     Returns ``data``, ``validation`` and ``test``, the latter two by network.
     """
-    config, _, student = load_run(folder)
+    config, _, student = load_run(folder, best)
     splits = dataclasses.replace(config, data=data or config.data).open_data()
     check_logits(config.student, student, splits, config.seed)
     with join(device) as ranks:
-        networks = {"student": student.to(ranks.device)}
+        networks = {"best" if best else "student": student.to(ranks.device)}
         file = Path(folder) / TEACHER
-        if file.exists():
+        if file.exists() and not best:
             like = models.load(config.student, classes=splits.classes, shape=splits.shape)
             networks["teacher"] = storage.load(file, like).eval().to(ranks.device)
         validation, test = (
@@ -111,10 +115,12 @@ def evaluate(folder: AsPath, data: str | None = None, device: str = "auto") -> d
     return {"data": splits.name, "validation": validation, "test": test}
 
 
-def export(folder: AsPath, file: AsPath, *, teacher: bool = False) -> dict[str, Any]:
-    """Write a run's student as ONNX, or its ``teacher`` (``gpdfx.plain_teacher``), for batches of
-    any size, and check it with onnxruntime against torch. The file appears if it is right, or not
-    at all.
+def export(
+    folder: AsPath, file: AsPath, *, teacher: bool = False, best: bool = False
+) -> dict[str, Any]:
+    """Write a run's student as ONNX, the last or the ``best`` one on validation, or its ``teacher``
+    (``gpdfx.plain_teacher``), for batches of any size, and check it with onnxruntime against torch.
+    The file appears if it is right, or not at all.
 
     Returns ``file``, its ``bytes``, ``opset``, ``inputs``, ``outputs`` and the relative ``error``.
 
@@ -127,8 +133,8 @@ def export(folder: AsPath, file: AsPath, *, teacher: bool = False) -> dict[str, 
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"the export needs {error.name}", remedy=install("onnx")) from error
-    config, summary, network = load_run(folder)
-    state, of = STUDENT, config.student
+    config, summary, network = load_run(folder, best)
+    state, of = BEST if best else STUDENT, config.student
     if teacher:
         state, of = TEACHER, f"the teacher of {config.student}"
         if not (Path(folder) / TEACHER).exists():

@@ -17,10 +17,16 @@ from typing import Any
 
 from ..errors import InputError, install
 from ..files import replacing
+from .state import BEST, STUDENT
 
 Row = Mapping[str, Any]
 COLORS = {"teacher": "tab:orange", "student": "tab:blue", "gap": "tab:green"}
-NAMES = {"student": "student", "teacher": "dynamic teacher", "static": "static teacher"}
+NAMES = {
+    "student": "student",
+    "best": "best student",
+    "teacher": "dynamic teacher",
+    "static": "static teacher",
+}
 
 
 def check_installed() -> None:
@@ -133,10 +139,14 @@ def draw(path: Path, history: Sequence[Row], static: float | None, title: str) -
 # --------------------------------------------------------------------------- tables
 def table(summary: Mapping[str, Any]) -> str:
     """A run's summary (see ``gpdfx.train.train``) as a table."""
-    best, time = summary["validation"]["best"], summary["step_time"]
+    time = summary["step_time"]
     columns = {part: summary[part] for part in ("parameters", "validation", "test")}
+    columns["parameters"] = {"best": columns["parameters"]["student"], **columns["parameters"]}
     lines = [_table(summary["title"], columns, justify="right")]
-    lines.append(f"best student on validation: {best['student']:.2%}, epoch {best['epoch']}")
+    lines.append(
+        f"the student is that of the last epoch ({STUDENT}); the best one on validation is that of "
+        f"epoch {summary['best_epoch']} ({BEST})"
+    )
     if time:
         lines.append(
             f"a step took {1e3 * time['step']:.1f} ms, {time['ratio']:.2f} times a step of the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,9 @@ from ..access.groups import Group, param_groups
 from ..data.splits import Data, generator
 from ..distill.gpd import GPD, Criterion, Distillation, Distilled, find_logits
 from ..distill.losses import DKD, KD
-from ..errors import InputError
+from ..errors import GpdfxError, InputError, described
 from ..passes.capture.modes import flags_of, set_flags
+from ..passes.program import source_line
 from ..teacher.module import Teacher
 from .config import TrainConfig, refuse
 from .recipes import TrainingRecipe
@@ -71,6 +73,18 @@ def load_network(name: str, data: Data, seed: int, weights: str | None = None) -
     return network
 
 
+def fine_tune(student: nn.Module, config: TrainConfig, data: Data) -> list[str]:
+    """Give a student the weights of the run, but for a classifier of other classes; a note on
+    that."""
+    if config.weights is None:
+        return []
+    more = partial(models.load, config.student, classes=data.classes + 1, shape=data.shape)
+    left = models.load_weights(student, config.weights, more)
+    sizes = ", ".join(f"{name} {tuple(size)}" for name, size in left.items())
+    note = f"{sizes} of {config.weights} are left out: the data has {data.classes} classes"
+    return [note] if left else []
+
+
 def example_inputs(data: Data, seed: int) -> Tensor:
     """Two random inputs."""
     return torch.randn(2, *data.shape, generator=generator("example", seed))
@@ -82,9 +96,12 @@ def check_logits(name: str, network: nn.Module, data: Data, seed: int) -> None:
     flags, example = flags_of(network), example_inputs(data, seed)
     try:
         logits = find_logits(network.eval()(example))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except (GpdfxError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of the network's own
         raise InputError(
-            f"{name} does not run on inputs {tuple(example.shape)}: {error}",
+            f"{name} does not run on inputs {tuple(example.shape)}: {described(error)}",
+            source=source_line("".join(traceback.format_tb(error.__traceback__))) or None,
             remedy="name a network for inputs of this shape; one of your own may take num_classes "
             "and in_chans",
         ) from error

@@ -71,7 +71,7 @@ class TrainingRecipe:
         mixup: alpha; 0: off
         cutmix: alpha; 0: off
         clip: largest norm of the gradient, or none
-        kd: loss against the static teacher
+        kd: loss against the static teacher; auto: dkd if there is one
         kd_alpha: weight of kd, or dkd's alpha
         kd_beta: dkd's beta
         temperature: of kd
@@ -92,7 +92,7 @@ class TrainingRecipe:
     mixup: NotNegative = 0.0
     cutmix: NotNegative = 0.0
     clip: Annotated[float | None, "None or a number above 0"] = None
-    kd: Literal["none", "kd", "dkd", "reviewkd"] = "dkd"
+    kd: Literal["auto", "none", "kd", "dkd", "reviewkd"] = "auto"
     kd_alpha: NotNegative = 1.0
     kd_beta: NotNegative = 0.5
     temperature: Positive = 1.0

@@ -2,20 +2,24 @@
 
     summary = train(TrainConfig(data="digits", out="run"))
 
-The folder of a run holds ``state.safetensors`` (the checkpoint), ``log.csv``, ``tensorboard/``,
-and at the end ``student.safetensors`` (the plain student's ``state_dict``), ``teacher.safetensors``
-(for ``gpdfx.load``), ``curves.png`` and ``summary.json``. The same call on a folder that holds a
-checkpoint goes on from there. Randomness is a function of seed, epoch and step, so that a run which
-was killed ends, on CPUs and without ``amp``, with the same parameters bit for bit; half precision
-ends within its rounding, for not every CPU's products of it are the same twice.
+The folder of a run holds ``state.safetensors`` (the checkpoint), ``student_best.safetensors`` (the
+plain student's ``state_dict`` after the epoch that was the best on validation), ``log.csv``,
+``tensorboard/``, and at the end ``student.safetensors`` (after the last epoch),
+``teacher.safetensors`` (for ``gpdfx.load``), ``curves.png`` and ``summary.json``. The same call on
+a folder that holds a checkpoint goes on from there. Randomness is a function of seed, epoch and
+step, so that a run which was killed ends, on CPUs and without ``amp``, with the same parameters bit
+for bit; half precision ends within its rounding, for not every CPU's products of it are the same
+twice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -30,12 +34,13 @@ from ..data.splits import Split, generator
 from . import log
 from . import state as states
 from .config import TrainConfig as TrainConfig
+from .config import notes_on
 from .evaluate import accuracies, measure
 from .folder import hold, sweep
-from .networks import example_inputs, freeze_idle, load_network, make_net
+from .networks import example_inputs, fine_tune, freeze_idle, load_network, make_net
 from .ranks import Ranks, join
 from .runner import check_execution
-from .state import STATE, STUDENT, SUMMARY, TEACHER
+from .state import BEST, STATE, STUDENT, SUMMARY, TEACHER
 from .step import Stepper, TimedStepper
 
 
@@ -46,7 +51,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> dict[str, Any]:
 
     Returns:
         The summary, as in ``summary.json``: ``config``, ``versions``, ``parameters``,
-        ``validation`` and ``test`` accuracies, ``skipped`` steps, ``step_time``, ``seconds``.
+        ``validation`` and ``test`` accuracies, ``notes``, ``skipped`` steps, ``step_time``,
+        ``seconds``.
 
     Raises:
         InputError: something that does not fit: names, data, weights; or a folder in which another
@@ -86,12 +92,17 @@ class Run:
         if saved is not None:
             self.stepper.restore(*saved)
             names = dataclasses.asdict(self.progress)
-            self.progress = states.Progress(**{name: saved[1][name] for name in names})
+            self.progress = states.Progress(**{k: saved[1][k] for k in names if k in saved[1]})
 
     def _build(self, begin: bool) -> None:
         config, data, device = self.config, self.data, self.ranks.device
         load = partial(load_network, data=data, seed=config.seed)
-        student = load(config.student, weights=config.weights if begin else None)
+        student = load(config.student)
+        if begin:
+            notes = notes_on(config, data) + fine_tune(student, config, data)
+            self.progress.notes = notes
+            if not self.quiet:
+                print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
         self.static: nn.Module | None = None
         if config.static_teacher:
             static = load(config.static_teacher, weights=config.static_weights)
@@ -132,6 +143,7 @@ class Run:
         shown = log.RunLog(self.out, self.recipe.epochs, done.epoch, **options)
         with contextlib.closing(shown) as self.log:
             if not begin:
+                self._keep_best()
                 self.log.say(f"going on after epoch {done.epoch}, step {done.step}")
             while done.epoch < self.recipe.epochs:
                 self._run_epoch()
@@ -183,9 +195,30 @@ class Run:
         )
         done.epoch, done.step, done.sums = done.epoch + 1, 0, {}
         self._save()
+        self._keep_best()
         if ranks.rank == 0:
             log.write_log(self.out / "log.csv", done.history)
         self.log.end_epoch(done.history[-1])
+
+    def _keep_best(self) -> None:
+        """Write the student of the epoch that has just ended, if none was better. After the
+        checkpoint, and so once more where a run goes on that was killed between the two."""
+        done = self.progress
+        ended = done.epoch and not done.step and done.best()["epoch"] == done.epoch
+        if ended and self.ranks.rank == 0:
+            student = self.net.collapse(average=False)
+            files.write_tensors(self.out / BEST, files.cpu_copies(student.state_dict()))
+
+    def _measure_best(self, student: nn.Module, split: Split) -> dict[str, float]:
+        """Of the best student; nothing where someone has taken its file away."""
+        file, ranks, best = self.out / BEST, self.ranks, copy.deepcopy(student)
+        there = ranks.rank > 0 or file.exists()
+        if not ranks.all(torch.tensor(there, device=ranks.device)):
+            return {}
+        if ranks.rank == 0:
+            best.load_state_dict(files.read_tensors(file)[0])
+        ranks.broadcast((*best.parameters(), *best.buffers()))
+        return accuracies(split, {"best": best.eval()}, self.config, ranks)
 
     def _measure_static(self, split: Split) -> dict[str, float]:
         return accuracies(split, {"static": self.static}, self.config, self.ranks)
@@ -208,9 +241,10 @@ class Run:
     def _summarize(self, student: nn.Module) -> dict[str, Any]:
         history, teacher = self.progress.history, self.net.teacher
         validation = {k: x for k, x in history[-1].items() if k in ("student", "teacher", "gap")}
-        best = max(history, key=lambda row: row["student"])
-        validation["best"] = {"student": best["student"], "epoch": best["epoch"]}
+        best = self.progress.best()
+        validation["best"] = best["student"]
         test = measure(self.net, self.data.test, self.config, self.ranks)
+        test |= self._measure_best(student, self.data.test)
         networks = {"student": student, "teacher": teacher, "static": self.static}
         if self.static is not None:
             validation["static"] = self.progress.static_accuracy
@@ -231,6 +265,8 @@ class Run:
             "multiply_adds": dict(zip(networks, macs, strict=False)),
             "validation": validation,
             "test": test,
+            "best_epoch": best["epoch"],
+            "notes": self.progress.notes,
             "skipped": self.stepper.skipped,
             "steps": self.progress.epoch * self.steps,
             "step_time": self.timed_stepper.result(),

@@ -26,6 +26,7 @@ from .folder import LOCK
 
 # The files of a run.
 STATE, STUDENT = "state.safetensors", "student.safetensors"
+BEST = "student_best.safetensors"
 TEACHER, SUMMARY = "teacher.safetensors", "summary.json"
 MODEL, OPTIMIZER = "model.", "optimizer."  # what the names of their tensors begin with
 SAME_NETWORK = "use the network that the run began with, or another folder"
@@ -37,7 +38,8 @@ class Progress:
     """What a run has done: whole epochs, and steps of the one that goes on.
 
     ``sums``: of the losses of this epoch's steps, by name, and their number as ``steps``.
-    ``history``: see ``gpdfx.train.log``. ``seconds``: those before it was continued.
+    ``history``: see ``gpdfx.train.log``. ``notes``: what was said before the first step.
+    ``seconds``: those before it was continued.
     """
 
     epoch: int = 0
@@ -45,7 +47,12 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     static_accuracy: float | None = None
+    notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    def best(self) -> dict[str, Any]:
+        """The row of the epoch whose student was the best on validation, the first such."""
+        return max(self.history, key=lambda row: row["student"])
 
 
 # --------------------------------------------------------------------------- the file
