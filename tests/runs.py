@@ -1,15 +1,19 @@
-"""Short training runs."""
+"""Short training runs. ``python -m tests.runs train ...`` is ``gpdfx train ...`` whose last
+checkpoint keeps its tensors."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gpdfx
+from gpdfx.cli import main
 from gpdfx.train import run
 from gpdfx.train.config import TrainConfig
 from gpdfx.train.recipes import RECIPES, with_changes
@@ -33,6 +37,11 @@ def config(out: Path, **changes: Any) -> TrainConfig:
 
 def go(out: Path, **changes: Any) -> dict[str, Any]:
     return run.train(config(out, **changes), quiet=True)
+
+
+def keep_last_checkpoint(patch: pytest.MonkeyPatch) -> None:
+    """Let a run that ends leave its checkpoint whole."""
+    patch.setattr(run.Run, "_close", lambda self: None)
 
 
 def command(out: Path, *more: str) -> list[str]:
@@ -74,3 +83,10 @@ class Net(nn.Module):
         x = F.relu(self.norm(self.a(x)))
         out: Tensor = self.head(self.drop(F.relu(self.b(x)).mean((2, 3))))
         return out
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as patch:
+        keep_last_checkpoint(patch)
+        code = main()
+    sys.exit(code)

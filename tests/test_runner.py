@@ -16,12 +16,13 @@ from torch import Tensor, nn
 import gpdfx
 from gpdfx.cli.app import main
 from gpdfx.distill import streams
-from gpdfx.train import log, run, runner
+from gpdfx.train import log, run
 from gpdfx.train import state as states
 from gpdfx.train.networks import SavedBuffers, make_net
 from gpdfx.train.ranks import Ranks
 from gpdfx.train.recipes import with_changes
-from gpdfx.train.step import Stepper
+from gpdfx.train.steps import runner
+from gpdfx.train.steps.step import Stepper
 
 from .runs import TINY, command, config, go, make
 from .small_networks import tiny

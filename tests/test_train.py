@@ -33,10 +33,10 @@ from gpdfx.train.evaluate import evaluate, export
 from gpdfx.train.folder import LOCK, hold
 from gpdfx.train.ranks import Ranks
 from gpdfx.train.recipes import RECIPES, TrainingRecipe, with_changes
-from gpdfx.train.step import Stepper
+from gpdfx.train.steps.step import Stepper
 
 from . import small_networks
-from .runs import TINY, command, config, go
+from .runs import TINY, command, config, go, keep_last_checkpoint
 from .small_networks import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -46,10 +46,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def start(argv: list[str], **environment: str) -> subprocess.Popen[bytes]:
+def start(argv: list[str], module: str = "gpdfx", **environment: str) -> subprocess.Popen[bytes]:
     quiet = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "gpdfx", *argv],
+        [sys.executable, "-m", module, *argv],
         cwd=ROOT,
         env=os.environ | quiet | environment,
         stdout=subprocess.PIPE,
@@ -69,7 +69,7 @@ def start_two(argv: list[str]) -> list[subprocess.Popen[bytes]]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    return [start(argv, RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(2)]
+    return [start(argv, "tests.runs", RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(2)]
 
 
 def finish(process: subprocess.Popen[bytes]) -> str:
@@ -243,6 +243,7 @@ def test_a_stopped_run_ends_bit_for_bit_like_another(
 ) -> None:
     """In float16 the state comes back bit for bit, but what follows is as near as rounding lets
     it be: on a CPU with instructions for it two runs were seen to part."""
+    keep_last_checkpoint(monkeypatch)
     changes = changes | {"recipe": with_changes(TINY, optimizer=optimizer, lr=0.01, mixup=0.4)}
     go(tmp_path / "whole", **changes)
     end_step = log.RunLog.end_step
@@ -588,7 +589,9 @@ SMOOTH = [
 def check_two_against_one(tmp_path: Path) -> None:
     recipe = with_changes(TINY, epochs=1, batch_size=20, lr=0.01)
     student = "tests.small_networks:Smooth"
-    summary = go(tmp_path / "one", student=student, labels=40, recipe=recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        keep_last_checkpoint(patch)
+        summary = go(tmp_path / "one", student=student, labels=40, recipe=recipe)
     one, facts = states.read_state(tmp_path / "one" / run.STATE)
     two, others = states.read_state(tmp_path / "two" / run.STATE)
     assert facts["history"][0]["step"] == others["history"][0]["step"] == 20
@@ -619,7 +622,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    argv = [sys.executable, *torchrun, "-m", "gpdfx", *command(tmp_path / "two", *SMOOTH)]
+    argv = [sys.executable, *torchrun, "-m", "tests.runs", *command(tmp_path / "two", *SMOOTH)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()

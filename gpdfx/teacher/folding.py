@@ -41,7 +41,7 @@ class Folding:
     def __init__(
         self, net: nn.Module, lowered: Mapping[str, Lowered], singles: Sequence[str]
     ) -> None:
-        self.net, self.singles = net, tuple(singles)
+        self.net, self.lowered, self.singles = net, lowered, tuple(singles)
         self.alone = [Chunk({name: one}, net) for name, one in lowered.items()]
         self.whole = [Chunk(lowered, net)] if lowered else []
         self.cut = frozenset(name for name, one in lowered.items() if one.site.cut is not None)
@@ -91,6 +91,18 @@ class Folding:
         if lazy and self.kept is None:
             return self.lazy(teacher=teacher, student=student, grad=grad)
         return self(teacher=teacher, student=student)
+
+    def of_branches(self) -> Callable[[], Folded]:
+        """Makes the weights of the layers that have branches, and no others."""
+        branched = {name: one for name, one in self.lowered.items() if one.site.terms}
+        parts = [branched] if self._kind() == "cuda" else [{n: x} for n, x in branched.items()]
+        chunks = [Chunk(part, self.net) for part in parts if part]
+
+        def make() -> Folded:
+            made = [chunk(True, True) for chunk in chunks] + [*map(self._single, self.singles)]
+            return {name: x for folded in made for name, x in folded.items()}
+
+        return make
 
     @contextmanager
     def once(self, make: Callable[[], Folded]) -> Iterator[None]:

@@ -31,6 +31,7 @@ from torch import nn
 from .. import files, storage
 from ..data.loaders import mix, steps_per_epoch, train_loader
 from ..data.splits import Split, generator
+from ..errors import InputError
 from . import log
 from . import state as states
 from .config import TrainConfig as TrainConfig
@@ -39,9 +40,10 @@ from .evaluate import accuracies, measure
 from .folder import hold, sweep
 from .networks import example_inputs, fine_tune, freeze_idle, load_network, make_net
 from .ranks import Ranks, join
-from .runner import check_execution
 from .state import BEST, STATE, STUDENT, SUMMARY, TEACHER
-from .step import Stepper, TimedStepper
+from .steps.estimate import Estimate, estimate
+from .steps.runner import check_execution
+from .steps.step import Stepper, TimedStepper
 
 
 def train(config: TrainConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -88,11 +90,24 @@ class Run:
         if ranks.rank == 0:
             sweep(self.out)
         self.progress, self.began = states.Progress(), time.perf_counter()
+        if saved is not None:
+            names = dataclasses.asdict(self.progress)
+            self.progress = states.Progress(**{name: saved[1][name] for name in names})
+        if self.is_finished:
+            return
+        if saved is not None and not saved[0]:
+            raise InputError(
+                f"the run in {self.out} is finished, and its {SUMMARY} is not there any more",
+                remedy="train in another folder; its student and its teacher are still there",
+            )
         self._build(begin=saved is None)
         if saved is not None:
             self.stepper.restore(*saved)
-            names = dataclasses.asdict(self.progress)
-            self.progress = states.Progress(**{k: saved[1][k] for k in names if k in saved[1]})
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.progress.epoch == self.recipe.epochs and (self.out / SUMMARY).exists()
 
     def _build(self, begin: bool) -> None:
         config, data, device = self.config, self.data, self.ranks.device
@@ -117,13 +132,18 @@ class Run:
 
     def _save(self) -> None:
         self.ranks.broadcast(self.net.buffers())
-        if self.ranks.rank > 0:
-            return
-        tensors, stepper = self.stepper.flatten()
+        if self.ranks.rank == 0:
+            self._write(*self.stepper.flatten())
+
+    def _write(self, tensors: files.Tensors, stepper: states.Facts) -> None:
         facts = {"identity": self.identity, "versions": states.versions()}
         facts |= dataclasses.asdict(self.progress) | {"seconds": self._seconds()} | stepper
         self.out.mkdir(parents=True, exist_ok=True)
         states.write_state(self.out / STATE, tensors, facts)
+
+    def _close(self) -> None:
+        """The checkpoint of a finished run keeps no tensors: ``gpdfx.load`` reads the teacher."""
+        self._write({}, {})
 
     def _seconds(self) -> float:
         return self.progress.seconds + time.perf_counter() - self.began
@@ -131,17 +151,20 @@ class Run:
     # ---- the loop
     def finish(self) -> dict[str, Any]:
         """Train what is left, and write everything."""
-        done, summary = self.progress, self.out / SUMMARY
-        if done.epoch == self.recipe.epochs and summary.exists():
-            return dict(json.loads(summary.read_text()))
+        if self.is_finished:
+            return dict(json.loads((self.out / SUMMARY).read_text()))
+        done = self.progress
         begin = not done.epoch and not done.step
         if begin:
+            done.cost = done.cost or states.as_json(estimate(self.stepper, self.data))
             if done.static_accuracy is None:
                 done.static_accuracy = self._measure_static(self.data.validation).get("static")
             self._save()
         options = {"quiet": self.quiet, "board": self.ranks.rank == 0}
         shown = log.RunLog(self.out, self.recipe.epochs, done.epoch, **options)
         with contextlib.closing(shown) as self.log:
+            if begin and done.cost and not self.quiet:
+                self.log.say(str(Estimate(**done.cost)))
             if not begin:
                 self._keep_best()
                 self.log.say(f"going on after epoch {done.epoch}, step {done.step}")
@@ -229,12 +252,13 @@ class Run:
         summary = self._summarize(student)
         if self.ranks.rank == 0:
             files.write_tensors(self.out / STUDENT, files.cpu_copies(student.state_dict()))
-            if self.net.teacher is not None and not self.config.unshared:
+            if self.net.teacher is not None:
                 storage.save(self.net.teacher, self.out / TEACHER)
             history, static = self.progress.history, self.progress.static_accuracy
             log.write_log(self.out / "log.csv", history)
             log.draw(self.out / "curves.png", history, static, summary["title"])
             files.write_text(self.out / SUMMARY, json.dumps(summary, indent=1) + "\n")
+            self._close()
         self.ranks.wait()
         return summary
 
@@ -269,6 +293,7 @@ class Run:
             "notes": self.progress.notes,
             "skipped": self.stepper.skipped,
             "steps": self.progress.epoch * self.steps,
+            "estimate": self.progress.cost,
             "step_time": self.timed_stepper.result(),
             "seconds": self._seconds(),
             "out": str(self.out),

@@ -39,7 +39,7 @@ class Progress:
 
     ``sums``: of the losses of this epoch's steps, by name, and their number as ``steps``.
     ``history``: see ``gpdfx.train.log``. ``notes``: what was said before the first step.
-    ``seconds``: those before it was continued.
+    ``seconds``: those before it was continued. ``cost``: see ``steps.estimate``.
     """
 
     epoch: int = 0
@@ -49,6 +49,7 @@ class Progress:
     static_accuracy: float | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    cost: dict[str, Any] | None = None
 
     def best(self) -> dict[str, Any]:
         """The row of the epoch whose student was the best on validation, the first such."""
@@ -57,7 +58,7 @@ class Progress:
 
 # --------------------------------------------------------------------------- the file
 FILE = Format(
-    "gpdfx run 1",
+    "gpdfx run 2",
     key="facts",
     what="checkpoint",
     remedy="restore the file, or train in another folder; the file was left as it is",

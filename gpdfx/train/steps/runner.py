@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..calls import tree
-from ..distill.gpd import Distilled
-from ..errors import InputError
-from ..torch_private import compile_error
-from .config import OWN_GRAPHS, TrainConfig, refuse
-from .networks import Net, SavedBuffers
-from .ranks import Ranks
+from ...calls import tree
+from ...distill.gpd import Distilled
+from ...errors import InputError
+from ...torch_private import compile_error
+from ..config import OWN_GRAPHS, TrainConfig, refuse
+from ..networks import Net, SavedBuffers
+from ..ranks import Ranks
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP = 3  # eager steps before a capture: cuDNN and cuBLAS choose and allocate in them

@@ -14,18 +14,19 @@ import dataclasses
 import math
 import statistics
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data.splits import generator
-from ..errors import TrainingError
-from ..files import Tensors
-from . import state as states
-from .config import TrainConfig
-from .networks import Net, Plain, SavedBuffers, make_criterion, make_groups
-from .ranks import Ranks
-from .recipes import make_optimizer, set_learning_rate
+from ...data.splits import generator
+from ...errors import TrainingError
+from ...files import Tensors
+from .. import state as states
+from ..config import TrainConfig
+from ..networks import Net, Plain, SavedBuffers, make_criterion, make_groups
+from ..ranks import Ranks
+from ..recipes import make_optimizer, set_learning_rate
 from .runner import GraphRunner, Runner
 
 
@@ -61,8 +62,7 @@ class Stepper:
         if good:
             self.run.backward(result)
             self.scaler.unscale_(self.optimizer)
-            clip = math.inf if recipe.clip is None else recipe.clip
-            good = bool(nn.utils.clip_grad_norm_(self.net.parameters(), clip).isfinite())
+            good = clip_gradients(self.net, recipe.clip)
             overflow = not good and self.scaler.is_enabled() and self.scaler.get_scale() > 1
             if good or self.scaler.is_enabled():
                 self.scaler.step(self.optimizer)  # skips by itself what overflowed
@@ -107,6 +107,27 @@ class Stepper:
         self.skipped, self.in_row = facts["skipped"], facts["in_row"]
 
 
+def clip_gradients(net: nn.Module, clip: float | None) -> bool:
+    """Clip the norm of all gradients together; whether they are finite."""
+    most = math.inf if clip is None else clip
+    return bool(nn.utils.clip_grad_norm_(net.parameters(), most).isfinite())
+
+
+def make_plain(stepper: Stepper, **changes: Any) -> Stepper:
+    """A stepper of the plain student, whose loss decides nothing; ``changes`` of the
+    configuration."""
+    student = Plain(stepper.net.collapse(average=False), make_criterion(stepper.config.numbers))
+    patient = dataclasses.replace(stepper.config, patience=2**62, **changes)
+    return Stepper(student.train(), patient, Ranks(stepper.ranks.device), stepper.steps)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all that was asked of a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 WARM_UP = 2  # steps before times count: the first compiles, captures and allocates
 
 
@@ -124,12 +145,12 @@ class TimedStepper:
         """What the stepper returns."""
         if not self.left:
             return self.stepper(x, y, at)
-        self.plain = self.plain or self._make_plain()
-        start = self._now()
+        self.plain, device = self.plain or make_plain(self.stepper), self.stepper.ranks.device
+        start = now(device)
         values = self.stepper(x, y, at)
-        middle = self._now()
+        middle = now(device)
         self.plain(x, y, at)
-        self.times.append((middle - start, self._now() - middle))
+        self.times.append((middle - start, now(device) - middle))
         self.left -= 1
         if not self.left:
             self.plain = None  # frees its memory
@@ -143,17 +164,3 @@ class TimedStepper:
         step, plain = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         return {"step": step, "plain": plain, "ratio": ratio, "pairs": len(pairs)}
-
-    def _make_plain(self) -> Stepper:
-        stepper = self.stepper
-        student = Plain(
-            stepper.net.collapse(average=False), make_criterion(stepper.config.numbers)
-        ).train()
-        patient = dataclasses.replace(stepper.config, patience=2**62)  # its loss decides nothing
-        return Stepper(student, patient, Ranks(stepper.ranks.device), stepper.steps)
-
-    def _now(self) -> float:
-        """Seconds, when all that was asked of the device is done."""
-        if self.stepper.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()

@@ -1,0 +1,1 @@
+"""The steps of a run: how one goes, how it runs, and what it costs."""
