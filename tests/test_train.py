@@ -192,7 +192,7 @@ def test_scenarios(tmp_path: Path, changes: dict[str, Any]) -> None:
     summary = go(tmp_path / "run", **{"recipe": with_changes(TINY, epochs=1)} | changes)
     assert 0 <= summary["test"]["student"] <= 1
     assert ("teacher" in summary["test"]) is not changes.get("plain", False)
-    kept = not changes.get("plain") and not changes.get("unshared")
+    kept = not changes.get("plain")
     assert (tmp_path / "run" / "teacher.safetensors").exists() is kept
     assert summary["skipped"] == 0 or changes.get("amp") == "fp16"
     assert evaluate(tmp_path / "run", device="cpu")["test"]["student"] == summary["test"]["student"]
