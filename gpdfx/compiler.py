@@ -41,6 +41,7 @@ from .passes.rules.writer import DynamicAxis
 from .passes.widen import Widened
 from .report.report import Report, make_report
 from .teacher.compiled import Compiled, Inputs, Python, find_caches
+from .teacher.hooked import module_calls
 from .teacher.module import Teacher
 from .torch_private import (
     is_compiled,
@@ -174,7 +175,8 @@ def expand(
             laps = partial(clock.lap, "report")
             return make_report(program, teacher, control, example, laps, check, scales, python)
 
-        teacher = Teacher(compiled, describe)
+        calls = module_calls(model, *example) if program.parts == [""] else {}
+        teacher = Teacher(replace(compiled, calls=calls), describe)
         for name, of in hooks.items():
             for hook in of:
                 teacher.get_parameter(name).register_hook(hook)

@@ -7,7 +7,7 @@ import operator
 import types
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import fx, nn
@@ -19,19 +19,23 @@ from ..kernels.regions import exit_recompute, recompute
 from ..passes.folded import Folded, read, reads
 from ..passes.program import Flags, Mode, copied
 from ..torch_private import in_transform, twin
+from .hooked import ModuleCalls, find_regions, hooked
 
 
 class Section:
-    """One graph of a part: which calls it takes, its code, and the structure it returns."""
+    """One graph of a part: which calls it takes, its code, and the structure it returns.
+    ``unknown``: modules of which its code with ``hooks`` runs none -> why."""
 
-    def __init__(self, mode: Mode, graph: fx.Graph, sizes: Sizes) -> None:
+    def __init__(
+        self, mode: Mode, graph: fx.Graph, sizes: Sizes, calls: ModuleCalls | None = None
+    ) -> None:
         self.reads_folded = bool(reads(graph))
         self.site, self.call, self.out = mode.site, mode.site.call, mode.out
         self.sizes = sizes
         self.writes = any(isinstance(x, Given) for x in self.out.held)  # or returns such
-        graph = _outlined(copied(graph))
-        _read_late(graph)
         self.code = _Code.of(graph)
+        regions, self.unknown = find_regions(mode, calls or {})
+        self.hooked = _Code.of(hooked(graph, mode, regions)) if regions else self.code
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The tensors of a call. Raises ``InputError`` for one that the graph does not hold for."""
@@ -47,10 +51,13 @@ class Section:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         features: list[Any] | None = None,
+        hooks: bool = False,
     ) -> Any:
         """Run on the teacher's tensors, and on the weights that its branches fold into; ``flat``:
-        the tensors of the call. ``features``: takes what comes out beside the outputs."""
-        results = self.code.function(net, *flat, *([folded] if self.reads_folded else ()))
+        the tensors of the call. ``features``: takes what comes out beside the outputs; ``hooks``:
+        run those of its modules."""
+        code = self.hooked if hooks else self.code
+        results = code.function(net, *flat, *([folded] if self.reads_folded else ()))
         own = sum(self.out.slots)
         if features is not None:
             features += results[own:]
@@ -74,6 +81,7 @@ class Part:
         kwargs: dict[str, Any],
         features: list[Any] | None = None,
         plain: nn.Module | None = None,
+        hooks: bool = False,
     ) -> Any:
         """Run the first graph that holds for a call in a state (see ``CallSite``). What the example
         never called like this (a branch that it did not take) runs as the user's own module
@@ -89,7 +97,7 @@ class Part:
             except InputError as error:
                 errors.append(error)
                 continue
-            return section(net, folded, flat, args, kwargs, features)
+            return section(net, folded, flat, args, kwargs, features, hooks)
         if refused or plain is None:
             raise (refused + unlike)[0]
         plain.training = bool(state[0])
@@ -151,7 +159,7 @@ def _outline(graph: fx.Graph, start: fx.Node, end: fx.Node) -> None:
         inner[n] = body.node_copy(n, inner.__getitem__)
     body.output(tuple(inner[n] for n in results))
     with graph.inserting_before(end):
-        region = Region(_Code.of(body), len(first), reentrant, preserve)  # type: ignore[arg-type]
+        region = Region(_Code.written(body), len(first), reentrant, preserve)  # type: ignore[arg-type]
         made = graph.call_function(region, (*given, *inputs))  # type: ignore[misc]
         for k, n in enumerate(results):
             n.replace_all_uses_with(
@@ -196,12 +204,23 @@ class _Code:
 
     def __init__(self, source: str, values: dict[str, Any], modules: dict[str, str]) -> None:
         self.source, self.values, self.modules = source, values, modules
-        scope = values | {k: importlib.import_module(name) for k, name in modules.items()}
-        exec(compile(source, "<gpdfx teacher>", "exec"), scope)
-        self.function: Callable[..., Any] = scope["forward"]
+
+    @cached_property
+    def function(self) -> Callable[..., Any]:
+        scope = self.values | {k: importlib.import_module(name) for k, name in self.modules.items()}
+        exec(compile(self.source, "<gpdfx teacher>", "exec"), scope)
+        made: Callable[..., Any] = scope["forward"]
+        return made
 
     @staticmethod
     def of(graph: fx.Graph) -> _Code:
+        """Of a graph that may have regions, and read its tensors early."""
+        graph = _outlined(copied(graph))
+        _read_late(graph)
+        return _Code.written(graph)
+
+    @staticmethod
+    def written(graph: fx.Graph) -> _Code:
         """``modules``: those among the global names of the source, which do not pickle."""
         code = graph.python_code("self")
         modules = {

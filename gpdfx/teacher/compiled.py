@@ -21,6 +21,7 @@ from ..passes.capture.submodules import Calls, alike
 from ..passes.program import CallSite, duplicate, source_line
 from ..passes.shares import Shares
 from ..passes.widen import Widened
+from .hooked import ModuleCalls
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of an example call."""
@@ -48,12 +49,14 @@ class Python:
 @dataclass(frozen=True)
 class Compiled:
     """``program``: the result of all passes; ``example``: the call it was captured with;
-    ``sizes``: graph -> which input sizes it accepts; ``python``: what no graph does."""
+    ``sizes``: graph -> which input sizes it accepts; ``python``: what no graph does; ``calls``: of
+    modules, so that their hooks can be run."""
 
     program: Widened
     example: Inputs
     sizes: Mapping[str, Sizes]
     python: Python
+    calls: ModuleCalls = field(default_factory=dict)
 
     @staticmethod
     def of(program: Widened, example: Inputs, python: Python) -> Compiled:

@@ -22,12 +22,16 @@ from ..torch_private import BATCH_NORMS, is_sharding_hook
 class Modes:
     """Which of its modes a teacher is in: ``mode``, as of the flags of its student's modules;
     ``None`` if it was not captured so. ``runs``: the student, and other copies of it that run;
-    ``buffers``: holds the student's buffers."""
+    ``buffers``: holds the student's buffers; ``hooked``: one of its modules has had a hook, and
+    ``unhooked``: those whose hooks could not be run -> why."""
 
     buffers: nn.Module
 
-    def __init__(self, student: nn.Module, captured: Mapping[str, Flags]) -> None:
+    def __init__(
+        self, student: nn.Module, captured: Mapping[str, Flags], unhooked: Mapping[str, str]
+    ) -> None:
         self.captured, self.runs = captured, [student]
+        self.hooked, self.unhooked = False, unhooked
         self.paths = [path for path, _ in student.named_modules()]  # forward may make more
         self._settle(TRAIN if student.training else EVAL)
 
@@ -138,7 +142,7 @@ class Inner(nn.Module):
         raise InputError(why, module_path=self._path, remedy=remedy)
 
     def _refuse_hook(self, *_: Any, **__: Any) -> NoReturn:
-        self._refuse("a hook on a module inside a teacher would never run: it is a graph", _HOOK)
+        self._refuse("this hook on a module inside a teacher would never run: it is a graph", _HOOK)
 
     def register_forward_pre_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_sharding_hook(hook):  # which run around the teacher's calls
@@ -146,8 +150,13 @@ class Inner(nn.Module):
         return super().register_forward_pre_hook(hook, *args, **kwargs)
 
     def register_forward_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        """It runs when the graph leaves the module: with arguments and result of the teacher's
+        widths; what it returns takes the result's place. Raises ``InputError`` where the graph does
+        not show what the module is called with, or returns."""
         if not is_sharding_hook(hook):
-            self._refuse_hook()
+            if why := self._modes.unhooked.get(self._path):
+                self._refuse(f"a hook on this module inside a teacher cannot run: {why}", _OTHER)
+            self._modes.hooked = True
         return super().register_forward_hook(hook, *args, **kwargs)
 
     register_full_backward_hook = register_full_backward_pre_hook = _refuse_hook
@@ -173,9 +182,10 @@ _QUANTIZE = (
     "prepare the model and expand it then"
 )
 _HOOK = (
-    "take what a module returns out of the teacher by features= of expand, and what comes to a "
-    "parameter by its register_hook; or register the hook on the model, and expand it then"
+    "register_forward_hook takes hooks that get arguments and result, and a tensor's register_hook "
+    "such as get its gradient; or register the hook on the model, and expand it then"
 )
+_OTHER = "register it on a module around this one, or in it; or on the model, and expand it then"
 
 
 def refuse_other(parent: nn.Module, name: str, module: nn.Module | None) -> None:

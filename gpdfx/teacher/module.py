@@ -30,6 +30,7 @@ from .decay import matcher_of, undecayed
 from .extract import Mean, settle, take_first
 from .fold import Fold
 from .folding import Folding, Lazy, operator_get
+from .hooked import ModuleCalls
 from .inner import Inner, Modes, Ordered, add_module, attach, refuse_other
 from .python import StudentCode, missing, moves_its_student, placeholder
 
@@ -77,7 +78,7 @@ class Teacher(nn.Module):
         # The user's module hides from nn.Module: its parameters are placeholders for the teacher's.
         hidden: dict[int, Any] = {id(p): placeholder(p) for p in student.parameters()}
         self._code = StudentCode(duplicate(student, hidden), compiled.python)
-        self._modes = Modes(self._student, program.flags)
+        self._modes = Modes(self._student, program.flags, self._unhooked(compiled.calls))
         self._register(program)
         # Generated code names tensors as attributes; `_net` has the same registries and none of
         # this class's methods, so a student may call its own submodules `student` or `report`.
@@ -112,7 +113,17 @@ class Teacher(nn.Module):
 
     def _section(self, key: str, mode: Mode, graph: fx.Graph, compiled: Compiled) -> Section:
         """A graph as code."""
-        return Section(mode, graph, compiled.sizes[key])
+        return Section(mode, graph, compiled.sizes[key], compiled.calls)
+
+    def _unhooked(self, calls: ModuleCalls) -> dict[str, str]:
+        """The student's modules of which no hook can be run -> why."""
+        called = {path for (_, path), noted in calls.items() if noted}
+        never = "it is never called" if calls else "the network was captured in parts"
+        paths = {path for path, _ in self._student.named_modules(remove_duplicate=False)}
+        reasons = dict.fromkeys(paths - called, never)
+        for section in (section for part in self._parts.values() for section in part.sections):
+            reasons |= section.unknown
+        return reasons
 
     def _initial(self, name: str, tensor: Tensor, maps: tuple[Frozen, ...]) -> Tensor:
         """IR of one of the student's parameters or buffers."""
@@ -221,7 +232,9 @@ class Teacher(nn.Module):
         if self._code.shell is None:
             if self._modes.mode is None:
                 raise self._modes.refusal()
-            run = partial(self._parts[""], self._net, folded, self._modes.mode)
+            run = partial(
+                self._parts[""], self._net, folded, self._modes.mode, hooks=self._modes.hooked
+            )
             if torch.compiler.is_compiling():
                 return run(args, kwargs, features)
             try:
