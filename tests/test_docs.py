@@ -1,9 +1,9 @@
 """What README and docs say is so: code runs, commands parse, links lead somewhere, tables are what
 the scripts make of their results.
 
-Python blocks of a file run one after another in one namespace and an empty folder. In comments of
-HTML: ``set-up`` holds code that runs in its place. Before a block: ``raises ERROR``; ``output``: the
-block before prints this, or it is the text of its error.
+Python blocks of a file run one after another in one namespace and an empty folder. Comments of HTML
+say more: ``set-up`` holds code that runs in its place, and before a block ``raises ERROR`` or
+``output``: the block before prints this, or it is the text of its error.
 """
 
 from __future__ import annotations
