@@ -106,7 +106,8 @@ def test_every_block_says_what_it_is() -> None:
 def commands(text: str) -> Iterator[list[str]]:
     """Lines of shell blocks, and benchmarks that a sentence names."""
     lines = [b.code.replace("\\\n", " ") for b in blocks(text) if b.kind == "sh"]
-    lines += re.findall(r"`(python -m benchmarks\.[^`]+)`", text)
+    named = re.findall(r"`(python\s+-m\s+benchmarks\.[^`]+)`", text)
+    lines += [" ".join(one.split()) for one in named]
     for line in "\n".join(lines).splitlines():
         if words := shlex.split(line, comments=True):
             yield words
