@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 CODE = gpdfx passes kernels benchmarks examples tests setup.py
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test lint slow examples bench gpu
+.PHONY: help demo test lint slow examples package bench gpu
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ slow: $(VENV)/installed ## the tests that take minutes each
 examples: $(VENV)/installed ## every recipe under examples/, each as a program of its own
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[examples]'
 	$(RUN) -m pytest tests/test_examples.py -m examples
+
+package: $(VENV)/installed ## build it, install it into a bare environment, use it there (minutes)
+	.ci/package $(RUN)
 
 bench: $(VENV)/installed ## benchmarks of a few minutes: lines, import, steps (files in build/)
 	$(RUN) -m benchmarks.code_lines

@@ -1,8 +1,8 @@
 """Every private name of PyTorch that is used, each behind one function that says what it relies on.
 
-Tried with PyTorch 2.11 and 2.14; ``tests/test_torch_private.py`` pins what is relied on. Nothing
-else in the project names a private one, but for an operator's ``_schema``, which has no other name,
-and the registries of a module (``_parameters``, ``_buffers``, ``_modules``).
+Tried with PyTorch 2.11, 2.14 and 2.15; ``tests/test_torch_private.py`` pins what is relied on.
+Nothing else in the project names a private one, but for an operator's ``_schema``, which has no
+other name, and the registries of a module (``_parameters``, ``_buffers``, ``_modules``).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What README and docs say is so: code runs, commands parse, links lead somewhere, tables are what
 the scripts make of their results.
 
-Python blocks of a file run one after another in one namespace and an empty folder. In comments of
-HTML before a block: ``set-up`` holds code that comes first; ``not run: WHY``; ``raises ERROR``;
+Python blocks of a file run one after another in one namespace and an empty folder. Comments of HTML
+say more: ``set-up`` holds code that runs in its place, and before a block ``raises ERROR`` or
 ``output``: the block before prints this, or it is the text of its error.
 """
 
@@ -55,7 +55,7 @@ def blocks(text: str) -> Iterator[Block]:
         line = text[: found.start()].count("\n") + 1
         if mark == "set-up":
             yield Block(mark, said, line, {})
-        elif mark in ("not", "raises", "output"):
+        elif mark in ("raises", "output"):
             marks[mark] = said
         elif kind is not None:
             yield Block(kind, code, line + 1, marks)
@@ -74,8 +74,6 @@ def test_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     space: dict[str, Any] = {"__name__": name}
     printed = ""
     for block in BLOCKS[name]:
-        if "not" in block.marks:
-            continue
         if block.kind in ("python", "set-up"):
             printed = run(block, FILES[name], space)
         elif "output" in block.marks and printed:
@@ -97,12 +95,6 @@ def run(block: Block, file: Path, space: dict[str, Any]) -> str:
     return f"{caught.type.__module__}.{caught.type.__name__}: {caught.value}\n"
 
 
-def test_what_does_not_run_says_why() -> None:
-    told = [(n, b.marks["not"]) for n, found in BLOCKS.items() for b in found if "not" in b.marks]
-    assert [name for name, _ in told] == ["docs/several-machines.md"]
-    assert all(re.match(r"run: \w+", why) for _, why in told)
-
-
 def test_every_block_says_what_it_is() -> None:
     for name, text in TEXTS.items():
         kinds = {kind for kind, _ in FENCE.findall(text)}
@@ -114,7 +106,8 @@ def test_every_block_says_what_it_is() -> None:
 def commands(text: str) -> Iterator[list[str]]:
     """Lines of shell blocks, and benchmarks that a sentence names."""
     lines = [b.code.replace("\\\n", " ") for b in blocks(text) if b.kind == "sh"]
-    lines += re.findall(r"`(python -m benchmarks\.[^`]+)`", text)
+    named = re.findall(r"`(python\s+-m\s+benchmarks\.[^`]+)`", text)
+    lines += [" ".join(one.split()) for one in named]
     for line in "\n".join(lines).splitlines():
         if words := shlex.split(line, comments=True):
             yield words

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import weakref
 from collections.abc import Sized
 from importlib.util import find_spec
@@ -122,6 +124,17 @@ def test_an_editable_install_works(links: bool, tmp_path: Path) -> None:
     (site / "outer.pth").write_text(sysconfig.get_path("purelib"))
     python("-m", "pip", "--python", own, "install", *BUILD, "-e", str(source), cwd=tmp_path)
     assert str(source) in python("-c", EXPAND, cwd=tmp_path, python=own)
+
+
+def test_what_is_missing_comes_by_an_extra() -> None:
+    code = "".join(p.read_text() for p in (ROOT / "gpdfx").rglob("*.py"))
+    named = {
+        x
+        for many in re.findall(r"(?:install|needs_extra)\(['\"]([\w,]+)", code)
+        for x in many.split(",")
+    }
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"train", "vision", "onnx"} <= named <= known.keys()
 
 
 # --------------------------------------------------------------------------- beside other packages

@@ -1,4 +1,4 @@
-"""What ``gpdfx.torch_private`` relies on. Passes with PyTorch 2.11 and 2.14."""
+"""What ``gpdfx.torch_private`` relies on. Passes with PyTorch 2.11, 2.14 and 2.15."""
 
 from __future__ import annotations
 
