@@ -36,7 +36,10 @@ class Call:
         try:
             tensors = self.pattern.match(self._normal(args, kwargs))
         except TypeError as error:
-            raise InputError(f"the call does not fit the model's forward: {error}") from error
+            raise InputError(
+                f"the call does not fit the model's forward: {error}",
+                remedy=f"call it as the model is called: {self.signature}",
+            ) from error
         if tensors is None:
             raise InputError(
                 "the call differs in structure, or in an argument that is no tensor, from the "

@@ -44,7 +44,7 @@ from .outputs import Outputs, arguments
 from .outputs import find_logits as find_logits
 from .own_loss import LABELS, own_loss, takes_labels
 from .positions import Criterion as Criterion
-from .positions import CrossEntropy, find_class_dim, find_counts, rows
+from .positions import CrossEntropy, ask, find_class_dim, find_counts, rows
 from .unheld import warn_of_unheld
 
 Distillation = LogitLoss
@@ -145,6 +145,11 @@ class GPD(nn.Module):
         if not isinstance(static_teacher, nn.Module | None):
             text = f"static_teacher is a {type(static_teacher).__name__}"
             raise InputError(text, remedy="pass a trained network, an nn.Module")
+        called = {"criterion": criterion, "kd": kd, "counts": counts, "logits": logits}
+        for name, function in called.items():
+            if function is not None and not callable(function):
+                text = f"{name} is {function!r}, which cannot be called"
+                raise InputError(text, remedy=f"pass a function or a module as {name}")
         if (kd is not None or features is not None) and static_teacher is None:
             raise InputError("kd needs a static teacher", remedy="pass static_teacher=")
         layers = features.student_layers if features is not None else ()
@@ -258,7 +263,7 @@ class GPD(nn.Module):
 
     def _task_loss(self, logits: Tensor, targets: Any, dim: int) -> Tensor:
         own = isinstance(self.criterion, CrossEntropy)
-        return self.criterion(logits, targets, *((dim,) if own else ()))
+        return ask(self.criterion, logits, targets, *((dim,) if own else ()))
 
     def _counted(self, logits: Tensor, targets: Any, dim: int) -> Tensor | None:
         """Which rows (see ``rows``) of logits count."""

@@ -9,6 +9,7 @@ logits are zero (so that nothing is lost to rounding, or to a margin that is met
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from ..calls import tree
 from ..calls.held import has_gradient
-from ..errors import InputError
+from ..errors import GpdfxError, InputError, described
+from ..passes.program import source_line
 
 Criterion = Callable[[Tensor, Any], Tensor]
 IGNORED = -100
@@ -29,6 +31,26 @@ IGNORED = -100
 def is_classes(targets: Any) -> bool:
     """True for whole numbers, not for soft targets."""
     return isinstance(targets, Tensor) and not has_gradient(targets)
+
+
+def ask(criterion: Criterion, logits: Tensor, targets: Any, *dim: int) -> Tensor:
+    """The criterion's loss. Raises ``InputError`` where it fails on these targets."""
+    if torch.compiler.is_compiling():
+        return criterion(logits, targets, *dim)
+    try:
+        return criterion(logits, targets, *dim)
+    except (GpdfxError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a user's criterion raises
+        kind = type(targets).__name__
+        given = f"{kind} {tuple(targets.shape)}" if isinstance(targets, Tensor) else kind
+        raise InputError(
+            f"the criterion fails on logits {tuple(logits.shape)} and targets ({given}): "
+            f"{described(error)}",
+            source=source_line("".join(traceback.format_tb(error.__traceback__))) or None,
+            remedy="pass targets that it takes, or criterion=, a function of (logits, targets) "
+            "that takes these",
+        ) from error
 
 
 def find_class_dim(criterion: Criterion, logits: Tensor, targets: Any) -> int:

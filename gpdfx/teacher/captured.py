@@ -7,7 +7,7 @@ import operator
 import types
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -204,13 +204,9 @@ class _Code:
 
     def __init__(self, source: str, values: dict[str, Any], modules: dict[str, str]) -> None:
         self.source, self.values, self.modules = source, values, modules
-
-    @cached_property
-    def function(self) -> Callable[..., Any]:
-        scope = self.values | {k: importlib.import_module(name) for k, name in self.modules.items()}
-        exec(compile(self.source, "<gpdfx teacher>", "exec"), scope)
-        made: Callable[..., Any] = scope["forward"]
-        return made
+        scope = values | {k: importlib.import_module(name) for k, name in modules.items()}
+        exec(compile(source, "<gpdfx teacher>", "exec"), scope)
+        self.function: Callable[..., Any] = scope["forward"]
 
     @staticmethod
     def of(graph: fx.Graph) -> _Code:
