@@ -590,3 +590,21 @@ def test_with_changes() -> None:
     assert recipe == RECIPES["digits"]
     refused(lambda: get_recipe("digit"), "did you mean digits")
     refused(lambda: get_recipe("qqqq"), "choose from resnet18")
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist1d"])
+def test_fused_updates_are_the_plain_ones(name: str) -> None:
+    """Also of a layer whose first gradient comes later than the others'."""
+    torch.manual_seed(0)
+    recipe = with_changes(RECIPES[name], lr=0.1)
+    begun, grads = torch.randn(3, 5), torch.randn(4, 3, 5)
+    updated = []
+    for fused in (False, True):
+        one, late = nn.Parameter(begun.clone()), nn.Parameter(begun.clone())
+        optimizer = make_optimizer(recipe, [one, late], fused=fused)
+        for step, grad in enumerate(grads):
+            one.grad, late.grad = grad.clone(), grad.clone() if step > 1 else None
+            optimizer.step()
+        updated.append(torch.stack([one.detach(), late.detach()]))
+    torch.testing.assert_close(*updated)
+    assert not torch.equal(updated[0][1], begun)

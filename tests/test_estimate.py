@@ -16,8 +16,10 @@ from gpdfx.train.ranks import Ranks
 from gpdfx.train.recipes import with_changes
 from gpdfx.train.steps import estimate as module
 from gpdfx.train.steps.estimate import Estimate, duration, estimate
+from gpdfx.train.steps.step import clip_gradients
 
 from .runs import TINY, command, config, go, keep_last_checkpoint
+from .small_networks import tiny
 
 CPU = Ranks(torch.device("cpu"))
 
@@ -119,3 +121,19 @@ def test_a_finished_run_keeps_one_teacher(tmp_path: Path) -> None:
     (tmp_path / "run" / state.SUMMARY).unlink()
     with pytest.raises(InputError, match=r"finished, and its summary.json is not there"):
         go(tmp_path / "run")
+
+
+@pytest.mark.parametrize("clip", [None, 0.5, 5.0])
+def test_clipping_is_pytorchs(clip: float | None) -> None:
+    torch.manual_seed(0)
+    one, other = tiny(10, 1), tiny(10, 1)
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        p.grad = torch.randn_like(p) * 0.1
+        q.grad = p.grad.clone()
+    assert clip_gradients(one, clip)
+    torch.nn.utils.clip_grad_norm_(other.parameters(), clip or torch.inf)
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, q.grad)
+    p.grad[0] = torch.nan
+    assert not clip_gradients(one, clip)

@@ -205,19 +205,35 @@ def learning_rate(recipe: TrainingRecipe, step: int, steps_per_epoch: int) -> fl
 
 
 def make_optimizer(
-    recipe: TrainingRecipe, groups: Iterable[Tensor] | Iterable[dict[str, Any]]
+    recipe: TrainingRecipe,
+    groups: Iterable[Tensor] | Iterable[dict[str, Any]],
+    *,
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """SGD or AdamW over ``groups`` (as of ``gpdfx.param_groups``, or plain parameters).
 
     A group keeps the ``lr`` and ``weight_decay`` that it brings; the others are the recipe's.
+    ``fused``: PyTorch's form of one pass over memory, for dense gradients on CPUs and GPUs.
     """
     sgd = partial(torch.optim.SGD, momentum=recipe.momentum)
     make: Callable[..., torch.optim.Optimizer]
     make = sgd if recipe.optimizer == "sgd" else torch.optim.AdamW
+    make = partial(make, fused=True) if fused else make
     optimizer = make(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+    if fused and recipe.optimizer == "sgd":
+        optimizer.register_step_pre_hook(_begin_momenta)
     return optimizer
+
+
+def _begin_momenta(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """At zero, where they would be missing: the fused form has momenta of all gradients, or of
+    none, and those of a layer that some batches leave out begin later."""
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["momentum"] else ():
+            if p.grad is not None and not optimizer.state.get(p):
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 def set_learning_rate(

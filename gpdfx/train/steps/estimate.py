@@ -24,7 +24,7 @@ from ...data.splits import Data
 from ..recipes import make_optimizer
 from ..state import flatten_module
 from .runner import AUTOCAST, Runner
-from .step import Stepper, clip_gradients, make_plain, now
+from .step import Stepper, clip_gradients, gradients_are_dense, make_plain, now
 
 ROUNDS, SECONDS = 5, 20.0
 """How often everything is measured after a first time, and how long; once at least."""
@@ -106,7 +106,8 @@ def _count(tensors: Iterable[Tensor]) -> int:
 def _updates(stepper: Stepper) -> tuple[int, float]:
     """Bytes of an optimizer's state, and seconds of an update, of tensors like the parameters."""
     groups = [_twins(group) for group in stepper.optimizer.param_groups]
-    optimizer, device = make_optimizer(stepper.config.numbers, groups), stepper.ranks.device
+    fused, device = gradients_are_dense(stepper.net), stepper.ranks.device
+    optimizer = make_optimizer(stepper.config.numbers, groups, fused=fused)
     seconds = [_seconds(optimizer.step, device) for _ in range(ROUNDS)]
     held = [x for state in optimizer.state.values() for x in state.values()]
     return _bytes(x for x in held if isinstance(x, Tensor)), statistics.median(seconds[1:])

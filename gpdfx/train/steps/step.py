@@ -11,7 +11,6 @@ A ``TimedStepper`` tells what a step costs beside one of the plain student, on t
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import time
 from typing import Any
@@ -40,7 +39,8 @@ class Stepper:
     def __init__(self, net: Net, config: TrainConfig, ranks: Ranks, steps: int) -> None:
         self.net, self.config, self.ranks, self.steps = net, config, ranks, steps
         recipe = config.numbers
-        self.optimizer = make_optimizer(recipe, make_groups(net, recipe.weight_decay))
+        groups = make_groups(net, recipe.weight_decay)
+        self.optimizer = make_optimizer(recipe, groups, fused=gradients_are_dense(net))
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.skipped = self.in_row = 0
         self.buffers, self.first_step = SavedBuffers(net), True
@@ -107,10 +107,18 @@ class Stepper:
         self.skipped, self.in_row = facts["skipped"], facts["in_row"]
 
 
+def gradients_are_dense(net: nn.Module) -> bool:
+    """Whether no layer of a network makes sparse gradients."""
+    return not any(getattr(module, "sparse", False) for module in net.modules())
+
+
 def clip_gradients(net: nn.Module, clip: float | None) -> bool:
     """Clip the norm of all gradients together; whether they are finite."""
-    most = math.inf if clip is None else clip
-    return bool(nn.utils.clip_grad_norm_(net.parameters(), most).isfinite())
+    held = [p for p in net.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in held if p.grad is not None])
+    if clip is not None and not norm < clip:
+        nn.utils.clip_grads_with_norm_(held, clip, norm)
+    return bool(norm.isfinite())
 
 
 def make_plain(stepper: Stepper, **changes: Any) -> Stepper:
