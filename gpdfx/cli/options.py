@@ -16,7 +16,7 @@ def add_command(
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text, **options
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, parser=command)
     return command
 
 
@@ -34,6 +34,13 @@ def add_branches(group: Any) -> None:
     group.add_argument(
         "--branches", type=branches, action="append", metavar="[PATTERN=]SET", help=text
     )
+
+
+def pixels(text: str) -> int:
+    """A size of images, at least 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of pixels")
+    return int(text)
 
 
 def ratio(text: str) -> tuple[str, float]:
