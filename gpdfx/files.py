@@ -130,6 +130,9 @@ class Format:
             tensors, metadata = read_tensors(path)
         except FileNotFoundError:
             raise InputError(f"{named} is not there", remedy=self.remedy) from None
+        except OSError as error:
+            text = f"{named} cannot be read: {error.strerror or error}"
+            raise InputError(text, remedy=self.remedy) from error
         except Exception as error:  # whatever a damaged header may lead to
             text = f"{named} is corrupt or no safetensors file: {error}"
             raise InputError(text, remedy=self.remedy) from error

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from ..report.picture import graph
 from ..teacher.module import Teacher
 from .commands import add_training
 from .mistakes import Parser, answer, parse
-from .options import add_branches, add_command, add_ratio, pixels, ratios
+from .options import add_branches, add_command, add_ratio, ratios, whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,9 +63,11 @@ def _parser() -> Parser:
         "--keep", nargs="+", action="extend", default=[], metavar="PATTERN", help=text
     )
     text = "make widened axes multiples of this"
-    common.add_argument("--round-to", type=int, default=1, metavar="NUMBER", help=text)
+    common.add_argument("--round-to", type=whole, default=1, metavar="NUMBER", help=text)
     add_branches(common)
-    common.add_argument("--size", type=pixels, help="height and width of the example image")
+    common.add_argument(
+        "--size", type=partial(whole, low=1), help="height and width of the example image"
+    )
     common.add_argument("--json", action="store_true", help="print JSON")
 
     def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:

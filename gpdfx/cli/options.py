@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,11 +37,21 @@ def add_branches(group: Any) -> None:
     )
 
 
-def pixels(text: str) -> int:
-    """A size of images, at least 1."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of pixels")
-    return int(text)
+def whole(text: str, low: int = -(2**63)) -> int:
+    """A whole number that torch can hold."""
+    with contextlib.suppress(ValueError):
+        if low <= int(text) < 2**63:
+            return int(text)
+    above = f" of at least {low}" if low > 0 else ""
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number{above}")
+
+
+def number_or_none(text: str) -> float | None:
+    """``"0.5"`` -> ``0.5``, ``"none"`` -> ``None``."""
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none") from None
 
 
 def ratio(text: str) -> tuple[str, float]:
