@@ -82,6 +82,7 @@ def cpu_copies(tensors: Mapping[str, Tensor]) -> Tensors:
 
 def read_tensors(path: AsPath) -> tuple[Tensors, dict[str, str]]:
     """The tensors of a safetensors file, in memory of their own, and its metadata."""
+    open(path, "rb").close()  # safetensors calls every file missing that it cannot open
     with safe_open(str(path), "pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         return tensors, dict(file.metadata() or {})

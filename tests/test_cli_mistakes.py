@@ -21,6 +21,7 @@ from gpdfx.cli.app import main
 from gpdfx.cli.mistakes import in_options
 from gpdfx.errors import InputError, nearest
 from gpdfx.train import run
+from gpdfx.train import state as states
 
 from .runs import command
 
@@ -282,6 +283,30 @@ def test_what_the_system_refuses(
     code, text = said(CNN, capsys)
     assert code == 1
     assert words in text
+
+
+def test_files_that_are_not_ours_to_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the system refuses them; root may read all."""
+    for name in ("w.safetensors", "w.pt", run.STATE):
+        (tmp_path / name).write_text("x")
+    monkeypatch.setattr("builtins.open", refusing(open, tmp_path))
+    monkeypatch.setattr(Path, "open", refusing(Path.open, tmp_path))
+    for name in ("w.safetensors", "w.pt"):
+        code, text = said([*TRAIN, "--weights", str(tmp_path / name), "--out", "none"], capsys)
+        assert (code, f"{name}: PermissionError: no" in text) == (1, True), text
+    with pytest.raises(InputError, match=r"state\.safetensors cannot be read: no"):
+        states.read_state(tmp_path / run.STATE)
+
+
+def refusing(opened: Any, folder: Path) -> Any:
+    def refuse(path: Any, *more: Any, **named: Any) -> Any:
+        if folder in Path(str(path)).parents:
+            raise PermissionError("no")
+        return opened(path, *more, **named)
+
+    return refuse
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk")
