@@ -102,7 +102,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.5
     scores = {}
     for other in known:
         text, found = _typed(other)
-        begins = text.startswith(typed), found[: len(words)] == words
+        begins = text.startswith(typed or " "), found[: len(words)] == (words or None)
         scores[other] = difflib.SequenceMatcher(None, typed, text).ratio() + sum(begins) / 4
     close = sorted((k for k, x in scores.items() if x >= cutoff), key=lambda k: (-scores[k], k))
     return close[:count]

@@ -82,6 +82,7 @@ def cpu_copies(tensors: Mapping[str, Tensor]) -> Tensors:
 
 def read_tensors(path: AsPath) -> tuple[Tensors, dict[str, str]]:
     """The tensors of a safetensors file, in memory of their own, and its metadata."""
+    open(path, "rb").close()  # safetensors calls every file missing that it cannot open
     with safe_open(str(path), "pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         return tensors, dict(file.metadata() or {})
@@ -130,6 +131,9 @@ class Format:
             tensors, metadata = read_tensors(path)
         except FileNotFoundError:
             raise InputError(f"{named} is not there", remedy=self.remedy) from None
+        except OSError as error:
+            text = f"{named} cannot be read: {error.strerror or error}"
+            raise InputError(text, remedy=self.remedy) from error
         except Exception as error:  # whatever a damaged header may lead to
             text = f"{named} is corrupt or no safetensors file: {error}"
             raise InputError(text, remedy=self.remedy) from error

@@ -267,6 +267,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     torch_load = partial(torch.load, map_location="cpu", weights_only=True)
     read: Callable[..., Any] = load_file if file.suffix == ".safetensors" else torch_load
     try:
+        file.open("rb").close()  # safetensors calls every file missing that it cannot open
         state = read(file)
     except Exception as error:  # damaged, of another kind, or one that wants to run code
         raise InputError(

@@ -208,13 +208,11 @@ def test_the_best_student_is_kept(
 def test_a_best_student_that_is_gone_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = with_changes(TINY, epochs=1)
-    summary = go(tmp_path / "run", plain=True, recipe=recipe)
-    assert summary["test"]["best"] == summary["test"]["student"]  # there is one epoch
-    (tmp_path / "run" / run.SUMMARY).unlink()
-    (tmp_path / "run" / run.BEST).unlink()
-    monkeypatch.setattr(run.Run, "_keep_best", lambda self: None)  # as in a later epoch
-    assert "best" not in go(tmp_path / "run", plain=True, recipe=recipe)["test"]
+    changes = {"plain": True, "recipe": with_changes(TINY, epochs=1)}
+    test = go(tmp_path / "one", **changes)["test"]
+    assert test["best"] == test["student"]  # there is one epoch
+    monkeypatch.setattr(run.Run, "_keep_best", lambda self: None)
+    assert "best" not in go(tmp_path / "run", **changes)["test"]
     with pytest.raises(gpdfx.InputError, match=r"no file .*student_best\.safetensors"):
         evaluate(tmp_path / "run", device="cpu", best=True)
 

@@ -72,7 +72,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
-        (["expand", "timm:resnt18"], "did you mean resnet18"),
+        (["expand", "timm:resnt18"], "did you mean timm:resnet18"),
         (["expand", "resnet18"], "names no library"),
         (["expand", "tests.networks:Nothing"], "cannot find"),
         (["expand", "tests.networks:Norms", "--ratio", "0.5"], "ratio is 0.5"),

@@ -639,7 +639,7 @@ STATIC = ("--static-teacher", "gpdfx:cnn")
         (["--data", "digts"], ("no source 'digts'", "did you mean digits")),
         (["--recipe", "vitt"], ("no recipe 'vitt'", "vit")),
         (["--lr", "-1"], ("lr is -1.0", "change these values")),
-        (["--student", "gpdfx:cn"], ("no model 'cn'", "did you mean cnn")),
+        (["--student", "gpdfx:cn"], ("no model 'cn'", "did you mean gpdfx:cnn")),
         (["--student", "gpdfx:cnn1d"], ("does not run on inputs (2, 1, 8, 8)", "num_classes")),
         (["--data", "cifar10:x", "--student", ""], ("no student of its own", "timm:resnet18")),
         (["--weights", "nowhere.pt"], ("no file nowhere.pt", "state_dict")),

@@ -16,39 +16,37 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..compiler import expand
-from ..errors import GpdfxError
+from ..errors import check_place
 from ..models import load
 from ..passes.capture.limits import LEVELS
 from ..report.explain import explain
 from ..report.picture import graph
 from ..teacher.module import Teacher
 from .commands import add_training
-from .options import add_branches, add_command, add_ratio, ratios
+from .mistakes import Parser, answer, parse
+from .options import add_branches, add_command, add_ratio, ratios, whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(argv)
+    options, command = parse(_parser(), argv)
     try:
         text, data = options.run(options)
-    except GpdfxError as error:
-        print(f"gpdfx: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("gpdfx: stopped; the same command goes on with a run of training", file=sys.stderr)
-        return 130
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
-        print(json.dumps(data, indent=1, default=str) if options.json else text)
+        if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
+            print(json.dumps(data, indent=1, default=str) if options.json else text, flush=True)
+    except (Exception, KeyboardInterrupt) as error:
+        return answer(error, command)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         "gpdfx",
         description="Gap Preserving Distillation: train any network with a wider teacher that "
         "shares its parameters.",
@@ -65,9 +63,11 @@ def _parser() -> argparse.ArgumentParser:
         "--keep", nargs="+", action="extend", default=[], metavar="PATTERN", help=text
     )
     text = "make widened axes multiples of this"
-    common.add_argument("--round-to", type=int, default=1, metavar="NUMBER", help=text)
+    common.add_argument("--round-to", type=whole, default=1, metavar="NUMBER", help=text)
     add_branches(common)
-    common.add_argument("--size", type=int, help="height and width of the example image")
+    common.add_argument(
+        "--size", type=partial(whole, low=1), help="height and width of the example image"
+    )
     common.add_argument("--json", action="store_true", help="print JSON")
 
     def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -111,6 +111,7 @@ def _explain(options: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _graph(options: argparse.Namespace) -> tuple[str, Any]:
+    check_place(options.out)
     graph(_teacher(options, False), options.out)
     return f"wrote {options.out}", {"out": options.out}
 

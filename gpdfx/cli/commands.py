@@ -19,7 +19,7 @@ from ..train.config import Device, TrainConfig, default_recipe
 from ..train.evaluate import evaluate, export
 from ..train.recipes import RECIPES, TrainingRecipe, get_recipe, with_changes
 from ..train.run import train
-from .options import add_branches, add_command, add_ratio, one_or_all, ratios
+from .options import add_branches, add_command, add_ratio, number_or_none, one_or_all, ratios, whole
 
 EXAMPLES = """
 the three scenarios:
@@ -33,10 +33,6 @@ The same command goes on with a run that was stopped. On several GPUs:
 """
 
 
-def _number_or_none(text: str) -> float | None:
-    return None if text == "none" else float(text)
-
-
 # What a field's type does not say.
 SHAPES: dict[str, dict[str, Any]] = {
     **{name: {"metavar": "MODEL"} for name in ("student", "static_teacher")},
@@ -47,7 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "compile": {"metavar": "MODE", "nargs": "?", "const": "default"},
     "checkpoint_every": {"metavar": "STEPS"},
     "milestones": {"metavar": "EPOCH", "nargs": "+"},
-    "clip": {"type": _number_or_none},
+    "clip": {"type": number_or_none},
 }
 
 
@@ -133,7 +129,7 @@ def _shape(name: str, kind: Any) -> dict[str, Any]:
     elif str in kinds:
         shape = {}
     else:
-        shape = {"type": int if int in kinds else float, "metavar": "NUMBER"}
+        shape = {"type": whole if int in kinds else float, "metavar": "NUMBER"}
     return shape | SHAPES.get(name, {})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ def add_command(
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text, **options
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, parser=command)
     return command
 
 
@@ -34,6 +35,23 @@ def add_branches(group: Any) -> None:
     group.add_argument(
         "--branches", type=branches, action="append", metavar="[PATTERN=]SET", help=text
     )
+
+
+def whole(text: str, low: int = -(2**63)) -> int:
+    """A whole number that torch can hold."""
+    with contextlib.suppress(ValueError):
+        if low <= int(text) < 2**63:
+            return int(text)
+    above = f" of at least {low}" if low > 0 else ""
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number{above}")
+
+
+def number_or_none(text: str) -> float | None:
+    """``"0.5"`` -> ``0.5``, ``"none"`` -> ``None``."""
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none") from None
 
 
 def ratio(text: str) -> tuple[str, float]:

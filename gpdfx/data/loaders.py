@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..errors import InputError
+from ..errors import GpdfxError, InputError, described
 from .splits import Data, Split, generator, permutation
 
 
@@ -62,8 +62,8 @@ def train_loader(
         )
     if start < 0:
         raise InputError(f"start is {start}", remedy="pass a number of samples")
-    return DataLoader(
-        replace(data.train, epoch=(seed, epoch)),
+    return Loader(
+        Told(replace(data.train, epoch=(seed, epoch))),
         batch_size // world,
         sampler=epoch_order(len(data.train), seed, epoch, rank, world, start),
         drop_last=len(data.train) >= batch_size,
@@ -85,7 +85,7 @@ def eval_loader(
     may differ by one, so ranks add up counts, not means.
     """
     options = _checked_options(batch_size, workers, rank, world)
-    return DataLoader(samples, batch_size, sampler=range(rank, len(samples), world), **options)
+    return Loader(Told(samples), batch_size, sampler=range(rank, len(samples), world), **options)
 
 
 def _checked_options(batch_size: int, workers: int, rank: int, world: int) -> dict[str, Any]:
@@ -100,7 +100,49 @@ def _checked_options(batch_size: int, workers: int, rank: int, world: int) -> di
     if bad:
         raise InputError("; ".join(bad), remedy="batch_size > 0, workers >= 0, 0 <= rank < world")
     draw = generator("workers")  # else every epoch draws from the global one
-    return {"num_workers": workers, "generator": draw, "pin_memory": torch.cuda.is_available()}
+    options = {"num_workers": workers, "generator": draw, "pin_memory": torch.cuda.is_available()}
+    return options | {"collate_fn": collate}
+
+
+@dataclass(frozen=True)
+class Told(Dataset[Any]):
+    """Samples, or the refusal to give one, as a value: what a process that loads data raises would
+    come as the text of a traceback."""
+
+    samples: Split
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.samples[index]
+        except GpdfxError as error:
+            return error
+
+
+def collate(samples: list[Any]) -> Any:
+    """A batch, or the first refusal."""
+    refused = (x for x in samples if isinstance(x, GpdfxError))
+    return next(refused, None) or default_collate(samples)
+
+
+class Loader(DataLoader[tuple[Tensor, int]]):
+    """Raises what was refused, and ``InputError`` where a process that loads data is gone."""
+
+    def __iter__(self) -> Any:
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, GpdfxError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise InputError(
+                f"a process that loads data is gone: {described(error)}",
+                remedy="fewer workers=, or more memory, shared memory (/dev/shm) too",
+            ) from error
 
 
 # --------------------------------------------------------------------------- mixup and cutmix

@@ -158,9 +158,8 @@ def load_imagefolder(*, path: Path, size: int, augment: bool, **_: Any) -> Data:
         try:
             return default_loader(file)
         except (OSError, ValueError, SyntaxError) as error:  # what Pillow finds wrong with it
-            raise InputError(
-                f"the image {file} cannot be read: {error}", remedy="replace it, or take it away"
-            ) from error
+            text = f"the image {file} cannot be read ({type(error).__name__})"
+            raise InputError(text, remedy="replace it, or take it away") from error
 
     try:
         folders = {
@@ -191,6 +190,18 @@ SOURCES: dict[str, Callable[..., Data]] = {
     "cifar10:PATH": load_cifar10,
     "imagefolder:PATH": load_imagefolder,
 }
+
+
+def usage_of(source: str) -> str:
+    """``"cifar10:here"`` -> ``"cifar10:PATH"``. Raises ``InputError`` for what is no source."""
+    kind, colon, path = source.partition(":")
+    usages = {usage.partition(":")[0]: usage for usage in SOURCES}
+    if kind not in usages:
+        raise InputError(f"there is no source {source!r}", remedy=near(kind, usages.values()))
+    usage = usages[kind]
+    if not bool(colon) == bool(path) == (":" in usage):
+        raise InputError(f"source {source!r} is not complete", remedy=f"write {usage}")
+    return usage
 
 
 def load_data(
@@ -233,13 +244,7 @@ def load_data(
     Raises:
         InputError: an unknown source, missing or damaged files, fewer samples than ``labels``.
     """
-    kind, colon, path = source.partition(":")
-    usages = {usage.partition(":")[0]: usage for usage in SOURCES}
-    if kind not in usages:
-        raise InputError(f"there is no source {source!r}", remedy=near(kind, usages.values()))
-    usage = usages[kind]
-    if not bool(colon) == bool(path) == (":" in usage):
-        raise InputError(f"source {source!r} is not complete", remedy=f"write {usage}")
+    usage, (kind, _, path) = usage_of(source), source.partition(":")
     if size is not None and (kind != "imagefolder" or size < 1):
         raise InputError(
             f"size is {size!r} for {kind}", remedy="it is the number of pixels of imagefolder:PATH"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..data.sources import load_data
+from ..data.sources import load_data, usage_of
 from ..data.splits import Data
 from ..errors import InputError, check_choice
 from ..models import DEFAULTS
@@ -117,7 +117,7 @@ class TrainConfig:
             "name it, too: data='imagefolder:PATH'",
         )
         object.__setattr__(self, "data", self.data or DATA)
-        kind = self.data.partition(":")[0]
+        kind = usage_of(self.data).partition(":")[0]
         object.__setattr__(self, "out", str(self.out))
         object.__setattr__(self, "unshared", tuple(self.unshared))
         object.__setattr__(self, "student", self.student or DEFAULTS.get(kind, ""))

@@ -77,7 +77,7 @@ def load_run(folder: AsPath, best: bool = False) -> tuple[TrainConfig, dict[str,
         summary: dict[str, Any] = json.loads(path.read_text())
         config = read_config(summary["config"])
         classes, shape = int(summary["classes"]), tuple(summary["shape"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{folder} holds no finished run: there is no {SUMMARY}",
             remedy="give the folder of a run; gpdfx train with its settings finishes one",
