@@ -231,3 +231,26 @@ def test_files_have_the_users_permissions(tmp_path: Path) -> None:
     assert {run.STATE, run.STUDENT, run.BEST, "log.csv", "curves.png"} <= modes.keys()
     assert {*modes.values()} == {0o640}
     assert stat.S_IMODE((tmp_path / "text").stat().st_mode) == 0o640
+
+
+# --------------------------------------------------------------------------- a damaged run
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is no summary of a run: Expecting"),
+        ("[]", "it has no title, parameters"),
+        ("{}", "it has no title, parameters"),
+    ],
+)
+def test_a_damaged_summary(
+    tmp_path: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a finished run, which ends once more by telling it."""
+    argv = command(tmp_path / "run", "--plain", "--epochs", "1", "--quiet")
+    assert main(argv) == main([*argv, "--json"]) == 0
+    table, _, again = capsys.readouterr().out.partition("{")
+    assert json.loads("{" + again)["best_epoch"] == 1
+    assert "best student" in table
+    (tmp_path / "run" / run.SUMMARY).write_text(text)
+    assert main(argv) == 1
+    assert words in capsys.readouterr().err

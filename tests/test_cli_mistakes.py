@@ -247,6 +247,7 @@ def test_near_names() -> None:
         ("no file my_cuda_graph.pt in cuda_graph/x", "no file my_cuda_graph.pt in cuda_graph/x"),
         ("pass example_inputs=(x,), two", "pass --size NUMBER, two"),
         ("pass example_inputs=(x, y)", "in Python, pass example_inputs=(x, y)"),
+        ("lr_is=3\n  at: net.py:3 f(x, keep=True)", "lr_is=3\n  at: net.py:3 f(x, keep=True)"),
         ("ratio={'a': 2}, data='x'", "ratio={'a': 2}, data='x'"),
     ],
 )

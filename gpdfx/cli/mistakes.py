@@ -62,7 +62,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[argparse.Namespac
 
 # --------------------------------------------------------------------------- words
 def in_options(text: str, known: Sequence[str]) -> str:
-    """A sentence of the Python API in the words of the command line.
+    """A sentence of the Python API in the words of the command line; lines of code stay.
 
     static_teacher='NAME' -> --static-teacher NAME; keep=["a", "b"] -> --keep a b
     warmup_epochs is 5, config.recipe.lr was 1 -> --warmup-epochs is 5, --lr was 1
@@ -83,7 +83,11 @@ def in_options(text: str, known: Sequence[str]) -> str:
 
     value = r"""'[^']*'|"[^"]*"|\[[^]]*\]|\([^)]*\)|[\w.+-]*\w|"""
     name = rf"(?P<path>config\.(?:recipe\.)?)?(?P<name>[a-z]\w*)(?:=(?P<value>{value}))?"
-    return re.sub(rf"(?<![\w.:/'\"-]){name}(?![\w/:{{-]|\.\w)", option, text)
+    pattern = re.compile(rf"(?<![\w.:/'\"-]){name}(?![\w/:{{-]|\.\w)")
+    return "\n".join(
+        line if line.startswith("  at: ") else pattern.sub(option, line)
+        for line in text.split("\n")
+    )
 
 
 # --------------------------------------------------------------------------- errors

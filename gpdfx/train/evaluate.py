@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,26 +66,38 @@ def measure(net: Net, split: Split, config: TrainConfig, ranks: Ranks) -> dict[s
 
 
 # --------------------------------------------------------------------------- of a finished run
+RUN = "give the folder of a finished run; gpdfx train with its settings finishes one"
+
+
+def read_summary(folder: AsPath, needed: Iterable[str]) -> dict[str, Any]:
+    """The summary of a finished run. Raises ``InputError`` if there is none with these keys."""
+    path = Path(folder) / SUMMARY
+    try:
+        summary = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        text = f"{folder} holds no finished run: there is no {SUMMARY}"
+        raise InputError(text, remedy=RUN) from None
+    except ValueError as error:
+        raise InputError(f"{path} is no summary of a run: {error}", remedy=RUN) from error
+    held = dict(summary) if isinstance(summary, dict) else {}
+    if missing := [key for key in needed if key not in held]:
+        text = f"{path} is no summary of a run: it has no {', '.join(missing)}"
+        raise InputError(text, remedy=RUN)
+    return held
+
+
 def load_run(folder: AsPath, best: bool = False) -> tuple[TrainConfig, dict[str, Any], nn.Module]:
     """Configuration, summary and plain student of a finished run: that of the last epoch, or the
     ``best`` one on validation.
 
     Raises ``InputError`` if the folder holds none.
     """
-    path = Path(folder) / SUMMARY
+    summary = read_summary(folder, ("config", "classes", "shape"))
+    config = read_config(summary["config"])
     try:
-        summary: dict[str, Any] = json.loads(path.read_text())
-        config = read_config(summary["config"])
         classes, shape = int(summary["classes"]), tuple(summary["shape"])
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{folder} holds no finished run: there is no {SUMMARY}",
-            remedy="give the folder of a run; gpdfx train with its settings finishes one",
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is no summary of a run: {error!r}", remedy="give the folder of a run"
-        ) from error
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{folder}/{SUMMARY} has no sizes: {error}", remedy=RUN) from error
     student = models.load(config.student, classes=classes, shape=shape)
     models.load_weights(student, Path(folder) / (BEST if best else STUDENT))
     return config, summary, student.eval()

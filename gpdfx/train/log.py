@@ -137,10 +137,14 @@ def draw(path: Path, history: Sequence[Row], static: float | None, title: str) -
 
 
 # --------------------------------------------------------------------------- tables
+PARTS = "parameters", "validation", "test"
+SHOWN = "title", *PARTS, "best_epoch", "step_time", "skipped", "out"
+
+
 def table(summary: Mapping[str, Any]) -> str:
     """A run's summary (see ``gpdfx.train.train``) as a table."""
     time = summary["step_time"]
-    columns = {part: summary[part] for part in ("parameters", "validation", "test")}
+    columns = {part: summary[part] for part in PARTS}
     columns["parameters"] = {"best": columns["parameters"]["student"], **columns["parameters"]}
     lines = [_table(summary["title"], columns, justify="right")]
     lines.append(

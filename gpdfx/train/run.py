@@ -36,7 +36,7 @@ from . import log
 from . import state as states
 from .config import TrainConfig as TrainConfig
 from .config import notes_on
-from .evaluate import accuracies, measure
+from .evaluate import accuracies, measure, read_summary
 from .folder import hold, sweep
 from .networks import example_inputs, fine_tune, freeze_idle, load_network, make_net
 from .ranks import Ranks, join
@@ -152,7 +152,7 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Train what is left, and write everything."""
         if self.is_finished:
-            return dict(json.loads((self.out / SUMMARY).read_text()))
+            return read_summary(self.out, log.SHOWN)
         done = self.progress
         begin = not done.epoch and not done.step
         if begin:
