@@ -62,7 +62,7 @@ _LEFT_OVER = re.compile(r".+\.[0-9a-f]{8}\.tmp|\.tmp[0-9A-Za-z]{6}")
 def write_text(path: AsPath, text: str) -> None:
     """A text file that appears whole or not at all."""
     with replacing(path) as fresh:
-        fresh.write_text(text)
+        fresh.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: AsPath, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:

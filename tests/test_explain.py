@@ -1,11 +1,10 @@
-"""``explain``, ``graph`` and the command line."""
+"""``explain`` and the command line."""
 
 from __future__ import annotations
 
 import copy
 import json
 import pickle
-from pathlib import Path
 
 import pytest
 
@@ -47,17 +46,6 @@ def test_copies_of_a_teacher_explain_alike() -> None:
 def test_an_unknown_parameter_suggests_near_ones() -> None:
     with pytest.raises(gpdfx.InputError, match=r"did you mean .*head\.weight"):
         gpdfx.explain(teacher("unet"), "head.weigth")
-
-
-@pytest.mark.parametrize("suffix", [".svg", ".html", ".png"])
-def test_graph(tmp_path: Path, suffix: str) -> None:
-    out = tmp_path / f"groups{suffix}"
-    gpdfx.graph(teacher("odd"), out)
-    assert out.stat().st_size > 2000
-    if suffix == ".svg":
-        assert "<svg" in out.read_text()
-    with pytest.raises(gpdfx.InputError, match="cannot draw"):
-        gpdfx.graph(teacher("norms"), tmp_path / "groups.doc")
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:

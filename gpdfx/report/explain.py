@@ -14,7 +14,7 @@ from ..algebra.solver import Reason
 from ..algebra.widths import Path, Widths, width_of
 from ..errors import InputError, suggest
 from ..passes.widen import Widened
-from .picture import data_flow
+from .flow import data_flow
 
 if TYPE_CHECKING:  # imported where it is used: it takes a fifth of a second
     import networkx as nx

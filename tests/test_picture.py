@@ -1,0 +1,280 @@
+"""``graph``: what the picture says, and where it stands."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gpdfx
+from gpdfx.cli.app import main
+from gpdfx.report.picture.draw import escape
+from gpdfx.report.picture.layout import Box, Layout, place
+
+from .networks import NETWORKS
+
+SVG = "{http://www.w3.org/2000/svg}"
+ODD = "a<b & c>"
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x).relu())
+
+
+class Drawn(nn.Module):
+    """Something of each kind; one layer is called twice, one has an odd name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.block = Block()
+        self.add_module(ODD, nn.Conv2d(8, 4, 1))
+        self.twice = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(self.stem(x))
+        x = torch.cat([x, getattr(self, ODD)(x)], 1).mean((2, 3))
+        x = self.twice(self.twice(x).relu())
+        return self.head(x.cumsum(1))
+
+
+@cache
+def drawn() -> gpdfx.Teacher:
+    torch.manual_seed(0)
+    inputs = (torch.randn(2, 3, 8, 8),)
+    return gpdfx.expand(Drawn(), 2, example_inputs=inputs, branches=None, verify=False)
+
+
+def picture(teacher: gpdfx.Teacher, folder: Path) -> ElementTree.Element:
+    gpdfx.graph(teacher, folder / "picture.svg")
+    return ElementTree.parse(folder / "picture.svg").getroot()
+
+
+def nodes(root: ElementTree.Element) -> Iterator[tuple[str, ElementTree.Element]]:
+    """Name -> mark; not those of the legend."""
+    for mark in root.iter(f"{SVG}g"):
+        if mark.get("data-name") not in (None, "", "name"):
+            yield str(mark.get("data-name")), mark
+
+
+def words(mark: ElementTree.Element) -> list[str]:
+    """Its texts, as they are read."""
+    return ["".join(text.itertext()) for text in mark.iter(f"{SVG}text")]
+
+
+def test_a_picture_says_names_widths_and_groups(tmp_path: Path) -> None:
+    root = picture(drawn(), tmp_path)
+    assert {name: (mark.get("class"), *words(mark)) for name, mark in nodes(root)} == {
+        "x": ("node input", "x", "2 x 3 x 8 x 8"),
+        "stem": ("node layer", "stem", "conv 3x3 /2: 8 → 16", "A"),
+        "block.first": ("node layer", "block.first", "conv 1x1: 6 → 12"),
+        "block.second": ("node layer", "block.second", "conv 3x3: 8 → 16", "A"),
+        "block +": ("node merge", "+", "A"),
+        ODD: ("node layer", ODD, "conv 1x1: 4 → 8", "B"),
+        "concat": ("node merge", "concat", "B", "A"),
+        "twice": ("node layer", "twice", "linear: 12 → 24", "B", "A"),
+        "twice (2)": ("node layer", "twice (2)", "linear: 12 → 24", "B", "A"),
+        "cumsum": ("node bridge", "cumsum", "bridge: cumsum"),
+        "head": ("node stays", "head", "linear: 10 stays"),
+        "output": ("node output", "output"),
+    }
+    lines = {(str(x.get("data-from")), str(x.get("data-to"))) for x in root.iter(f"{SVG}path")}
+    assert lines - {("None", "None")} == {
+        *(("x", "stem"), ("stem", "block.first"), ("block.first", "block.second")),
+        *(("stem", "block +"), ("block.second", "block +"), ("block +", ODD), (ODD, "concat")),
+        *(("block +", "concat"), ("concat", "twice"), ("twice", "twice (2)")),
+        *(("twice (2)", "cumsum"), ("cumsum", "head"), ("head", "output")),
+    }
+    assert "block  Block" in words(root)
+    assert {"8 → 16, 3 layers", "4 → 8, 2 layers"} <= {*words(root)}
+
+
+def test_titles_say_shapes_groups_and_reasons(tmp_path: Path) -> None:
+    titles = {
+        name: mark.findtext(f"{SVG}title") for name, mark in nodes(picture(drawn(), tmp_path))
+    }
+    assert titles["block.second"] == (
+        "block.second\nconv 3x3: 8 → 16\nblock.second.weight: 8 x 6 x 3 x 3 → 16 x 12 x 3 x 3\n"
+        "parameters: 432 → 1,728\nwidens together with stem, twice"
+    )
+    reason = gpdfx.explain(drawn(), "head.weight").dimensions[0].reason
+    assert reason.startswith("output")
+    assert str(titles["head"]).endswith(f"output channels stay: {reason}")
+    (bridge,) = drawn().report().bridged
+    assert str(titles["cumsum"]).endswith(f"at the student's width: {bridge.reason}")
+
+
+def test_what_no_xml_holds_is_escaped() -> None:
+    assert escape('a<b&"c\x01') == "a&lt;b&amp;&quot;c?"
+
+
+def test_the_same_network_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name, teacher in (("a", drawn()), ("b", pickle.loads(pickle.dumps(drawn())))):
+        gpdfx.graph(teacher, tmp_path / f"{name}.html")
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["odd", "gpt", "grouped"])
+def test_all_layers_are_there_and_none_is_on_another(name: str, tmp_path: Path) -> None:
+    case = NETWORKS[name]
+    model = case.model()
+    root = picture(gpdfx.expand(model, 2, example_inputs=case.inputs(), verify=False), tmp_path)
+    matrices = {n.removesuffix(".weight") for n, p in model.named_parameters() if p.ndim > 1}
+    texts = {text.removesuffix(" (2)") for _, mark in nodes(root) for text in words(mark)}
+    assert matrices <= texts
+    boxes = [rectangle(mark) for _, mark in nodes(root)]
+    for k, (x, y, w, h) in enumerate(boxes):
+        for left, top, wide, high in boxes[:k]:
+            assert x >= left + wide or left >= x + w or y >= top + high or top >= y + h
+
+
+def rectangle(mark: ElementTree.Element) -> tuple[float, ...]:
+    shape = next(x for x in mark if x.get("class") == "shape")
+    if shape.tag == f"{SVG}rect":
+        return tuple(float(shape.get(name, "")) for name in ("x", "y", "width", "height"))
+    points = [tuple(map(float, p.split())) for p in shape.get("d", "").strip("Mz").split("L")]
+    (x0, y0), (x1, y1) = (tuple(f(c) for c in zip(*points, strict=True)) for f in (min, max))
+    return x0, y0, x1 - x0, y1 - y0
+
+
+def test_parts_are_drawn_with_their_inputs(tmp_path: Path) -> None:
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.b(y) if float(y.detach().sum()) < 1e9 else y
+
+    teacher = gpdfx.expand(Apart(), 2, example_inputs=(torch.randn(2, 4),), verify=False)
+    assert teacher.report().apart
+    found = {name: mark.get("class") for name, mark in nodes(picture(teacher, tmp_path))}
+    assert found["a"] == found["b"] == "node stays"
+    assert list(found.values()).count("node input") == 2
+
+
+# --------------------------------------------------------------------------- where it stands
+Edges = list[tuple[str, str]]
+
+
+def laid_out(edges: Edges, sizes: Mapping[str, tuple[float, float]]) -> Layout:
+    blocks = {name: [f"b{int(name) // 9}", f"b{int(name) // 9}.{int(name) // 3}"] for name in sizes}
+    return place(sizes, edges, blocks, (60.0, 20.0))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_box_meets_another_and_no_line_crosses_one(seed: int) -> None:
+    draw = random.Random(seed)
+    count = draw.choice([3, 12, 60])
+    sizes = {str(k): (draw.choice([30.0, 90.0]), draw.choice([20.0, 42.0])) for k in range(count)}
+    edges = [
+        (str(a), str(b))
+        for b in range(1, count)
+        for a in {b - 1 if draw.random() < 0.9 else 0, *draw.sample(range(b), min(b, seed % 3))}
+    ]
+    layout = laid_out(edges, sizes)
+    boxes = [*layout.boxes.values(), *layout.ghosts.values()]
+    assert layout.boxes.keys() == sizes.keys()
+    for k, one in enumerate(boxes):
+        assert not any(meet(area(one), area(other)) for other in boxes[:k])
+        assert inside(area(one), (0, layout.size[0], 0, layout.size[1]))
+    assert sorted((a, b) for a, b, _ in layout.lines) == sorted(set(edges))
+    for _, b, way in layout.lines:
+        assert way[-1] == (layout.boxes[b].x, layout.boxes[b].y)
+        for (x0, y0), (x1, y1) in itertools.pairwise(way):
+            assert y1 >= y0
+            piece = (min(x0, x1), max(x0, x1), y0, y1)
+            assert not any(meet(piece, area(box)) for box in boxes)
+    frames = [area(box) for _, _, box in layout.frames]
+    for k, one in enumerate(frames):
+        assert all(not meet(one, other) or inside(one, other) for other in frames[:k])
+
+
+Area = tuple[float, float, float, float]
+
+
+def area(box: Box) -> Area:
+    return box.x - box.width / 2, box.x + box.width / 2, box.y, box.y + box.height
+
+
+def meet(a: Area, b: Area) -> bool:
+    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
+
+
+def inside(a: Area, b: Area) -> bool:
+    return b[0] <= a[0] and a[1] <= b[1] and b[2] <= a[2] and a[3] <= b[3]
+
+
+def test_a_residual_block_is_a_chain_beside_its_shortcut() -> None:
+    edges = [("0", "1"), ("1", "2"), ("2", "3"), ("0", "3")]
+    layout = place(
+        {str(k): (80, 40) for k in range(4)}, edges, {str(k): [] for k in range(4)}, (0, 0)
+    )
+    assert len({box.x for box in layout.boxes.values()}) == 1
+    assert [box.y for box in layout.boxes.values()] == [0, 66, 132, 198]
+    ((_, _, way),) = [line for line in layout.lines if line[:2] == ("0", "3")]
+    assert max(x for x, _ in way) > layout.boxes["1"].x + 40
+
+
+def test_a_thousand_layers_are_laid_out_in_columns_in_a_moment() -> None:
+    edges = [(str(k), str(k + 1)) for k in range(1199)]
+    edges += [(str(k), str(k + 4)) for k in range(0, 1190, 4)]
+    begin = time.perf_counter()
+    layout = laid_out(edges, {str(k): (150.0, 42.0) for k in range(1200)})
+    assert time.perf_counter() - begin < 10
+    assert 0.5 < layout.size[0] / layout.size[1] < 4.5
+    assert all(int(name) % 4 == 0 for _, name in layout.ghosts)  # cut where one value is read
+
+
+# --------------------------------------------------------------------------- files
+def test_other_formats_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(gpdfx.InputError, match=r"(?s)groups\.png.*svg or \.html"):
+        gpdfx.graph(drawn(), tmp_path / "groups.png")
+
+
+def test_the_command_writes_a_page_that_needs_nothing_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "norms.html"
+    assert main(["graph", "tests.networks:Norms", "--out", str(out)]) == 0
+    text = out.read_text(encoding="utf-8")
+    assert "<!--" not in text
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "multiply-adds" in text
+    ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser")
+def test_the_page_finds_a_layer(tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    gpdfx.graph(drawn(), out)
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    address = f"{out.as_uri()}#Second"
+    done = subprocess.run([*command, address], capture_output=True, text=True, timeout=120)
+    shown = done.stdout
+    assert "1 found" in shown
+    assert shown.count('class="node layer hit"') == 1
+    assert 'class="node layer hit" data-name="block.second"' in shown
+    assert 'viewBox="0 0' in out.read_text(encoding="utf-8")
+    assert 'viewBox="0 0' not in shown  # it went there
