@@ -69,9 +69,8 @@ def picture(teacher: gpdfx.Teacher, folder: Path) -> ElementTree.Element:
 
 def nodes(root: ElementTree.Element) -> Iterator[tuple[str, ElementTree.Element]]:
     """Name -> mark; not those of the legend."""
-    for mark in root.iter(f"{SVG}g"):
-        if mark.get("data-name") not in (None, "", "name"):
-            yield str(mark.get("data-name")), mark
+    for mark in root.iterfind(f"{SVG}g[@class='network']/{SVG}g[@data-name]"):
+        yield str(mark.get("data-name")), mark
 
 
 def words(mark: ElementTree.Element) -> list[str]:
@@ -102,7 +101,7 @@ def test_a_picture_says_names_widths_and_groups(tmp_path: Path) -> None:
         *(("block +", "concat"), ("concat", "twice"), ("twice", "twice (2)")),
         *(("twice (2)", "cumsum"), ("cumsum", "head"), ("head", "output")),
     }
-    assert "block  Block" in words(root)
+    assert "block (Block)" in words(root)
     assert {"8 → 16, 3 layers", "4 → 8, 2 layers"} <= {*words(root)}
 
 
@@ -278,3 +277,11 @@ def test_the_page_finds_a_layer(tmp_path: Path) -> None:
     assert 'class="node layer hit" data-name="block.second"' in shown
     assert 'viewBox="0 0' in out.read_text(encoding="utf-8")
     assert 'viewBox="0 0' not in shown  # it went there
+
+
+@pytest.mark.slow
+def test_the_picture_of_the_docs_is_what_the_command_draws(tmp_path: Path) -> None:
+    out = tmp_path / "resnet18.svg"
+    assert main(["graph", "torchvision:resnet18", "--out", str(out)]) == 0
+    committed = Path(__file__).resolve().parents[1] / "docs" / "resnet18.svg"
+    assert out.read_bytes() == committed.read_bytes()

@@ -29,7 +29,7 @@ text { font: 12px Helvetica, Arial, 'DejaVu Sans', sans-serif; fill: #111827 }
 .ghost .shape, .input .shape, .output .shape { stroke: #9ca3af }
 .chip { fill: #fff; stroke: #374151 } .letter { font-weight: bold; font-size: 11px }
 """
-GHOST = (170.0, 24.0)
+GHOST = (190.0, 24.0)
 MARGIN = 20.0
 WIDTHS = "64 → 128: output channels, student → teacher"
 GROUPS = 24
@@ -48,7 +48,7 @@ def svg(teacher: Teacher) -> str:
     parts = [_rect(box, 6, f"frame depth{depth}") for _, depth, box in layout.frames]
     parts += [_line(a, b, way) for a, b, way in layout.lines]
     for block, _, box in layout.frames:
-        words = f"{block}  {kinds[block]}"
+        words = f"{block} ({kinds[block]})"
         parts.append(_text(box.x - box.width / 2 + 7, box.y + 14, "block", words))
     parts += [_ghost(name, box) for (_, name), box in layout.ghosts.items()]
     parts += [_node(name, nodes[name], box) for name, box in layout.boxes.items()]
@@ -63,7 +63,7 @@ def svg(teacher: Teacher) -> str:
             f"<style>{STYLE}</style>",
             '<rect width="100%" height="100%" fill="#fff"/>',
             *_moved(MARGIN, MARGIN, legend),
-            *_moved(MARGIN, MARGIN + top, parts),
+            *_moved(MARGIN, MARGIN + top, parts, "network"),
             "</svg>\n",
         )
     )
@@ -174,8 +174,8 @@ def escape(text: str) -> str:
     return html.escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "?", text))
 
 
-def _moved(x: float, y: float, parts: list[str]) -> Iterator[str]:
-    yield f'<g transform="translate({x:.0f} {y:.0f})">'
+def _moved(x: float, y: float, parts: list[str], kind: str = "legend") -> Iterator[str]:
+    yield f'<g class="{kind}" transform="translate({x:.0f} {y:.0f})">'
     yield from parts
     yield "</g>"
 

@@ -25,7 +25,7 @@ GAP, TRACK, TITLE, PAD = 26.0, 9.0, 17.0, 7.0
 CUT = 3
 """Nodes at most that a column goes on from."""
 SHORT = 8
-"""Nodes at least of a column, on average."""
+"""Nodes at least of a column."""
 APART = 70.0
 """Between columns."""
 LEVELS = 2
@@ -136,7 +136,7 @@ def _columns(
     for left in range(count, 0, -1):
         near = begin + (len(order) - begin) / left
         low, high = int(near - 0.4 * (near - begin)), int(near + 0.4 * (near - begin))
-        places = range(max(low, begin + 1), len(order) if left > 1 else 0)
+        places = range(max(low, begin + SHORT), len(order) - SHORT if left > 1 else 0)
         costs = {
             k: (max(0, k - high), live[k], common(k), abs(k - near))
             for k in places
