@@ -1,8 +1,9 @@
-"""``graph``: what the picture says, and where it stands."""
+"""Pictures: ``graph``, what it says and where that stands; and the curves of a run."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import pickle
 import random
 import shutil
@@ -11,16 +12,19 @@ import time
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import gpdfx
 from gpdfx.cli.app import main
 from gpdfx.report.picture.draw import escape
 from gpdfx.report.picture.layout import Box, Layout, place
+from gpdfx.train import log
 
 from .networks import NETWORKS
 
@@ -285,3 +289,59 @@ def test_the_picture_of_the_docs_is_what_the_command_draws(tmp_path: Path) -> No
     assert main(["graph", "torchvision:resnet18", "--out", str(out)]) == 0
     committed = Path(__file__).resolve().parents[1] / "docs" / "resnet18.svg"
     assert out.read_bytes() == committed.read_bytes()
+
+
+# --------------------------------------------------------------------------- curves of a run
+def curves(
+    history: list[dict[str, float]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, dict[str, list[float]]]:
+    """Panel -> line -> its values."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *args: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    log.draw(folder / "curves.png", history, history[len(history) // 2], 0.5, "a run")
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    return {
+        f"{panel.get_ylabel()}, {panel.get_yscale()}": {
+            str(line.get_label()): [float(y) for y in line.get_ydata()] for line in panel.lines
+        }
+        for panel in figures[0].axes
+    }
+
+
+def test_curves_show_accuracies_gap_and_all_terms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = [(0.25, 0.5), (0.75, 0.5), (0.75, 1.0)]
+    history = [
+        {"epoch": k, "student": s, "teacher": t, "gap": t - s, "loss": 8.0 / 4**k}
+        | ({"loss_gap": 1.0 / k} if k > 1 else {})  # it sets in later
+        for k, (s, t) in enumerate(accuracies, start=1)
+    ]
+    panels = curves(history, tmp_path, monkeypatch)
+    assert list(panels) == [
+        "validation accuracy (%), linear",
+        "gap (points), linear",
+        "training loss, log",
+    ]
+    top, gap, losses = panels.values()
+    assert top["student"] == [25, 75, 75]
+    assert top["dynamic teacher"] == [50, 50, 100]
+    assert top["best student: 75.0%, epoch 2"] == [75]
+    assert top["static teacher"] == [50, 50]
+    assert [25, -25, 25] in gap.values()
+    assert losses["all terms"] == [2, 0.5, 0.125]
+    assert losses["gap"] == pytest.approx([1 / 2, 1 / 3])
+
+
+def test_curves_of_a_student_alone_have_no_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = [{"epoch": 1, "student": 0.5, "loss": math.nan, "loss_student": math.nan}]
+    panels = curves(history, tmp_path, monkeypatch)
+    assert list(panels) == ["validation accuracy (%), linear", "training loss, linear"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,8 @@ from .state import BEST, STUDENT
 
 Row = Mapping[str, Any]
 COLORS = {"teacher": "tab:orange", "student": "tab:blue", "gap": "tab:green"}
+TERM = "loss_"
+MARKED = 30  # epochs up to which each has a dot
 NAMES = {
     "student": "student",
     "best": "best student",
@@ -106,32 +109,56 @@ def write_log(path: Path, history: Sequence[Row]) -> None:
         writer.writerows(history)
 
 
-def draw(path: Path, history: Sequence[Row], static: float | None, title: str) -> None:
-    """Validation accuracies of student and teachers over epochs, and the gap below."""
+def draw(path: Path, history: Sequence[Row], best: Row, static: float | None, title: str) -> None:
+    """Over epochs: validation accuracies of student and teachers, with the ``best`` student's; the
+    gap between them; and the training loss with its terms."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    gap = "gap" in history[0]
-    figure = Figure(figsize=(7, 5.5 if gap else 4), layout="constrained")
-    heights = (3, 1) if gap else (3,)
-    panels = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)
-    top, last = panels[0, 0], panels[-1, 0]
-    epochs, marker = [row["epoch"] for row in history], "o" if len(history) < 3 else None
-    for name, color in COLORS.items():
+    heights = {"accuracy": 3.0, "gap": 1.2, "loss": 2.4}
+    if "gap" not in history[0]:
+        del heights["gap"]
+    figure = Figure(figsize=(7, 1.4 + sum(heights.values())), layout="constrained")
+    panels = figure.subplots(len(heights), sharex=True, height_ratios=[*heights.values()])
+    panel = dict(zip(heights, panels, strict=True))
+
+    def plot(where: str, name: str, label: str | None = None, scale: int = 1, **style: Any) -> None:
+        rows = [row for row in history if name in row]
+        points = [row["epoch"] for row in rows], [scale * row[name] for row in rows]
+        marker = "." if len(rows) < MARKED else None
+        panel[where].plot(*points, label=label, marker=marker, **style)
+
+    for name in ("teacher", "student"):
         if name in history[0]:
-            values, panel = [100 * row[name] for row in history], last if name == "gap" else top
-            panel.plot(epochs, values, color=color, label=NAMES.get(name), marker=marker)
+            plot("accuracy", name, NAMES[name], 100, color=COLORS[name])
     if static is not None:
-        top.axhline(100 * static, ls="--", color="tab:gray", label=NAMES["static"])
-    top.set(ylabel="validation accuracy (%)", title=title)
-    top.legend()
-    if gap:
-        last.axhline(0, lw=0.8, color="black")
-        last.set_ylabel("gap (points)")
-    last.set_xlabel("epoch")
-    for panel in panels.flat:
-        panel.grid(alpha=0.3)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel["accuracy"].axhline(100 * static, ls="--", color="tab:gray", label=NAMES["static"])
+    label = f"{NAMES['best']}: {best['student']:.1%}, epoch {best['epoch']}"
+    star = {"ls": "", "marker": "*", "ms": 13, "color": COLORS["student"], "label": label}
+    panel["accuracy"].plot(best["epoch"], 100 * best["student"], **star)
+    panel["accuracy"].set(ylabel="validation accuracy (%)", title=title)
+    if "gap" in panel:
+        panel["gap"].axhline(0, lw=0.8, color="black")
+        plot("gap", "gap", scale=100, color=COLORS["gap"])
+        panel["gap"].set_ylabel("gap (points)")
+    plot("loss", "loss", "all terms", color="black")
+    for name in dict.fromkeys(n for row in history for n in row if n.startswith(TERM)):
+        term = name.removeprefix(TERM)
+        plot("loss", name, term.replace("_", ", "), color=COLORS.get(term), lw=1)
+    losses = [x for line in panel["loss"].lines for x in line.get_ydata() if math.isfinite(x)]
+    if losses and 0 < 10 * min(losses) < max(losses):
+        panel["loss"].set_yscale("log")
+        axis = panel["loss"].yaxis
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+    panel["loss"].set(ylabel="training loss", xlabel="epoch")
+    for one in panels:
+        one.axvline(best["epoch"], lw=0.8, ls=":", color="tab:gray")
+        one.grid(alpha=0.3)
+        one.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for name in ("accuracy", "loss"):
+        panel[name].legend(fontsize="small")
     with replacing(path) as fresh:
         figure.savefig(fresh, format="png", dpi=120)
 

@@ -256,7 +256,8 @@ class Run:
                 storage.save(self.net.teacher, self.out / TEACHER)
             history, static = self.progress.history, self.progress.static_accuracy
             log.write_log(self.out / "log.csv", history)
-            log.draw(self.out / "curves.png", history, static, summary["title"])
+            best, title = self.progress.best(), summary["title"]
+            log.draw(self.out / "curves.png", history, best, static, title)
             files.write_text(self.out / SUMMARY, json.dumps(summary, indent=1) + "\n")
             self._close()
         self.ranks.wait()
