@@ -154,7 +154,7 @@ def expand(
         control, scales, shares, extract, tuple(features), randomness, dynamic, seed
     )
     with _undisturbed(model), progress.shown():
-        progress.at("capture")
+        progress.at("capturing")
         own = example_call(model, example_inputs, example_kwargs)
         example = two_samples(*own)
         caches = find_caches(model, example)  # first: what fails here is the user's to mend
@@ -171,7 +171,7 @@ def expand(
             if check:
                 laws.check_values(program, teacher)
                 clock.lap("verify")
-            progress.at("report")
+            progress.at("reporting")
             laps = partial(clock.lap, "report")
             return make_report(program, teacher, control, example, laps, check, scales, python)
 
@@ -209,7 +209,7 @@ def _checked(
         if not verify:
             return compiled.unseen(), None
         _make_room(model)
-        progress.at("verify")
+        progress.at("checking")
         try:
             check = laws.verify(_to_check(compiled), seed=options.seed)
             return replace(compiled, sizes=check.sizes), check
@@ -248,7 +248,7 @@ def compile_program(
     clock = clock or Clock()
     functional, dynamic = False, options.dynamic
     while True:
-        progress.at("capture")
+        progress.at("capturing")
         program = capture_model(model, example, functional, dynamic, apart)
         control = options.control.without(written if program.apart else ())
         own = replace(options, control=control)

@@ -42,7 +42,7 @@ PASSES: tuple[Pass, ...] = (
 def run(program: Any, passes: tuple[Pass, ...] = PASSES) -> Any:
     """The program that comes out of the last pass; legality is checked after each."""
     for pass_ in passes:
-        progress.at("transform", pass_.__name__)
+        progress.at("widening", pass_.__name__)
         program = pass_(program)
         program.check()
     return program

@@ -109,7 +109,8 @@ def test_a_wheel_holds_all(links: bool, sdist: bool, tmp_path: Path) -> None:
         f"gpdfx/{p.relative_to(ROOT)}" for name in BESIDE for p in (ROOT / name).rglob("*.py")
     }
     assert names == wanted
-    assert (target / "gpdfx" / "py.typed").exists()
+    for name in ("py.typed", "report/picture/page.html"):
+        assert (target / "gpdfx" / name).exists()
     assert str(target) in python("-c", EXPAND, cwd=tmp_path, path=(target,))
 
 

@@ -1,15 +1,18 @@
-"""What ``expand`` shows on a terminal while it works."""
+"""What ``expand``, the command line and a run of training say while they work."""
 
 from __future__ import annotations
 
 import inspect
 import io
+import logging
 import os
 import pty
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TextIO
 
 import pytest
@@ -18,6 +21,8 @@ from torch import Tensor, nn
 
 import gpdfx
 from gpdfx.calls import progress
+from gpdfx.cli.app import main
+from gpdfx.train import log
 
 
 class Slow(nn.Module):
@@ -75,7 +80,10 @@ def test_a_terminal_shows_stage_and_node(terminal: Screen, monkeypatch: pytest.M
     with progress.shown(after=0.0):
         gpdfx.expand(Slow(), 2, example_inputs=(torch.randn(2, 5),), branches=None)
     lines = terminal.read().split("\r\x1b[K")
-    for part in ("capture Slow in train mode", "transform", "verify probe weights in", "report"):
+    for part in (
+        *("capturing Slow in train mode", "widening"),
+        *("checking probe weights in", "reporting"),
+    ):
         assert any(line.startswith(f"gpdfx: {part}") for line in lines), part
     assert lines[-1] == ""  # nothing stays
 
@@ -116,3 +124,61 @@ def test_the_line_goes_where_expand_fails(
     with pytest.raises(gpdfx.InputError):
         fails()
     assert terminal.read().endswith("\r\x1b[K")
+
+
+def test_inside_another_one_nothing_is_shown_twice(
+    terminal: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal.on(monkeypatch)
+    monkeypatch.setattr(progress, "EVERY", 3600.0)
+    before = threading.active_count()
+    with progress.shown(after=0.0), progress.shown(after=0.0):
+        assert threading.active_count() == before + 1
+    with progress.shown(quiet=True), progress.shown(after=0.0):
+        assert threading.active_count() == before
+
+
+# --------------------------------------------------------------------------- without a terminal
+def test_a_library_logs_every_half_minute_to_those_who_ask(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINES", 0.05)
+    progress.at("checking", "weights")
+    for level, expected in ((logging.WARNING, 0), (logging.INFO, 2)):
+        caplog.set_level(level, "gpdfx")
+        with progress.shown(after=0.05):
+            end = time.monotonic() + 20 * bool(expected)
+            while len(caplog.messages) < expected and time.monotonic() < end:
+                time.sleep(0.01)
+        assert len(caplog.messages) >= expected
+        assert all(text == "checking weights (0 s)" for text in caplog.messages[:2])
+    assert caplog.messages
+
+
+def test_the_command_line_says_what_it_is_at(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "tests.networks:Norms", "a.weight"]) == 0
+    assert capsys.readouterr().err.startswith("gpdfx: loading tests.networks:Norms (0 s)\n")
+    assert not logging.getLogger("gpdfx").handlers
+
+
+def test_a_run_without_a_terminal_says_a_line_within_long_epochs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    shown = log.RunLog(tmp_path, epochs=4, done=2, quiet=False, board=False)
+    shown.begin_epoch(4000, 100)
+    for _ in range(20):
+        clock[0] += 2.0
+        shown.end_step({"loss": 2.314})
+    shown.close()
+    # 20 steps took 40 s; of this epoch 3,885 are left, and another of 4,000
+    line = "epoch 3, step 115 of 4,000: loss 2.314, about 4.4 h left"
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (89, "89 s"), (700, "12 min"), (7200, "2.0 h")]
+)
+def test_durations_are_rough(seconds: float, text: str) -> None:
+    assert log.roughly(seconds) == text

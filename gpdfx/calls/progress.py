@@ -1,24 +1,36 @@
-"""What ``expand`` is at, on a terminal, once it has taken some seconds.
+"""What takes its time says what it is at.
 
-A thread writes the line: what takes long is, as a rule, one call of torch's. Where stderr is no
-terminal, or somebody else has it (a progress bar of the caller's), nothing is written.
+On a terminal one line shows it, once some seconds have passed; it goes when all is done. Elsewhere
+(a file, a notebook, a progress bar of the caller's that has taken stderr) a library keeps silent:
+there it is logged every half minute, as INFO of the logger ``gpdfx``, which the command line writes
+to stderr, and anybody else who asks for it:
+
+    logging.basicConfig(level="INFO")
+
+A thread writes: what takes long is, as a rule, one call of torch's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TextIO
 
 AFTER = 5.0
 """Seconds in which nothing is shown."""
 EVERY = 0.2
+LINES = 30.0
+"""Seconds between lines where there is no terminal."""
+LOG = logging.getLogger("gpdfx")
 _CLEAR = "\r\x1b[K"
 _AT = {"stage": "", "what": ""}
+_INSIDE: list[None] = []  # what runs in another one that is shown
 
 
 def at(stage: str = "", what: object = "") -> None:
@@ -27,29 +39,62 @@ def at(stage: str = "", what: object = "") -> None:
 
 
 @contextlib.contextmanager
-def shown(after: float = AFTER) -> Iterator[None]:
-    """While it lasts, and has lasted for some seconds, the terminal shows what was noted last."""
-    stream, over = sys.__stderr__, threading.Event()
-    if stream is None or stream is not sys.stderr or not stream.isatty():
+def shown(after: float = AFTER, *, quiet: bool = False) -> Iterator[None]:
+    """While it lasts, and has lasted for some seconds, what was noted last is shown or logged.
+    ``quiet``: it is not, nor is what calls this inside."""
+    writer, over = None if quiet or _INSIDE else _writer(), threading.Event()
+    thread = threading.Thread(target=writer, args=(over, after), daemon=True) if writer else None
+    _INSIDE.append(None)
+    try:
+        if thread:
+            thread.start()
         yield
-        return
-    writer = threading.Thread(target=_write, args=(stream, over, after), daemon=True)
-    writer.start()
+    finally:
+        _INSIDE.pop()
+        over.set()
+        if thread:
+            thread.join()
+
+
+@contextlib.contextmanager
+def on_stderr() -> Iterator[None]:
+    """Write what is logged to stderr, for programs that own it."""
+    handler, level = logging.StreamHandler(), LOG.level
+    handler.setFormatter(logging.Formatter("gpdfx: %(message)s"))
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
     try:
         yield
     finally:
-        over.set()
-        writer.join()
+        LOG.setLevel(level)
+        LOG.removeHandler(handler)
 
 
-def _write(stream: TextIO, over: threading.Event, after: float) -> None:
+def _writer() -> Callable[[threading.Event, float], None] | None:
+    stream = sys.__stderr__
+    if stream is not None and stream is sys.stderr and stream.isatty():
+        return partial(_show, stream)
+    return _log if LOG.isEnabledFor(logging.INFO) else None
+
+
+def _text(begun: float) -> str:
+    return f"{_AT['stage']} {_AT['what']}".rstrip() + f" ({time.monotonic() - begun:.0f} s)"
+
+
+def _show(stream: TextIO, over: threading.Event, after: float) -> None:
     begun, wait = time.monotonic(), after
     while not over.wait(wait):
-        text = f"gpdfx: {_AT['stage']} {_AT['what']}".rstrip()
-        line = f"{text} ({time.monotonic() - begun:.0f} s)"
+        line = f"gpdfx: {_text(begun)}"
         stream.write(_CLEAR + line[: shutil.get_terminal_size().columns - 1])
         stream.flush()
         wait = EVERY
     if wait == EVERY:
         stream.write(_CLEAR)
         stream.flush()
+
+
+def _log(over: threading.Event, after: float) -> None:
+    begun, wait = time.monotonic(), after
+    while not over.wait(wait):
+        LOG.info(_text(begun))
+        wait = LINES

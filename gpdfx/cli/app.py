@@ -9,18 +9,17 @@ Exit codes: 0 done, 1 refused or failed (stderr says why and what to do), 2 the 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 
+from ..calls import progress
 from ..compiler import expand
 from ..errors import check_place
 from ..models import load
@@ -37,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options, command = parse(_parser(), argv)
     try:
-        text, data = options.run(options)
+        with progress.on_stderr():
+            text, data = options.run(options)
         if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
             print(json.dumps(data, indent=1, default=str) if options.json else text, flush=True)
     except (Exception, KeyboardInterrupt) as error:
@@ -85,7 +85,8 @@ def _parser() -> Parser:
 
 
 def _teacher(options: argparse.Namespace, verify: bool, dynamic: str = "batch") -> Teacher:
-    with _working(f"expanding {options.model}"):
+    progress.at(f"loading {options.model}")
+    with progress.shown(after=0.0):
         model = load(options.model)
         inputs = (torch.randn(2, 3, options.size, options.size),) if options.size else None
         return expand(
@@ -114,18 +115,6 @@ def _graph(options: argparse.Namespace) -> tuple[str, Any]:
     check_place(options.out)
     graph(_teacher(options, False), options.out)
     return f"wrote {options.out}", {"out": options.out}
-
-
-def _working(text: str) -> AbstractContextManager[Any]:
-    """A spinner on stderr while something takes its time; a line where there is no terminal."""
-    with contextlib.suppress(ImportError):
-        from rich.console import Console
-
-        console = Console(stderr=True)
-        if console.is_terminal:
-            return console.status(text)
-    print(f"{text} ...", file=sys.stderr)
-    return contextlib.nullcontext()
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ import contextlib
 import csv
 import io
 import math
+import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..calls.progress import LINES
 from ..errors import InputError, install
 from ..files import replacing
 from .state import BEST, STUDENT
@@ -40,7 +42,8 @@ def check_installed() -> None:
 
 
 class RunLog:
-    """Bars on a terminal, and else a line an epoch, on stderr; TensorBoard, if it is installed."""
+    """Bars on a terminal, and else a line an epoch, and every half minute, on stderr; TensorBoard,
+    if it is installed."""
 
     def __init__(self, out: Path, epochs: int, done: int, *, quiet: bool, board: bool) -> None:
         from rich.console import Console
@@ -48,6 +51,8 @@ class RunLog:
 
         self._console = Console(stderr=True, highlight=False)
         self._lines = not quiet and not self._console.is_terminal
+        self._begun, self._ran = time.monotonic(), 0  # steps
+        self._said = self._begun
         hidden = quiet or self._lines
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.fields[text]}")
         self._bars = Progress("{task.description}", *columns, console=self._console, disable=hidden)
@@ -63,6 +68,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line about what is going on."""
+        self._said = time.monotonic()
         self._console.print(text, markup=False, soft_wrap=True)
 
     def begin_epoch(self, steps: int, done: int) -> None:
@@ -72,6 +78,22 @@ class RunLog:
         """A step is done; ``None``: it was skipped."""
         text = "skipped: not finite" if values is None else f"loss {values['loss']:.3f}"
         self._bars.update(self._steps, advance=1, text=text)
+        self._ran += 1
+        if self._lines and time.monotonic() - self._said >= LINES:
+            self.say(f"{self._place()}: {text}, about {roughly(self._left())} left")
+
+    def _place(self) -> str:
+        epochs, steps = self._bars.tasks
+        return (
+            f"epoch {epochs.completed + 1:.0f}, step {steps.completed:,.0f} of {steps.total:,.0f}"
+        )
+
+    def _left(self) -> float:
+        """Seconds, if the steps to come take as long as those of this process."""
+        epochs, steps = self._bars.tasks
+        total, each = epochs.total or 0.0, steps.total or 0.0
+        left = (total - epochs.completed) * each - steps.completed
+        return left * (time.monotonic() - self._begun) / self._ran
 
     def end_epoch(self, row: Row) -> None:
         text = sentence(row)
@@ -89,6 +111,13 @@ class RunLog:
         self._bars.stop()
         if self._board is not None:
             self._board.close()
+
+
+def roughly(seconds: float) -> str:
+    """``50 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def sentence(row: Row) -> str:

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from .. import files, storage
+from ..calls import progress
 from ..data.loaders import mix, steps_per_epoch, train_loader
 from ..data.splits import Split, generator
 from ..errors import InputError
@@ -100,7 +101,9 @@ class Run:
                 f"the run in {self.out} is finished, and its {SUMMARY} is not there any more",
                 remedy="train in another folder; its student and its teacher are still there",
             )
-        self._build(begin=saved is None)
+        progress.at(f"loading {config.student}")
+        with progress.shown(quiet=quiet):
+            self._build(begin=saved is None)
         if saved is not None:
             self.stepper.restore(*saved)
 

@@ -300,7 +300,7 @@ def _export_copy(
     flat.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in unique])  # type: ignore[attr-defined]
     module.forward = flat
     name = site.path or type(original).__name__
-    progress.at("capture", f"{name} in {site.mode} mode")
+    progress.at("capturing", f"{name} in {site.mode} mode")
     with limits.quiet(), limits.time_limit(patience), _stood_in(), integers:
         shapes = dict(zip(unique, free, strict=True)) if free else None
         exported = torch.export.export(module, site.tensors, dynamic_shapes=shapes, strict=False)

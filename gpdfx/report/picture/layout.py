@@ -22,14 +22,16 @@ from dataclasses import dataclass, field, replace
 Point = tuple[float, float]
 GAP, TRACK, TITLE, PAD = 26.0, 9.0, 17.0, 7.0
 """Between rows, between tracks, the title of a block, and inside its frame."""
+LEVELS = 2
+"""Frames in each other."""
+SIDE = (2 * LEVELS + 1) * PAD
+"""Between lanes, for the frames around them."""
+APART = 70.0
+"""Between columns."""
 CUT = 3
 """Nodes at most that a column goes on from."""
 SHORT = 8
 """Nodes at least of a column."""
-APART = 70.0
-"""Between columns."""
-LEVELS = 2
-"""Frames in each other."""
 ASPECT = 1.5
 """Width by height of the picture that columns are to make."""
 
@@ -238,9 +240,9 @@ class _Geometry:
         width = [0.0] * self.lanes
         for n in self.row:
             width[self.lane[n]] = max(width[self.lane[n]], self.size[n][0])
-        gutter = [TRACK + 2 * LEVELS * PAD] * self.lanes
+        gutter = [TRACK + SIDE] * self.lanes
         for lane, track in self.tracks.values():
-            gutter[lane] = max(gutter[lane], (track + 2) * TRACK + 2 * LEVELS * PAD)
+            gutter[lane] = max(gutter[lane], (track + 2) * TRACK + SIDE)
         edge = [left + LEVELS * PAD]  # the left side of each lane
         for w, g in zip(width, gutter, strict=True):
             edge.append(edge[-1] + w + g)
@@ -263,7 +265,7 @@ class _Geometry:
             layout.lines.append((a, b, list(dict.fromkeys(way))))
         for block, depth, r0, r1, k0, k1 in self.frames:
             pad = PAD * (LEVELS - depth)
-            x0, x1 = edge[k0] - pad, edge[k1] + width[k1] + gutter[k1] - 2 * LEVELS * PAD + pad
+            x0, x1 = edge[k0] - pad, edge[k1] + width[k1] + gutter[k1] - SIDE + pad
             y0, y1 = top[r0] - self._above(r0, depth), bottom[r1] + self._below(r1, depth)
             layout.frames.append((block, depth, Box((x0 + x1) / 2, y0, x1 - x0, y1 - y0)))
         return edge[-1] - LEVELS * PAD - left, bottom[-1] + self._below(self.rows - 1, 0)
