@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import time
@@ -262,25 +264,68 @@ def test_the_command_writes_a_page_that_needs_nothing_beside_it(
     assert "<!--" not in text
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
     assert "multiply-adds" in text
-    ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
+    assert dict(nodes(svg_of(out)))
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
+USE = """<script>
+const box = () => svg.getAttribute("viewBox").split(" ").map(Number), said = {};
+const hit = () => nodes.filter(n => n.classList.contains("hit")).map(n => n.dataset.name);
+main.dispatchEvent(new WheelEvent("wheel", {deltaY: -400, clientX: 400, clientY: 300}));
+said.zoomed = box()[2] / W;
+const [left] = box();
+main.dispatchEvent(new PointerEvent("pointermove", {buttons: 1, movementX: 50}));
+said.moved = Math.round((left - box()[0]) * svg.getScreenCTM().a);
+const stem = nodes.find(n => n.dataset.name == "stem");
+stem.dispatchEvent(new PointerEvent("pointerenter"));
+said.more = more.textContent, said.together = hit();
+stem.dispatchEvent(new PointerEvent("pointerleave"));
+said.hidden = more.hidden, said.after = hit();
+input.value = "Twice";
+input.dispatchEvent(new Event("input"));
+said.found = hit(), said.count = count.textContent;
+const [, top_] = box();
+input.dispatchEvent(new KeyboardEvent("keydown", {key: "Enter"}));
+said.next = box()[1] > top_;
+all.click();
+said.whole = box()[2] == W;
+document.body.textContent = JSON.stringify(said);
+</script>"""
+
+
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser")
-def test_the_page_finds_a_layer(tmp_path: Path) -> None:
+def test_the_page_is_searched_zoomed_and_pointed_at(tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     gpdfx.graph(drawn(), out)
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    address = f"{out.as_uri()}#Second"
-    done = subprocess.run([*command, address], capture_output=True, text=True, timeout=120)
-    shown = done.stdout
-    assert "1 found" in shown
-    assert shown.count('class="node layer hit"') == 1
-    assert 'class="node layer hit" data-name="block.second"' in shown
-    assert 'viewBox="0 0' in out.read_text(encoding="utf-8")
-    assert 'viewBox="0 0' not in shown  # it went there
+    assert 'class="node layer hit" data-name="block.second"' in dom(f"{out.as_uri()}#Second")
+    out.write_text(out.read_text(encoding="utf-8") + USE, encoding="utf-8")
+    said = json.loads(re.sub("(?s).*<body>|</body>.*", "", dom(out.as_uri())))
+    titles = {name: mark.findtext(f"{SVG}title") for name, mark in nodes(svg_of(out))}
+    assert said == {
+        "zoomed": 0.5,
+        "moved": 50,
+        "more": titles["stem"],
+        "together": ["stem", "block.second", "block +", "concat", "twice", "twice (2)"],
+        "hidden": True,
+        "after": [],
+        "found": ["twice", "twice (2)"],
+        "count": "2 found, Enter: next",
+        "next": True,
+        "whole": True,
+    }
+
+
+def dom(address: str) -> str:
+    """What a browser makes of a page."""
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+def svg_of(page: Path) -> ElementTree.Element:
+    text = page.read_text(encoding="utf-8")
+    return ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ class Evidence:
     ``leaves``: the constraint graph; its edges carry the op that unified two leaves (``label``),
     its nodes why a leaf stays (``reason``), and whether that began with this one (``cause``).
     ``axes``: parameter -> per dimension the axis that it began as, and what that was refined to.
-    ``layers``: the layers with weights, in data-flow order.
+    ``layers``: the data flow between layers, see ``flow``.
     """
 
     leaves: nx.Graph
