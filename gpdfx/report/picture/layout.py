@@ -1,23 +1,18 @@
-"""Where nodes stand and lines run. Knows sizes and edges only.
+"""From rows and lanes to coordinates: where boxes stand, lines run, and frames lie.
 
-A network is mostly a chain: its nodes go down in rows, in the order of the flow, and what runs
-beside each other stands in lanes. Lines that pass rows run in the gutter to the right of a lane,
-one track for each node that they come from, and turn between rows: no line crosses a box. A long
-network is cut into columns, where the fewest lines are cut.
-
-    rows, from    lane 0    gutter 0    lane 1
-                  [input]
-                  [conv1]   |           [downsample]
-                  [conv2]   |
-                  [  +  ]
+Lines that pass rows run in the gutter to the right of a lane, one track for each node that they
+come from, and turn between rows: no line crosses a box.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from .columns import SHORT, Column, arrange, cut, in_order
 
 Point = tuple[float, float]
 GAP, TRACK, TITLE, PAD = 26.0, 9.0, 17.0, 7.0
@@ -28,10 +23,6 @@ SIDE = (2 * LEVELS + 1) * PAD
 """Between lanes, for the frames around them."""
 APART = 70.0
 """Between columns."""
-CUT = 3
-"""Nodes at most that a column goes on from."""
-SHORT = 8
-"""Nodes at least of a column."""
 ASPECT = 1.5
 """Width by height of the picture that columns are to make."""
 
@@ -49,8 +40,8 @@ class Box:
 @dataclass(frozen=True)
 class Layout:
     """``boxes``: of nodes; ``ghosts``: (column, node) -> of a node that a column goes on from;
-    ``lines``: with where they come from and end; ``frames``: blocks, how
-    deep they lie in others, and around their nodes; outer ones first."""
+    ``lines``: with where they come from and end; ``frames``: blocks, how deep they lie in others,
+    and around their nodes; outer ones first."""
 
     boxes: dict[str, Box]
     ghosts: dict[tuple[int, str], Box]
@@ -59,14 +50,24 @@ class Layout:
     size: Point
 
 
-@dataclass
-class Column:
-    """Part of the nodes, in rows and lanes. ``heads``: nodes of earlier columns that it reads."""
+class Frame(NamedTuple):
+    """Around a block of some depth: from the first to the last of its rows and lanes."""
 
-    nodes: list[str]
-    heads: list[str]
-    row: dict[str, int] = field(default_factory=dict)
-    lane: dict[str, int] = field(default_factory=dict)
+    block: str
+    depth: int
+    rows: tuple[int, int]
+    lanes: tuple[int, int]
+
+    def holds(self, row: int, lane: int) -> bool:
+        """Whether a place is inside."""
+        return self.rows[0] <= row <= self.rows[1] and self.lanes[0] <= lane <= self.lanes[1]
+
+    def crosses(self, other: Frame) -> bool:
+        """Whether both have a place, if an empty one, and it is not inside the other."""
+        pairs = (self.rows, other.rows), (self.lanes, other.lanes)
+        meet = all(max(a[0], b[0]) <= min(a[1], b[1]) for a, b in pairs)
+        inside = all(b[0] <= a[0] and a[1] <= b[1] for a, b in pairs)
+        return meet and not inside
 
 
 def place(
@@ -77,13 +78,13 @@ def place(
 ) -> Layout:
     """Lay out nodes of given sizes, in the order of the flow. ``blocks``: node -> the blocks that
     it is in, outer ones first; ``ghost``: the size of a node that a column goes on from."""
-    order = _late_sources(list(sizes), edges)
+    order = in_order(list(sizes), edges)
 
     def attempt(count: int) -> tuple[float, Layout]:
         """How far from its shape, and the picture in so many columns."""
         layout, left, height = Layout({}, {}, [], [], (0, 0)), 0.0, 0.0
-        for k, column in enumerate(_columns(order, edges, blocks, count)):
-            _arrange(column, edges)
+        for k, column in enumerate(cut(order, edges, blocks, count)):
+            arrange(column, edges)
             width, bottom = _Geometry(column, edges, sizes, blocks, ghost).draw(layout, k, left)
             left, height = left + width + APART, max(height, bottom)
         size = left - APART, height
@@ -95,86 +96,6 @@ def place(
     guess = round(math.exp(-first[0] / 2))  # twice the columns are twice as wide, half as high
     counts = range(max(2, guess - 1), min(guess + 2, len(order) // SHORT) + 1)
     return min([first, *map(attempt, counts)], key=lambda found: abs(found[0]))[1]
-
-
-# --------------------------------------------------------------------------- columns
-def _late_sources(order: list[str], edges: Sequence[tuple[str, str]]) -> list[str]:
-    """Inputs stand right before what reads them first."""
-    place = {name: k for k, name in enumerate(order)}
-    fed = {b for _, b in edges}
-    first: dict[str, int] = {}
-    for a, b in edges:
-        first[a] = min(place[b], first.get(a, len(order)))
-
-    def rank(name: str) -> tuple[int, bool]:
-        return (place[name] if name in fed else first.get(name, place[name])), name in fed
-
-    return sorted(order, key=rank)
-
-
-def _columns(
-    order: list[str],
-    edges: Sequence[tuple[str, str]],
-    blocks: Mapping[str, Sequence[str]],
-    count: int,
-) -> Iterator[Column]:
-    """Cut where the fewest nodes are read further down; of such places where a block ends, an
-    outer one rather; and of these where columns are equally long."""
-    place = {name: k for k, name in enumerate(order)}
-    last: dict[str, int] = {}
-    for a, b in edges:
-        last[a] = max(place[b], last.get(a, 0))
-    live = [0] * (len(order) + 1)  # nodes before a place that are read from there on
-    for a, end in last.items():
-        live[place[a] + 1] += 1
-        live[end + 1] -= 1
-    live = list(itertools.accumulate(live))
-
-    def common(k: int) -> int:
-        pairs = zip(blocks[order[k - 1]], blocks[order[k]], strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-    begin = 0
-    for left in range(count, 0, -1):
-        near = begin + (len(order) - begin) / left
-        low, high = int(near - 0.4 * (near - begin)), int(near + 0.4 * (near - begin))
-        places = range(max(low, begin + SHORT), len(order) - SHORT if left > 1 else 0)
-        costs = {
-            k: (max(0, k - high), live[k], common(k), abs(k - near))
-            for k in places
-            if live[k] <= CUT
-        }
-        end = min(costs, key=lambda k: costs[k], default=len(order))
-        nodes, inside = order[begin:end], {*order[begin:end]}
-        heads = {a for a, b in edges if b in inside and place[a] < begin}
-        if nodes:
-            yield Column(nodes, sorted(heads, key=lambda a: -place[a]))
-        begin = end
-
-
-# --------------------------------------------------------------------------- rows and lanes
-def _arrange(column: Column, edges: Sequence[tuple[str, str]]) -> None:
-    """Rows by the longest way to a node; lanes: below the first of what it reads, or nearest."""
-    names = dict.fromkeys([*column.heads, *column.nodes])
-    before: dict[str, list[str]] = {name: [] for name in names}
-    after: dict[str, list[str]] = {name: [] for name in names}
-    for a, b in edges:
-        if a in names and b in names and b not in column.heads:
-            before[b].append(a)
-            after[a].append(b)
-    row, lane = column.row, column.lane
-    for name in names:
-        row[name] = 1 + max((row[a] for a in before[name]), default=-1)
-    for name in reversed(names):  # what reads nothing stands right above what reads it
-        if not before[name] and after[name] and name not in column.heads:
-            row[name] = max(row[name], min(row[b] for b in after[name]) - 1)
-    taken: set[tuple[int, int]] = set()
-    index = {name: k for k, name in enumerate(names)}
-    for name in sorted(names, key=lambda n: (row[n], index[n])):
-        wish = min((lane[a] for a in before[name]), default=0)
-        free = (k for k in itertools.count() for k in (wish + k, wish - k) if k >= 0)
-        lane[name] = next(k for k in free if (row[name], k) not in taken)
-        taken.add((row[name], lane[name]))
 
 
 class _Geometry:
@@ -195,7 +116,7 @@ class _Geometry:
         self.rows, self.lanes = 1 + max(self.row.values()), 1 + max(self.lane.values())
         self.at = {(self.row[n], self.lane[n]): n for n in self.row}
         self.tracks = self._route()
-        self.frames = list(self._frames(blocks))
+        self.frames = self._frames(blocks)
 
     def _straight(self, a: str, b: str) -> bool:
         """Whether the lane below ``a`` is free down to the row of ``b``."""
@@ -215,25 +136,20 @@ class _Geometry:
             used[tracks[a]] = ends[a]
         return tracks
 
-    def _frames(
-        self, blocks: Mapping[str, Sequence[str]]
-    ) -> Iterator[tuple[str, int, int, int, int, int]]:
-        """Blocks of two or more nodes with a rectangle of rows and lanes of their own: name, depth,
-        first and last row, first and last lane."""
+    def _frames(self, blocks: Mapping[str, Sequence[str]]) -> list[Frame]:
+        """Of blocks of two or more nodes that have a rectangle of rows and lanes to themselves."""
         members: dict[tuple[int, str], list[str]] = {}
         for n in self.column.nodes:
             for depth, block in enumerate(blocks[n]):
                 members.setdefault((depth, block), []).append(n)
+        frames: list[Frame] = []
         for (depth, block), inside in sorted(members.items(), key=lambda item: item[0][0]):
             rows, lanes = [self.row[n] for n in inside], [self.lane[n] for n in inside]
-            area = (min(rows), max(rows), min(lanes), max(lanes))
-            within = {
-                n
-                for (r, k), n in self.at.items()
-                if area[0] <= r <= area[1] and area[2] <= k <= area[3]
-            }
-            if len(inside) > 1 and within == set(inside):
-                yield block, depth, *area
+            frame = Frame(block, depth, (min(rows), max(rows)), (min(lanes), max(lanes)))
+            own = sum(frame.holds(*place) for place in self.at) == len(inside) > 1
+            if own and not any(map(frame.crosses, frames)):
+                frames.append(frame)
+        return frames
 
     def draw(self, layout: Layout, number: int, left: float) -> tuple[float, float]:
         """Add everything; the width and height."""
@@ -263,7 +179,7 @@ class _Geometry:
                 way.append((x, top[ra + 1]))
             way += [(x, bottom[rb - 1]), (end, top[rb]), (end, boxes[b].y)]
             layout.lines.append((a, b, list(dict.fromkeys(way))))
-        for block, depth, r0, r1, k0, k1 in self.frames:
+        for block, depth, (r0, r1), (k0, k1) in self.frames:
             pad = PAD * (LEVELS - depth)
             x0, x1 = edge[k0] - pad, edge[k1] + width[k1] + gutter[k1] - SIDE + pad
             y0, y1 = top[r0] - self._above(r0, depth), bottom[r1] + self._below(r1, depth)
@@ -272,11 +188,11 @@ class _Geometry:
 
     def _above(self, row: int, depth: int) -> float:
         """What frames of this depth and further in take that begin in a row."""
-        begin = {d for _, d, r0, *_ in self.frames if r0 == row and d >= depth}
+        begin = {f.depth for f in self.frames if f.rows[0] == row and f.depth >= depth}
         return len(begin) * (TITLE + PAD / 2)
 
     def _below(self, row: int, depth: int) -> float:
-        end = {d for _, d, _, r1, *_ in self.frames if r1 == row and d >= depth}
+        end = {f.depth for f in self.frames if f.rows[1] == row and f.depth >= depth}
         return len(end) * PAD
 
     def _heights(self) -> tuple[list[float], list[float]]:
