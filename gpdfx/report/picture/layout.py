@@ -23,7 +23,7 @@ SIDE = (2 * LEVELS + 1) * PAD
 """Between lanes, for the frames around them."""
 APART = 70.0
 """Between columns."""
-ASPECT = 1.5
+ASPECT = 1.7
 """Width by height of the picture that columns are to make."""
 
 
