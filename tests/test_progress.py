@@ -82,7 +82,8 @@ def test_a_terminal_shows_stage_and_node(terminal: Screen, monkeypatch: pytest.M
     lines = terminal.read().split("\r\x1b[K")
     for part in (
         *("capturing Slow in train mode", "widening"),
-        *("checking probe weights in", "reporting"),
+        *("checking probe weights in", "checking real weights in eval mode, the teacher"),
+        *("reporting",),
     ):
         assert any(line.startswith(f"gpdfx: {part}") for line in lines), part
     assert lines[-1] == ""  # nothing stays

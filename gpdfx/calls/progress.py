@@ -29,13 +29,18 @@ LINES = 30.0
 """Seconds between lines where there is no terminal."""
 LOG = logging.getLogger("gpdfx")
 _CLEAR = "\r\x1b[K"
-_AT = {"stage": "", "what": ""}
+_AT = {"stage": "", "what": "", "whose": ""}
 _INSIDE: list[None] = []  # what runs in another one that is shown
 
 
 def at(stage: str = "", what: object = "") -> None:
     """Note the stage (that of before, if none is given), and what of the network it is at."""
-    _AT.update(stage=stage or _AT["stage"], what=str(what))
+    _AT.update(stage=stage or _AT["stage"], what=str(what), whose="")
+
+
+def of(whose: str) -> None:
+    """Note whose it is: the student's or the teacher's."""
+    _AT["whose"] = f", {whose}"
 
 
 @contextlib.contextmanager
@@ -78,7 +83,8 @@ def _writer() -> Callable[[threading.Event, float], None] | None:
 
 
 def _text(begun: float) -> str:
-    return f"{_AT['stage']} {_AT['what']}".rstrip() + f" ({time.monotonic() - begun:.0f} s)"
+    text = f"{_AT['stage']} {_AT['what']}".rstrip() + _AT["whose"]
+    return f"{text} ({time.monotonic() - begun:.0f} s)"
 
 
 def _show(stream: TextIO, over: threading.Event, after: float) -> None:

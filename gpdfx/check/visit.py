@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra.gather import gather
-from ..calls import tree
+from ..calls import progress, tree
 from ..calls.held import has_gradient
 from ..errors import InputError, LossyError
 from ..passes.capture.modes import EVAL, enter
@@ -111,9 +111,11 @@ def visit(pair: Pair, mode: str, *, differentiate: bool, calls: int = 1) -> Visi
     levels = tuple(GRADIENTS) if differentiate else ("none",)
     turns = tuple((k, mode) for k in range(1, calls))
     turns += ((calls, EVAL),) if calls > 1 else ()
+    progress.of("the student")
     run, expected, gradients, turns = _run_student(pair, run, mode, levels, turns)
     if pair.digest() != before:
         raise WrittenError
+    progress.of("the teacher")
     try:
         with teacher.saving():
             got = _run_teacher(pair, gradients, expected, turns)
