@@ -124,6 +124,7 @@ def _check(program: Widened, teacher: StreamingTeacher, attempt: Attempt) -> Che
         pair.load()
         with teacher._folded_once():
             if weights == "probe":
+                progress.at(what="input sizes")
                 free = free_sizes(pair, _floor(attempt))
                 if attempt.cut and any(free[k][1] != m.level for k, m in program.modes.items()):
                     raise UndecidedError("it is not free in its sizes")
