@@ -139,6 +139,24 @@ def test_inside_another_one_nothing_is_shown_twice(
         assert threading.active_count() == before
 
 
+def test_a_line_of_its_own_clears_what_is_shown(
+    terminal: Screen, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress.say("without a terminal")
+    assert capsys.readouterr().err == "without a terminal\n"
+    terminal.on(monkeypatch)
+    monkeypatch.setattr(progress, "EVERY", 3600.0)
+    progress.say("before")
+    progress.at("loading")
+    with progress.shown(after=0.0):
+        while "loading" not in terminal.text:
+            time.sleep(0.01)
+        progress.say("note: this")
+    assert terminal.read().startswith(
+        "before\r\n\r\x1b[Kgpdfx: loading (0 s)\r\x1b[Knote: this\r\n"
+    )
+
+
 # --------------------------------------------------------------------------- without a terminal
 def test_a_library_logs_every_half_minute_to_those_who_ask(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -30,6 +30,7 @@ LINES = 30.0
 LOG = logging.getLogger("gpdfx")
 _CLEAR = "\r\x1b[K"
 _AT = {"stage": "", "what": "", "whose": ""}
+_WRITING = threading.Lock()
 _INSIDE: list[None] = []  # what runs in another one that is shown
 
 
@@ -61,6 +62,12 @@ def shown(after: float = AFTER, *, quiet: bool = False) -> Iterator[None]:
             thread.join()
 
 
+def say(text: str) -> None:
+    """A line of its own on stderr, also while something is shown."""
+    with _WRITING:
+        print(_CLEAR + text if _INSIDE and _terminal() else text, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def on_stderr() -> Iterator[None]:
     """Write what is logged to stderr, for programs that own it."""
@@ -75,9 +82,14 @@ def on_stderr() -> Iterator[None]:
         LOG.removeHandler(handler)
 
 
-def _writer() -> Callable[[threading.Event, float], None] | None:
+def _terminal() -> TextIO | None:
     stream = sys.__stderr__
-    if stream is not None and stream is sys.stderr and stream.isatty():
+    own = stream is not None and stream is sys.stderr and stream.isatty()
+    return stream if own else None
+
+
+def _writer() -> Callable[[threading.Event, float], None] | None:
+    if stream := _terminal():
         return partial(_show, stream)
     return _log if LOG.isEnabledFor(logging.INFO) else None
 
@@ -91,8 +103,9 @@ def _show(stream: TextIO, over: threading.Event, after: float) -> None:
     begun, wait = time.monotonic(), after
     while not over.wait(wait):
         line = f"gpdfx: {_text(begun)}"
-        stream.write(_CLEAR + line[: shutil.get_terminal_size().columns - 1])
-        stream.flush()
+        with _WRITING:
+            stream.write(_CLEAR + line[: shutil.get_terminal_size().columns - 1])
+            stream.flush()
         wait = EVERY
     if wait == EVERY:
         stream.write(_CLEAR)

@@ -19,7 +19,6 @@ import copy
 import dataclasses
 import json
 import math
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -119,8 +118,8 @@ class Run:
         if begin:
             notes = notes_on(config, data) + fine_tune(student, config, data)
             self.progress.notes = notes
-            if not self.quiet:
-                print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
+            for note in () if self.quiet else notes:
+                progress.say(f"note: {note}")
         self.static: nn.Module | None = None
         if config.static_teacher:
             static = load(config.static_teacher, weights=config.static_weights)
