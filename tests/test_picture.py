@@ -159,6 +159,25 @@ def rectangle(mark: ElementTree.Element) -> tuple[float, ...]:
     return x0, y0, x1 - x0, y1 - y0
 
 
+def test_a_block_of_two_names_is_drawn_for_each_call(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one = nn.Conv2d(3, 8, 1), Block()
+            self.other = self.one
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(self.one(self.stem(x)))
+
+    teacher = gpdfx.expand(
+        Twice(), 2, example_inputs=(torch.randn(2, 3, 4, 4),), branches=None, verify=False
+    )
+    root = picture(teacher, tmp_path)
+    inside = [f"one{what}{call}" for call in ("", " (2)") for what in (".first", ".second", " +")]
+    assert [name for name, _ in nodes(root)] == ["x", "stem", *inside, "output"]
+    assert "one (Block)" in words(root)
+
+
 def test_parts_are_drawn_with_their_inputs(tmp_path: Path) -> None:
     class Apart(nn.Module):
         def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
@@ -44,17 +45,17 @@ def svg(teacher: Teacher) -> str:
     nodes, report = read(teacher), teacher.report()
     sizes = {name: node.size(name) for name, node in nodes.items()}
     layout = place(sizes, list(report.evidence.layers.edges), _blocks(nodes), GHOST)
-    kinds = {path: type(module).__name__ for path, module in teacher._student.named_modules()}
+    modules = dict(teacher._student.named_modules(remove_duplicate=False))
     parts = [_rect(box, 6, f"frame depth{depth}") for _, depth, box in layout.frames]
     parts += [_line(a, b, way) for a, b, way in layout.lines]
     for block, _, box in layout.frames:
-        words = f"{block} ({kinds[block]})"
+        words = f"{block} ({type(modules[block]).__name__})" if block in modules else block
         parts.append(_text(box.x - box.width / 2 + 7, box.y + 14, "block", words))
     parts += [_ghost(name, box) for (_, name), box in layout.ghosts.items()]
     parts += [_node(name, nodes[name], box) for name, box in layout.boxes.items()]
     width = max(layout.size[0], 760.0)
     head = f"{report.name}, {report.control}: widened {report._widened()}"
-    legend, top = _legend(nodes, width, head)
+    legend, top = _legend(nodes, width, textwrap.shorten(head, 90, placeholder=" ..."))
     size = f"{width + 2 * MARGIN:.0f} {layout.size[1] + top + 2 * MARGIN:.0f}".split()
     frame = f'width="{size[0]}" height="{size[1]}" viewBox="0 0 {size[0]} {size[1]}"'
     return "\n".join(
@@ -73,7 +74,8 @@ def _blocks(nodes: Nodes) -> dict[str, list[str]]:
     """Node -> the modules around it that are drawn, outer ones first."""
     around = {}
     for name, node in nodes.items():
-        steps = (node.step.weight or f"{node.step.module}.").split(".")[:-1]
+        inside = f"{node.step.module}."  # a tied weight has the name of another module's
+        steps = (w if (w := node.step.weight).startswith(inside) else inside).split(".")[:-1]
         around[name] = [".".join(steps[: k + 1]) for k in range(len(steps))]
     count = Counter(path for paths in around.values() for path in paths)
     blocks: dict[str, list[str]] = {}
