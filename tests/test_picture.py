@@ -269,9 +269,11 @@ def test_a_thousand_layers_are_laid_out_in_columns_in_a_moment() -> None:
 
 
 # --------------------------------------------------------------------------- files
-def test_other_formats_are_refused(tmp_path: Path) -> None:
+def test_other_formats_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(gpdfx.InputError, match=r"(?s)groups\.png.*svg or \.html"):
         gpdfx.graph(drawn(), tmp_path / "groups.png")
+    assert main(["graph", "timm:there_is_none", "--out", "groups.png"]) == 1
+    assert "cannot draw to groups.png" in capsys.readouterr().err  # before a network is looked for
 
 
 def test_the_command_writes_a_page_that_needs_nothing_beside_it(

@@ -21,11 +21,10 @@ import torch
 
 from ..calls import progress
 from ..compiler import expand
-from ..errors import check_place
 from ..models import load
 from ..passes.capture.limits import LEVELS
 from ..report.explain import explain
-from ..report.picture import graph
+from ..report.picture import check_file, graph
 from ..teacher.module import Teacher
 from .commands import add_training
 from .mistakes import Parser, answer, parse
@@ -112,7 +111,7 @@ def _explain(options: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _graph(options: argparse.Namespace) -> tuple[str, Any]:
-    check_place(options.out)
+    check_file(options.out)  # before it takes its time
     graph(_teacher(options, False), options.out)
     return f"wrote {options.out}", {"out": options.out}
 

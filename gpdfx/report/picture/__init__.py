@@ -23,14 +23,7 @@ def graph(teacher: nn.Module, out: str | Path) -> None:
 
     Raises ``InputError`` for another ending, or a folder that does not exist.
     """
-    found = find_teacher("graph", teacher)
-    out = check_place(out)
-    if out.suffix not in (".svg", ".html"):
-        raise InputError(
-            f"cannot draw to {out.name}",
-            remedy="use a name ending in .svg or .html; browsers and image editors make other "
-            "formats of an SVG",
-        )
+    found, out = find_teacher("graph", teacher), check_file(out)
     picture = svg(found)
     if out.suffix == ".html":
         report = found.report()
@@ -40,3 +33,15 @@ def graph(teacher: nn.Module, out: str | Path) -> None:
             text = text.replace(f"<!--{slot}-->", content)
         picture = text
     write_text(out, picture)
+
+
+def check_file(out: str | Path) -> Path:
+    """Where a picture can be written. Raises ``InputError`` where it cannot."""
+    out = check_place(out)
+    if out.suffix not in (".svg", ".html"):
+        raise InputError(
+            f"cannot draw to {out.name}",
+            remedy="use a name ending in .svg or .html; browsers and image editors make other "
+            "formats of an SVG",
+        )
+    return out
