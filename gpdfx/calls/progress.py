@@ -23,7 +23,7 @@ from functools import partial
 from typing import TextIO
 
 AFTER = 5.0
-"""Seconds in which nothing is shown."""
+"""Seconds in which nothing is shown on a terminal."""
 EVERY = 0.2
 LINES = 30.0
 """Seconds between lines where there is no terminal."""
@@ -112,8 +112,7 @@ def _show(stream: TextIO, over: threading.Event, after: float) -> None:
         stream.flush()
 
 
-def _log(over: threading.Event, after: float) -> None:
-    begun, wait = time.monotonic(), after
-    while not over.wait(wait):
+def _log(over: threading.Event, _: float) -> None:
+    begun = time.monotonic()
+    while not over.wait(LINES):
         LOG.info(_text(begun))
-        wait = LINES
