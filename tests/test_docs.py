@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import gpdfx
 from benchmarks import accuracy, accuracy_summary, branches, coverage_summary, speed_summary
 from benchmarks.tables import RESULTS, markdown, read
 from gpdfx import cli
+from gpdfx.cli import mistakes
 from gpdfx.passes.rules import SIGNATURES, TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,13 +125,16 @@ class Parsed(Exception):
     "words", [words for _, words in COMMANDS], ids=[f"{n}: {' '.join(w)}" for n, w in COMMANDS]
 )
 def test_commands_are_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    parse = argparse.ArgumentParser.parse_args
+    def stopping(parse: Callable[..., Any]) -> Callable[..., None]:
+        def stop(parser: argparse.ArgumentParser, *args: Any) -> None:
+            parse(parser, *args)
+            raise Parsed
 
-    def stop(parser: argparse.ArgumentParser, *args: Any) -> None:
-        parse(parser, *args)
-        raise Parsed
+        return stop
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    parser = argparse.ArgumentParser
+    monkeypatch.setattr(parser, "parse_args", stopping(parser.parse_args))
+    monkeypatch.setattr("gpdfx.cli.app.parse", stopping(mistakes.parse))
     match words:
         case ["torchrun", *_]:
             words = words[words.index("-m") + 1 :]

@@ -182,7 +182,7 @@ def test_a_graph_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = tmp_path / "run"
     assert main([*command(out), "--cuda-graph"]) == 1
     said = capsys.readouterr().err
-    assert "cuda_graph needs a GPU" in said
+    assert "--cuda-graph needs a GPU" in said
     assert "--compile works on CPUs" in said
     assert not out.exists()
     several = Ranks(torch.device("cuda"), 0, 2)
