@@ -124,7 +124,11 @@ class Parsed(Exception):
 @pytest.mark.parametrize(
     "words", [words for _, words in COMMANDS], ids=[f"{n}: {' '.join(w)}" for n, w in COMMANDS]
 )
-def test_commands_are_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_are_understood(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where one that runs by mistake does no harm
+
     def stopping(parse: Callable[..., Any]) -> Callable[..., None]:
         def stop(parser: argparse.ArgumentParser, *args: Any) -> None:
             parse(parser, *args)
