@@ -144,6 +144,8 @@ def _torchvision(name: str, options: Options, shape: Shape | None) -> Builder:
 def _imported(module: str, name: str, options: Options) -> Builder:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    if module.endswith(".py"):  # a file below the working folder
+        module = ".".join(Path(module).with_suffix("").parts)
     with _users_code(f"{module} cannot be imported"):
         try:
             found = importlib.import_module(module)

@@ -254,3 +254,18 @@ def test_a_damaged_summary(
     (tmp_path / "run" / run.SUMMARY).write_text(text)
     assert main(argv) == 1
     assert words in capsys.readouterr().err
+
+
+def test_a_network_may_be_named_by_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets_of_mine").mkdir()
+    code = "from torch import nn\n\ndef net(num_classes): return nn.Linear(4, num_classes)\n"
+    (tmp_path / "nets_of_mine" / "flat.py").write_text(code)
+    for name in ("nets_of_mine/flat.py:net", "nets_of_mine.flat:net"):
+        found = models.load(name, classes=7)
+        assert isinstance(found, torch.nn.Linear)
+        assert found.out_features == 7
+    with pytest.raises(gpdfx.InputError, match=r"cannot find nets_of_mine\.other:net"):
+        models.load("nets_of_mine/other.py:net")
