@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 
 import gpdfx
@@ -270,10 +272,26 @@ def test_a_thousand_layers_are_laid_out_in_columns_in_a_moment() -> None:
 
 # --------------------------------------------------------------------------- files
 def test_other_formats_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(gpdfx.InputError, match=r"(?s)groups\.png.*svg or \.html"):
-        gpdfx.graph(drawn(), tmp_path / "groups.png")
-    assert main(["graph", "timm:there_is_none", "--out", "groups.png"]) == 1
-    assert "cannot draw to groups.png" in capsys.readouterr().err  # before a network is looked for
+    with pytest.raises(gpdfx.InputError, match=r"(?s)groups\.gif.*\.svg, \.html or \.png"):
+        gpdfx.graph(drawn(), tmp_path / "groups.gif")
+    assert main(["graph", "timm:there_is_none", "--out", "groups.gif"]) == 1
+    assert "cannot draw to groups.gif" in capsys.readouterr().err  # before a network is looked for
+
+
+def test_a_png_shows_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fonts are found on any machine."""
+    pytest.importorskip("resvg_py")
+    gpdfx.graph(drawn(), tmp_path / "groups.png")
+    gpdfx.graph(drawn(), tmp_path / "groups.svg")
+    image = Image.open(tmp_path / "groups.png").convert("L")
+    title = np.asarray(image.crop((0, 0, image.width, 80)))
+    assert 0.01 < (title < 100).mean() < 0.2
+    width = re.search(r'width="([\d.]+)"', (tmp_path / "groups.svg").read_text())
+    assert width is not None
+    assert abs(image.width - 2 * float(width[1])) <= 2
+    monkeypatch.setattr("gpdfx.report.picture.find_spec", lambda name: None)
+    with pytest.raises(gpdfx.InputError, match=r"a PNG needs resvg_py(?s:.*)pip install"):
+        gpdfx.graph(drawn(), tmp_path / "other.png")
 
 
 def test_the_command_writes_a_page_that_needs_nothing_beside_it(

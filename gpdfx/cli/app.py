@@ -79,7 +79,9 @@ def _parser() -> Parser:
     command = add("explain", _explain, "why a parameter widened or did not")
     command.add_argument("parameter")
     command = add("graph", _graph, "draw which layers widen together and where bridges stand")
-    command.add_argument("--out", required=True, help="FILE.html, a page to search, or FILE.svg")
+    command.add_argument(
+        "--out", required=True, help="FILE.html, a page to search, FILE.svg or FILE.png"
+    )
     return parser
 
 
