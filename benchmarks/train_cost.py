@@ -21,6 +21,7 @@ from torchvision.utils import save_image
 
 from benchmarks import timing
 from benchmarks.tables import RESULTS, Table, command_line
+from gpdfx import __file__ as PACKAGE
 
 COUNTS = {"train": 48, "val": 4}
 COLUMNS = (
@@ -49,7 +50,8 @@ def measure(student: str, batch: int, branches: str, images: Path, steps: int) -
         command += ["--batch-size", str(batch), "--epochs", str(epochs), "--recipe", "resnet18"]
         command += ["--schedule", "cosine", "--branches", branches, "--time-steps", str(steps)]
         command += ["--out", str(Path(folder) / "run")]
-        done = subprocess.run(command, capture_output=True, text=True)
+        root = Path(PACKAGE).parents[1]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     summary = json.loads(done.stdout)

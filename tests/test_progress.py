@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -25,16 +25,28 @@ from gpdfx.cli.app import main
 from gpdfx.train import log
 
 
-class Slow(nn.Module):
-    """Takes its time wherever it is run."""
-
+class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(0.02)
         return self.b(self.a(x).relu())
+
+
+def linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stay at whatever is noted until the thread has surely written it, once each."""
+    seen = set[str]()
+    for name in ("at", "of"):
+        note = getattr(progress, name)
+
+        def noted(*args: str, note: Any = note, **what: str) -> None:
+            note(*args, **what)
+            if (text := str(progress._AT)) not in seen:
+                seen.add(text)
+                time.sleep(0.05)
+
+        monkeypatch.setattr(progress, name, noted)
 
 
 class Screen:
@@ -77,11 +89,12 @@ def terminal() -> Iterator[Screen]:
 def test_a_terminal_shows_stage_and_node(terminal: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal.on(monkeypatch)
     monkeypatch.setattr(progress, "EVERY", 0.001)
+    linger(monkeypatch)
     with progress.shown(after=0.0):
-        gpdfx.expand(Slow(), 2, example_inputs=(torch.randn(2, 5),), branches=None)
+        gpdfx.expand(Small(), 2, example_inputs=(torch.randn(2, 5),), branches=None)
     lines = terminal.read().split("\r\x1b[K")
     for part in (
-        *("capturing Slow in train mode", "widening"),
+        *("capturing Small in train mode", "widening"),
         *("checking probe weights in", "checking real weights in eval mode, the teacher"),
         *("reporting",),
     ):
