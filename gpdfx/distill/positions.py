@@ -78,9 +78,10 @@ def find_class_dim(criterion: Criterion, logits: Tensor, targets: Any) -> int:
 def find_counts(criterion: Criterion, logits: Tensor, targets: Any, dim: int) -> Tensor | None:
     """Which positions a criterion counts, of the shape of the logits without the classes; ``None``
     for all."""
-    own = getattr(criterion, "__dict__", {})
-    options = criterion.keywords if isinstance(criterion, partial) else own
-    base = criterion.func if isinstance(criterion, partial) else criterion
+    if isinstance(criterion, partial):  # of which compiled code of torch 2.11 reads no __dict__
+        base, options = criterion.func, criterion.keywords
+    else:
+        base, options = criterion, getattr(criterion, "__dict__", {})
     if base is F.cross_entropy or isinstance(base, CrossEntropy | nn.CrossEntropyLoss):
         aligned = is_classes(targets) and targets.shape == _positions(logits, dim)
         return targets != options.get("ignore_index", IGNORED) if aligned else None
