@@ -6,7 +6,6 @@ import contextlib
 import gc
 import threading
 import time
-import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -36,7 +35,7 @@ from .passes.capture.limits import LEVELS
 from .passes.capture.sized import sized
 from .passes.capture.submodules import capture_parts, record
 from .passes.infer import NeedsFunctional
-from .passes.program import Program, duplicate, source_line
+from .passes.program import Program, duplicate, raised_at
 from .passes.rules.writer import DynamicAxis
 from .passes.widen import Widened
 from .report.report import Report, make_report
@@ -390,7 +389,7 @@ def _told() -> Iterator[None]:
     except (GpdfxError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        source = source_line("".join(traceback.format_tb(error.__traceback__)))
+        source = raised_at(error)
         if not source:  # nothing of the user's was running
             text = f"expand fails on this network: {type(error).__name__}: {error}"
             raise CaptureError(text, remedy=BUG) from error

@@ -9,18 +9,17 @@ import importlib
 import inspect
 import os
 import sys
-import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .errors import GpdfxError, InputError, described, install, nearest, suggest
-from .passes.program import source_line
+from .files import read_tensors
+from .passes.program import raised_at
 
 Shape = tuple[int, ...]
 Options = dict[str, Any]
@@ -194,7 +193,7 @@ def _users_code(what: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         raise InputError(
             f"{what}: {described(error)}",
-            source=source_line("".join(traceback.format_tb(error.__traceback__))) or None,
+            source=raised_at(error),
             remedy="mend that, or name another network",
         ) from error
 
@@ -266,11 +265,12 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"there is no file {file}", remedy="name a state_dict in a file")
-    torch_load = partial(torch.load, map_location="cpu", weights_only=True)
-    read: Callable[..., Any] = load_file if file.suffix == ".safetensors" else torch_load
+    state: Any
     try:
-        file.open("rb").close()  # safetensors calls every file missing that it cannot open
-        state = read(file)
+        if file.suffix == ".safetensors":
+            state, _ = read_tensors(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged, of another kind, or one that wants to run code
         raise InputError(
             f"cannot read weights from {file}: {described(error)}",

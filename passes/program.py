@@ -327,6 +327,11 @@ def source_line(trace: str) -> str:
     return ""
 
 
+def raised_at(error: BaseException) -> str | None:
+    """The user's last line that an error came through, if it came through one."""
+    return source_line("".join(traceback.format_tb(error.__traceback__))) or None
+
+
 def describe(node: fx.Node) -> str:
     """One line: module, source, op."""
     where = origin(node)

@@ -9,7 +9,6 @@ logits are zero (so that nothing is lost to rounding, or to a margin that is met
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from ..calls import tree
 from ..calls.held import has_gradient
 from ..errors import GpdfxError, InputError, described
-from ..passes.program import source_line
+from ..passes.program import raised_at
 
 Criterion = Callable[[Tensor, Any], Tensor]
 IGNORED = -100
@@ -47,7 +46,7 @@ def ask(criterion: Criterion, logits: Tensor, targets: Any, *dim: int) -> Tensor
         raise InputError(
             f"the criterion fails on logits {tuple(logits.shape)} and targets ({given}): "
             f"{described(error)}",
-            source=source_line("".join(traceback.format_tb(error.__traceback__))) or None,
+            source=raised_at(error),
             remedy="pass targets that it takes, or criterion=, a function of (logits, targets) "
             "that takes these",
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..distill.gpd import GPD, Criterion, Distillation, Distilled, find_logits
 from ..distill.losses import DKD, KD
 from ..errors import GpdfxError, InputError, described
 from ..passes.capture.modes import flags_of, set_flags
-from ..passes.program import source_line
+from ..passes.program import raised_at
 from ..teacher.module import Teacher
 from .config import TrainConfig, refuse
 from .recipes import TrainingRecipe
@@ -101,7 +100,7 @@ def check_logits(name: str, network: nn.Module, data: Data, seed: int) -> None:
     except Exception as error:  # of the network's own
         raise InputError(
             f"{name} does not run on inputs {tuple(example.shape)}: {described(error)}",
-            source=source_line("".join(traceback.format_tb(error.__traceback__))) or None,
+            source=raised_at(error),
             remedy="name a network for inputs of this shape; one of your own may take num_classes "
             "and in_chans",
         ) from error

@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data.splits import Data
-from ..recipes import make_optimizer
 from ..state import flatten_module
 from .runner import AUTOCAST, Runner
-from .step import Stepper, clip_gradients, gradients_are_dense, make_plain, now
+from .step import Stepper, clip_gradients, make_plain, now
 
 ROUNDS, SECONDS = 5, 20.0
 """How often everything is measured after a first time, and how long; once at least."""
@@ -106,11 +105,12 @@ def _count(tensors: Iterable[Tensor]) -> int:
 def _updates(stepper: Stepper) -> tuple[int, float]:
     """Bytes of an optimizer's state, and seconds of an update, of tensors like the parameters."""
     groups = [_twins(group) for group in stepper.optimizer.param_groups]
-    fused, device = gradients_are_dense(stepper.net), stepper.ranks.device
-    optimizer = make_optimizer(stepper.config.numbers, groups, fused=fused)
-    seconds = [_seconds(optimizer.step, device) for _ in range(ROUNDS)]
+    optimizer, device = stepper.optimizer_of(groups), stepper.ranks.device
+    rounds = ROUNDS if stepper.config.time_steps else 1
+    seconds = [_seconds(optimizer.step, device) for _ in range(rounds)]
     held = [x for state in optimizer.state.values() for x in state.values()]
-    return _bytes(x for x in held if isinstance(x, Tensor)), statistics.median(seconds[1:])
+    size = _bytes(x for x in held if isinstance(x, Tensor))
+    return size, statistics.median(seconds[1:] or seconds)
 
 
 def _twins(group: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...access.groups import Group
 from ...data.splits import generator
 from ...errors import TrainingError
 from ...files import Tensors
@@ -39,8 +40,7 @@ class Stepper:
     def __init__(self, net: Net, config: TrainConfig, ranks: Ranks, steps: int) -> None:
         self.net, self.config, self.ranks, self.steps = net, config, ranks, steps
         recipe = config.numbers
-        groups = make_groups(net, recipe.weight_decay)
-        self.optimizer = make_optimizer(recipe, groups, fused=gradients_are_dense(net))
+        self.optimizer = self.optimizer_of(make_groups(net, recipe.weight_decay))
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.skipped = self.in_row = 0
         self.buffers, self.first_step = SavedBuffers(net), True
@@ -79,6 +79,11 @@ class Stepper:
         values = torch.stack([t.detach().float() for t in terms.values()]).tolist()
         return dict(zip(terms, values, strict=True))
 
+    def optimizer_of(self, groups: list[Group]) -> torch.optim.Optimizer:
+        """The recipe's, over groups of parameters: fused, if no layer makes sparse gradients."""
+        dense = not any(getattr(module, "sparse", False) for module in self.net.modules())
+        return make_optimizer(self.config.numbers, groups, fused=dense)
+
     def _skip(self, at: int, overflow: bool) -> None:
         self.skipped += 1
         self.in_row += not overflow  # a scale that is still too large is no fault of the run
@@ -105,11 +110,6 @@ class Stepper:
         if facts["scaler"]:
             self.scaler.load_state_dict(facts["scaler"])
         self.skipped, self.in_row = facts["skipped"], facts["in_row"]
-
-
-def gradients_are_dense(net: nn.Module) -> bool:
-    """Whether no layer of a network makes sparse gradients."""
-    return not any(getattr(module, "sparse", False) for module in net.modules())
 
 
 def clip_gradients(net: nn.Module, clip: float | None) -> bool:
